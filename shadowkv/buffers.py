@@ -1,0 +1,58 @@
+"""A growable run of tokens that starts as a read-only view of the prefill and copies it only when it must grow."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class TokenBuffer:
+    """Tokens along one axis of a tensor, appended at the end and dropped at the front.
+
+    Growth is by a fixed number of tokens, so that what is held stays close to what is used (`nbytes` counts all
+    of it) and appending stays cheap.
+    """
+
+    def __init__(self, start: Tensor, axis: int, grow_tokens: int = 256) -> None:
+        self._data = start
+        self._axis = axis
+        self._grow_tokens = grow_tokens
+        self._first = 0
+        self._end = start.shape[axis]
+        self._owned = False
+
+    def __len__(self) -> int:
+        return self._end - self._first
+
+    @property
+    def view(self) -> Tensor:
+        """The tokens held; never written to by the reader."""
+        return self._data.narrow(self._axis, self._first, len(self))
+
+    def append(self, x: Tensor) -> None:
+        """Add x, shaped like the buffer but for the token axis."""
+        count = x.shape[self._axis]
+        if not self._owned or self._end + count > self._data.shape[self._axis]:
+            self._grow(count)
+        self._data.narrow(self._axis, self._end, count).copy_(x)
+        self._end += count
+
+    def drop_front(self, count: int) -> None:
+        """Forget the oldest tokens; their space is used again at the next growth."""
+        assert count <= len(self)
+        self._first += count
+
+    def nbytes(self) -> int:
+        """Bytes held, spare room included."""
+        held = self._data if self._owned else self.view
+        return held.numel() * held.element_size()
+
+    def _grow(self, count: int) -> None:
+        shape = list(self._data.shape)
+        shape[self._axis] = len(self) + count + self._grow_tokens
+        grown = torch.empty(shape, dtype=self._data.dtype, device=self._data.device)
+        if self._data.device.type == "cpu" and self._data.is_pinned():
+            grown = grown.pin_memory()
+        grown.narrow(self._axis, 0, len(self)).copy_(self.view)
+        self._first, self._end = 0, len(self)
+        self._data, self._owned = grown, True

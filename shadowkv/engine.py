@@ -1,0 +1,155 @@
+"""One prefill, many caches: compute a prompt once, replay it into any method, decode.
+
+Prefill runs on a fixed grid of chunks, also when it could be done in one pass. A prompt that shares a prefix with
+the previous one keeps the whole chunks they have in common, and since every chunk is computed alone in any case,
+the numbers are the same to the bit with or without that reuse.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from shadowkv.cache import OBSERVED_QUERIES, MethodCache, Recording, attach, dims_of
+from shadowkv.errors import SkvError
+from shadowkv.method import Method
+from shadowkv.rope import Rope
+
+# Small chunks waste less of a shared prefix; large ones keep a GPU busy.
+_CHUNK_TOKENS = {"cpu": 256, "cuda": 8192}
+
+
+class Prefill:
+    """The dense prefill of one batch of equally long prompts; valid until the engine's next prefill."""
+
+    def __init__(self, recording: Recording, logits: Tensor, prompt_tokens: int, reused_tokens: int) -> None:
+        self.recording = recording
+        self.logits = logits  # [B,vocab] of the last position: the first new token is always dense
+        self.prompt_tokens = prompt_tokens
+        self.reused_tokens = reused_tokens
+        self.valid = True
+
+
+class Engine:
+    """Runs a transformers model through the caches of `shadowkv.cache`.
+
+    prefill_chunk_tokens: grid of the prefill (default 256 on a CPU, 8192 on a GPU).
+    reuse_prefix: keep what consecutive prompts share.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, *, prefill_chunk_tokens: int | None = None, reuse_prefix: bool = True
+    ) -> None:
+        attach(model)
+        self.model = model
+        self.rope = Rope(model)
+        self.dims = dims_of(model)
+        self.prefill_chunk_tokens = prefill_chunk_tokens or _CHUNK_TOKENS.get(model.device.type, 8192)
+        self._reuse_prefix = reuse_prefix
+        self._recording: Recording | None = None
+        self._recorded_ids: Tensor | None = None
+        self._prefill: Prefill | None = None
+
+    @torch.inference_mode()
+    def prefill(self, input_ids: Tensor) -> Prefill:
+        """Compute the prompt densely. input_ids [B,S] without padding."""
+        if input_ids.dim() != 2 or not input_ids.numel():
+            raise SkvError(f"a prompt must be token ids of shape [batch, tokens], got {list(input_ids.shape)}")
+        input_ids = input_ids.to(self.model.device)
+        ends = self._grid(input_ids.shape[1])
+        recording, start = self._recording_for(input_ids, ends)
+        self._recorded_ids = None  # an interrupted prefill leaves nothing to reuse
+        logits = None
+        for begin, end in zip([0, *ends], ends, strict=False):
+            if end > start:
+                chunk = input_ids[:, begin:end]
+                logits = self.model(chunk, past_key_values=recording, use_cache=True, logits_to_keep=1).logits
+        assert logits is not None
+        self._recording, self._recorded_ids = recording, input_ids
+        self._prefill = Prefill(recording, logits[:, -1].float(), input_ids.shape[1], start)
+        return self._prefill
+
+    @torch.inference_mode()
+    def replay(self, prefill: Prefill, method: Method) -> MethodCache:
+        """The prompt as `method` keeps it. The prefill itself stays untouched."""
+        if not prefill.valid:
+            raise ValueError("this prefill was replaced by a later one")
+        method.check(self.dims)
+        return MethodCache(prefill.recording, method, self.rope)
+
+    @torch.inference_mode()
+    def extend(self, cache: MethodCache, input_ids: Tensor) -> Tensor:
+        """Feed T new tokens, [B,T], and return the logits after the last one, [B,vocab] fp32."""
+        output = self.model(
+            input_ids.to(self.model.device), past_key_values=cache, use_cache=True, logits_to_keep=1
+        )
+        logits: Tensor = output.logits
+        return logits[:, -1].float()
+
+    def decode(
+        self, cache: MethodCache, logits: Tensor, max_new_tokens: int, stop_ids: Collection[int] = ()
+    ) -> list[list[int]]:
+        """Greedy tokens of each row until a stop token (left out) or `max_new_tokens`.
+
+        `logits` [B,vocab] are those after the last token held, so a prompt's first new token comes from dense
+        attention under every method. The last token returned has not been fed to the model.
+        """
+        self.rope.check_span(cache.get_seq_length(), max_new_tokens)
+        rows: list[list[int]] = [[] for _ in range(logits.shape[0])]
+        open_rows = set(range(len(rows)))
+        for step in range(max_new_tokens):
+            tokens = logits.argmax(dim=-1)
+            for row, token in enumerate(tokens.tolist()):
+                if token in stop_ids:
+                    open_rows.discard(row)
+                if row in open_rows:
+                    rows[row].append(token)
+            if not open_rows or step == max_new_tokens - 1:
+                break
+            logits = self.extend(cache, tokens[:, None])
+        return rows
+
+    def generate(
+        self, input_ids: Tensor, method: Method, max_new_tokens: int, stop_ids: Collection[int] = ()
+    ) -> list[list[int]]:
+        """Prefill, replay and decode in one call."""
+        prefill = self.prefill(input_ids)
+        return self.decode(self.replay(prefill, method), prefill.logits, max_new_tokens, stop_ids)
+
+    def _grid(self, tokens: int) -> list[int]:
+        """Where the chunks of a prompt end."""
+        first = self.prefill_chunk_tokens
+        if self.rope.crossing is not None and tokens > self.rope.crossing:
+            # A first chunk that stops short of the crossing would be rotated with the wrong frequencies.
+            first = max(first, self.rope.crossing + 1)
+        return [*range(first, tokens, self.prefill_chunk_tokens), tokens]
+
+    def _recording_for(self, input_ids: Tensor, ends: list[int]) -> tuple[Recording, int]:
+        """A recording that holds the chunks shared with the previous prompt, and how many tokens that is."""
+        if self._prefill is not None:
+            self._prefill.valid = False
+        if self._recording is None or self._recorded_ids is None or not self._reuse_prefix:
+            return self._fresh(input_ids), 0
+        old = self._recorded_ids
+        if old.shape[0] != input_ids.shape[0]:
+            return self._fresh(input_ids), 0
+        # Methods may ask for the last queries, so at least those are computed anew.
+        limit = min(old.shape[1], input_ids.shape[1] - OBSERVED_QUERIES)
+        if limit <= 0:
+            return self._fresh(input_ids), 0
+        same = (old[:, :limit] == input_ids[:, :limit]).all(dim=0)
+        shared = limit if bool(same.all()) else int(same.int().argmin())
+        start = max((end for end in ends if end <= shared and end in self._grid(old.shape[1])), default=0)
+        for layer in self._recording.recorded:
+            layer.rewind(start)
+        return self._recording, start
+
+    def _fresh(self, input_ids: Tensor) -> Recording:
+        self._recording = None  # the old buffers go before the new ones come
+        recording = Recording(self.model)
+        for layer in recording.recorded:
+            layer.reserve(input_ids.shape[1])
+        return recording

@@ -1,0 +1,187 @@
+"""The contract between the engine and a KV-cache method.
+
+A *method* is a frozen dataclass of hyper-parameters. It makes a `DecodeCache`, which is fed one dense prefill
+(`ingest`, once per layer) and then answers attention for new tokens (`attend`). Keys and queries always arrive
+after RoPE, as transformers hands them over; a batch is uniform (ragged batches become one cache per row).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+
+from torch import Tensor
+
+from shadowkv.errors import SkvError
+from shadowkv.rope import Rope
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+    from transformers.cache_utils import Cache
+
+
+class Bytes(NamedTuple):
+    """Memory held, in bytes, on the device that computes and on the host."""
+
+    device: int
+    host: int
+
+    def __add__(self, other: Bytes) -> Bytes:  # type: ignore[override]
+        return Bytes(self.device + other.device, self.host + other.host)
+
+
+@dataclass(frozen=True)
+class Dims:
+    """Geometry of the attention layers that a method serves (sliding-window layers are not counted)."""
+
+    layers: int
+    q_heads: int
+    kv_heads: int
+    head_dim: int
+    element_bytes: int
+    served: tuple[int, ...] | None = None  # numbers of the layers counted, where they are not the first ones
+
+    @property
+    def layer_ids(self) -> tuple[int, ...]:
+        """The model's layer numbers that these dimensions speak of."""
+        return tuple(range(self.layers)) if self.served is None else self.served
+
+    @property
+    def width(self) -> int:
+        """W = H * D, the width of one token's keys in one layer."""
+        return self.kv_heads * self.head_dim
+
+    @property
+    def full_bytes_per_token(self) -> int:
+        """Dense keys and values of one token in all layers."""
+        return 2 * self.layers * self.width * self.element_bytes
+
+
+class LayerKV(NamedTuple):
+    """One layer of a dense prefill; read-only."""
+
+    k: Tensor  # [B,H,S,D] post-RoPE
+    v: Tensor  # [B,H,S,D]
+    q_tail: Tensor  # [B,Hq,min(W_obs,S),D] the last queries, post-RoPE (observation-window methods)
+    scaling: float  # the model's own softmax scaling
+
+
+class DecodeCache(ABC):
+    """What one method keeps of one prompt, over all layers that it serves."""
+
+    @abstractmethod
+    def ingest(self, layer: int, kv: LayerKV) -> None:
+        """Take over one layer of the prefill. May keep references to `kv`, must not write to it."""
+
+    @abstractmethod
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
+        """Append T new tokens and attend causally to everything this method kept.
+
+        q [B,Hq,T,D], k and v [B,H,T,D], at the positions that follow those held. Returns [B,Hq,T,D]. T tokens at
+        once give what T calls with one token each give.
+        """
+
+    @abstractmethod
+    def nbytes(self) -> Bytes:
+        """Bytes of every tensor this cache keeps alive, exactly (shared views of the prefill included)."""
+
+    def close(self) -> None:  # noqa: B027 - most caches have nothing but tensors to let go
+        """Release streams, pinned memory and the like."""
+
+
+class LayerState(ABC):
+    """One layer's share of a `LayerwiseCache`; the arguments are those of `DecodeCache`."""
+
+    @abstractmethod
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor: ...
+
+    @abstractmethod
+    def nbytes(self) -> Bytes: ...
+
+
+class LayerwiseCache(DecodeCache):
+    """A cache whose layers know nothing of each other; the method builds each one from its `LayerKV`."""
+
+    def __init__(self, method: LayerwiseMethod, rope: Rope) -> None:
+        self._method = method
+        self._rope = rope
+        self._layers: dict[int, LayerState] = {}
+
+    def ingest(self, layer: int, kv: LayerKV) -> None:
+        self._layers[layer] = self._method.new_layer(layer, kv, self._rope)
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
+        return self._layers[layer].attend(q, k, v, scaling)
+
+    def nbytes(self) -> Bytes:
+        return sum((state.nbytes() for state in self._layers.values()), Bytes(0, 0))
+
+    def close(self) -> None:
+        self._layers.clear()
+
+
+@dataclass(frozen=True)
+class Method(ABC):
+    """A KV-cache method: its hyper-parameters and nothing else."""
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    paper: ClassVar[str]
+
+    @abstractmethod
+    def new_state(self, rope: Rope) -> DecodeCache:
+        """A fresh, empty cache of this method."""
+
+    @abstractmethod
+    def bytes_per_token(self, dims: Dims) -> Bytes:
+        """What one more prompt token costs in a batch of one, over all layers (constant terms left out)."""
+
+    def lossless(self, dims: Dims, tokens: int) -> Method | None:
+        """The setting that must equal full attention up to `tokens` held tokens, or None if there is none."""
+        return None
+
+    def check(self, dims: Dims) -> None:  # noqa: B027 - most methods fit every geometry
+        """Raise `SkvError` if these parameters cannot work on a model of this geometry."""
+
+    def new_cache(self, model: PreTrainedModel) -> Cache:
+        """A transformers cache for `model.generate(**inputs, past_key_values=...)`.
+
+        The first forward pass is taken as the prompt, computed densely; the next one starts this method.
+        """
+        from shadowkv.cache import DropInCache
+
+        return DropInCache(model, self)
+
+    def params(self) -> dict[str, Any]:
+        """Every hyper-parameter with its value."""
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
+    @property
+    def label(self) -> str:
+        """Canonical spelling: the name and what differs from the defaults, sorted; `parse_method` reads it."""
+        changed = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
+        listed = ",".join(f"{key}={format_value(value)}" for key, value in sorted(changed.items()))
+        return f"{self.name}:{listed}" if listed else self.name
+
+
+class LayerwiseMethod(Method):
+    """A method whose layers are independent: it only has to build one layer."""
+
+    @abstractmethod
+    def new_layer(self, layer: int, kv: LayerKV, rope: Rope) -> LayerState:
+        """Build this layer's state from its dense keys and values."""
+
+    def new_state(self, rope: Rope) -> DecodeCache:
+        return LayerwiseCache(self, rope)
+
+
+def format_value(value: object) -> str:
+    """How a parameter's value is spelled in a label."""
+    return "auto" if value is None else str(value).lower() if isinstance(value, bool) else f"{value}"
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise `SkvError(message)` unless `condition` holds: the guard of a method's parameters."""
+    if not condition:
+        raise SkvError(message)

@@ -1,0 +1,129 @@
+"""Quest: read only the pages whose keys could matter, judged by element-wise extremes of each page.
+
+Paper: https://arxiv.org/abs/2406.10774. Known differences from the authors' code: pages are scored by a true upper
+bound, without padding a partial page; the layers left dense are the first ones of any model (theirs counts down
+from 32); grouped-query models work, with the reduction over a group as a parameter; the page that holds the newest
+token is always read and counts towards the budget.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from shadowkv import ops
+from shadowkv.buffers import TokenBuffer
+from shadowkv.method import Bytes, Dims, LayerKV, LayerState, LayerwiseMethod, Method, require
+from shadowkv.rope import Rope
+
+# Bounds [B,H,G,P] -> the scores that choose pages, [B,H,1,P] where a group shares its choice.
+_REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "per_q_head": lambda bounds: bounds,
+    "group_max": lambda bounds: bounds.amax(dim=2, keepdim=True),
+    "group_mean": lambda bounds: bounds.mean(dim=2, keepdim=True),
+    "group_sum": lambda bounds: bounds.sum(dim=2, keepdim=True),
+}
+
+
+@dataclass(frozen=True)
+class Quest(LayerwiseMethod):
+    """budget: tokens read per step · page: tokens per page · dense_layers: first layers left full ·
+    reduce: per_q_head, group_max, group_mean or group_sum."""
+
+    name: ClassVar[str] = "quest"
+    summary: ClassVar[str] = "full cache, reads the pages with the largest bound on q k"
+    paper: ClassVar[str] = "2406.10774"
+
+    budget: int = 2048
+    page: int = 16
+    dense_layers: int = 2
+    reduce: str = "per_q_head"
+
+    def __post_init__(self) -> None:
+        require(self.page >= 1, f"quest: page must be at least 1, got {self.page}")
+        require(self.dense_layers >= 0, f"quest: dense_layers must not be negative, got {self.dense_layers}")
+        require(
+            self.budget >= self.page,
+            f"quest: budget={self.budget} is smaller than one page of {self.page} tokens",
+        )
+        require(
+            self.reduce in _REDUCTIONS,
+            f"quest: reduce={self.reduce} is unknown; one of {', '.join(_REDUCTIONS)}",
+        )
+
+    def new_layer(self, layer: int, kv: LayerKV, rope: Rope) -> LayerState:
+        return _QuestLayer(self, kv, dense=layer < self.dense_layers)
+
+    def bytes_per_token(self, dims: Dims) -> Bytes:
+        paged_layers = sum(layer >= self.dense_layers for layer in dims.layer_ids)
+        extremes = 2 * dims.width * dims.element_bytes * paged_layers // self.page
+        return Bytes(dims.full_bytes_per_token + extremes, 0)
+
+    def lossless(self, dims: Dims, tokens: int) -> Method:
+        return replace(self, budget=(tokens // self.page + 1) * self.page, dense_layers=0)
+
+
+class _QuestLayer(LayerState):
+    def __init__(self, method: Quest, kv: LayerKV, dense: bool) -> None:
+        self._page, self._pages_read = method.page, method.budget // method.page
+        self._reduce = _REDUCTIONS[method.reduce]
+        self._dense = dense
+        self._k, self._v = TokenBuffer(kv.k, axis=2), TokenBuffer(kv.v, axis=2)
+        batch, heads, tokens, head_dim = kv.k.shape
+        full_pages = 0 if dense else tokens // self._page
+        paged = kv.k[:, :, : full_pages * self._page].reshape(batch, heads, full_pages, self._page, head_dim)
+        self._low = TokenBuffer(paged.amin(dim=3), axis=2)
+        self._high = TokenBuffer(paged.amax(dim=3), axis=2)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
+        if self._dense:
+            self._k.append(k)
+            self._v.append(v)
+            return ops.attend(q, [(self._k.view, self._v.view)], scaling)
+        steps = zip(q.split(1, dim=2), k.split(1, dim=2), v.split(1, dim=2), strict=True)
+        return torch.cat([self._step(*step, scaling) for step in steps], dim=2)
+
+    def _step(self, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
+        self._k.append(k)
+        self._v.append(v)
+        keys, values = self._k.view, self._v.view
+        tokens = keys.shape[2]
+        current = (tokens - 1) // self._page  # the page of the newest token, read in any case
+        others = self._pages_read - 1
+        if others >= current:
+            out = ops.attend(q, [(keys, values)], scaling)
+        else:
+            bounds = self._reduce(ops.page_bounds(q, self._low.view[:, :, :current], self._high.view[:, :, :current]))
+            index = ops.token_indices(ops.top_indices(bounds, others), self._page)
+            tail = slice(current * self._page, tokens)
+            out = _attend_pages(q, keys, values, index, tail, scaling)
+        if tokens % self._page == 0:
+            newest = keys[:, :, -self._page :]
+            self._low.append(newest.amin(dim=2, keepdim=True))
+            self._high.append(newest.amax(dim=2, keepdim=True))
+        return out
+
+    def nbytes(self) -> Bytes:
+        return Bytes(sum(buffer.nbytes() for buffer in (self._k, self._v, self._low, self._high)), 0)
+
+
+def _attend_pages(q: Tensor, keys: Tensor, values: Tensor, index: Tensor, tail: slice, scaling: float) -> Tensor:
+    """Attention over chosen tokens and the tail. index [B,H,L,s] with L lists per KV head: 1, or one per query."""
+    heads, lists = index.shape[1], index.shape[2]
+    flat = index.flatten(1, 2)
+
+    def chosen(x: Tensor) -> Tensor:
+        spread = x.unsqueeze(2).expand(-1, -1, lists, -1, -1)
+        return spread.gather(3, index[..., None].expand(*index.shape, x.shape[-1])).flatten(1, 2)
+
+    def shared(x: Tensor) -> Tensor:
+        return x[:, :, tail].repeat_interleave(lists, dim=1)
+
+    assert flat.shape[1] == heads * lists
+    k = torch.cat((chosen(keys), shared(keys)), dim=2)
+    v = torch.cat((chosen(values), shared(values)), dim=2)
+    return ops.attend(q, [(k, v)], scaling)

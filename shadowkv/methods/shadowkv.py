@@ -1,0 +1,194 @@
+"""ShadowKV: low-rank pre-RoPE keys on the device, values on the host, a few chunks rebuilt per step.
+
+Paper: https://arxiv.org/abs/2410.21465. Known differences from the authors' code:
+- every selected key is rebuilt from its factors at every step, so a result does not depend on which chunks an
+  earlier step happened to hold (their fast path keeps exact keys for as long as a chunk stays selected);
+- all prompt chunks but the newest `local` ones are candidates, whatever the prompt's length;
+- outlier chunks scale with the budget (24 per 1024 tokens) instead of being 48, or 0 below a budget of 1024;
+- keys are centred before the factorisation, which is by the Gram matrix in fp64 instead of a full SVD;
+- generated tokens never run out of room: the newest `window` stay exact, older ones become chunks, projected on
+  the prompt's basis. They are not searched for outliers;
+- several new tokens at once (a second turn) each choose their own chunks, as they would one by one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from shadowkv import low_rank, ops
+from shadowkv.buffers import TokenBuffer
+from shadowkv.method import Bytes, Dims, LayerKV, LayerState, LayerwiseMethod, Method, require
+from shadowkv.rope import Rope
+
+_OUTLIERS_PER_BUDGET_TOKEN = 24 / 1024  # the authors' density
+
+
+@dataclass(frozen=True)
+class ShadowKV(LayerwiseMethod):
+    """rank: directions kept of a layer's keys · budget: tokens rebuilt per step · chunk: tokens per landmark ·
+    local: newest prompt chunks kept exact · outliers: badly summarised chunks kept exact (auto: 24 per 1024 of
+    budget) · energy: choose the rank per layer by this share of the squared norm, instead of rank ·
+    window: newest generated tokens kept exact."""
+
+    name: ClassVar[str] = "shadowkv"
+    summary: ClassVar[str] = "low-rank keys on the device, values on the host, landmark-selected chunks rebuilt"
+    paper: ClassVar[str] = "2410.21465"
+
+    rank: int = 160
+    budget: int = 2048
+    chunk: int = 8
+    local: int = 4
+    outliers: int | None = None
+    energy: float | None = None
+    window: int = 128
+
+    def __post_init__(self) -> None:
+        require(self.chunk >= 1, f"shadowkv: chunk must be at least 1, got {self.chunk}")
+        require(self.rank >= 1, f"shadowkv: rank must be at least 1, got {self.rank}")
+        require(
+            self.budget >= self.chunk,
+            f"shadowkv: budget={self.budget} is smaller than one chunk of {self.chunk} tokens",
+        )
+        require(self.local >= 0, f"shadowkv: local must not be negative, got {self.local}")
+        require(self.window >= 1, f"shadowkv: window must be at least 1, got {self.window}")
+        require(self.outliers is None or self.outliers >= 0, f"shadowkv: outliers={self.outliers} is negative")
+        require(self.energy is None or 0 < self.energy <= 1, f"shadowkv: energy={self.energy} is not in (0, 1]")
+        require(
+            self.energy is None or self.rank == ShadowKV.rank, "shadowkv: give either rank or energy, not both"
+        )
+
+    @property
+    def outlier_chunks(self) -> int:
+        """Chunks kept exact because their landmark summarises them badly."""
+        return round(self.budget * _OUTLIERS_PER_BUDGET_TOKEN) if self.outliers is None else self.outliers
+
+    def check(self, dims: Dims) -> None:
+        require(
+            self.energy is not None or self.rank <= dims.width,
+            f"shadowkv: rank={self.rank} exceeds the width of this model's keys, {dims.width} "
+            f"({dims.kv_heads} KV heads of {dims.head_dim}); give rank={dims.width} or less",
+        )
+
+    def new_layer(self, layer: int, kv: LayerKV, rope: Rope) -> LayerState:
+        return _ShadowLayer(self, layer, kv, rope)
+
+    def bytes_per_token(self, dims: Dims) -> Bytes:
+        # With `energy` the rank depends on the prompt; the full width is its upper bound.
+        rank = self.rank if self.energy is None else dims.width
+        per_layer = (rank + dims.width / self.chunk) * dims.element_bytes + dims.kv_heads * 4 / self.chunk
+        return Bytes(round(dims.layers * per_layer), dims.layers * dims.width * dims.element_bytes)
+
+    def lossless(self, dims: Dims, tokens: int) -> Method:
+        budget = -(-tokens // self.chunk) * self.chunk
+        return replace(self, rank=dims.width, energy=None, budget=budget, outliers=2, window=16)
+
+
+class _ShadowLayer(LayerState):
+    """Tokens [0, context) are chunks: factors and landmarks here, values on the host. The rest is the exact tail."""
+
+    def __init__(self, method: ShadowKV, layer: int, kv: LayerKV, rope: Rope) -> None:
+        self._layer, self._rope = layer, rope
+        self._chunk, self._chunks_read = method.chunk, method.budget // method.chunk
+        batch, heads, tokens, head_dim = kv.k.shape
+        chunks = max(tokens // method.chunk - method.local, 0)
+        self._context_tokens = chunks * method.chunk
+        self._tail_room = tokens - self._context_tokens + method.window
+        self._tokens = tokens
+
+        keys, values = kv.k[:, :, : self._context_tokens], kv.v[:, :, : self._context_tokens]
+        pre_rope = self._pre_rope(kv.k, first=0)
+        basis = low_rank.fit(pre_rope, None if method.energy is not None else method.rank, method.energy)
+        coefficients = basis.project(pre_rope[:, : self._context_tokens]).to(kv.k.dtype)
+        self._coefficients = TokenBuffer(coefficients, axis=1)
+        self._basis = low_rank.Basis(*(x.to(kv.k.dtype) for x in basis))
+        self._values = TokenBuffer(_to_host(values), axis=2)
+
+        chunked = keys.reshape(batch, heads, chunks, method.chunk, head_dim)
+        landmarks = chunked.float().mean(dim=3)
+        outliers = _worst_summarised(chunked, landmarks, min(method.outlier_chunks, chunks))
+        regular = _complement(outliers, chunks)
+        self._landmarks = TokenBuffer(ops.gather_tokens(landmarks, regular).to(kv.k.dtype), axis=2)
+        self._landmark_chunks = TokenBuffer(regular.int(), axis=2)
+        outlier_tokens = ops.token_indices(outliers, method.chunk)
+        self._outlier_k = ops.gather_tokens(keys, outlier_tokens)
+        self._outlier_v = ops.gather_tokens(values, outlier_tokens)
+        self._tail_k = TokenBuffer(kv.k[:, :, self._context_tokens :], axis=2)
+        self._tail_v = TokenBuffer(kv.v[:, :, self._context_tokens :], axis=2)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
+        steps = zip(q.split(1, dim=2), k.split(1, dim=2), v.split(1, dim=2), strict=True)
+        return torch.cat([self._step(*step, scaling) for step in steps], dim=2)
+
+    def _step(self, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
+        self._tail_k.append(k)
+        self._tail_v.append(v)
+        self._tokens += 1
+        if len(self._tail_k) >= self._tail_room + self._chunk:
+            self._chunk_oldest_tail()
+        exact = [(self._outlier_k, self._outlier_v), (self._tail_k.view, self._tail_v.view)]
+        if not len(self._landmarks):
+            return ops.attend(q, exact, scaling)
+        return ops.attend(q, [self._select(q, scaling), *exact], scaling)
+
+    def _select(self, q: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+        """Keys and values of the chunks that matter most to q, rebuilt and fetched. [B,H,s,D] each."""
+        scores = ops.chunk_scores(q, self._landmarks.view, scaling)
+        best = ops.top_indices(scores, self._chunks_read)
+        chunks = self._landmark_chunks.view.gather(2, best).long()
+        index = ops.token_indices(chunks, self._chunk)
+        k = ops.rebuild(self._coefficients.view, *self._basis, index)
+        k = self._rope.rotate(self._layer, k, index, self._tokens)
+        host = self._values.view
+        v = ops.gather_tokens(host, index.to(host.device)).to(k.device, non_blocking=True)
+        return k, v
+
+    def _chunk_oldest_tail(self) -> None:
+        """Move the oldest chunk of the tail into the context, as if the prompt had ended after it."""
+        keys = self._tail_k.view[:, :, : self._chunk].clone()
+        values = self._tail_v.view[:, :, : self._chunk]
+        coefficients = self._basis.project(self._pre_rope(keys, first=self._context_tokens))
+        self._coefficients.append(coefficients.to(keys.dtype))
+        self._values.append(values.to(self._values.view.device))
+        self._landmarks.append(keys.float().mean(dim=2, keepdim=True).to(keys.dtype))
+        number = self._context_tokens // self._chunk
+        self._landmark_chunks.append(torch.full((*keys.shape[:2], 1), number, dtype=torch.int32, device=keys.device))
+        self._tail_k.drop_front(self._chunk)
+        self._tail_v.drop_front(self._chunk)
+        self._context_tokens += self._chunk
+
+    def _pre_rope(self, keys: Tensor, first: int) -> Tensor:
+        """Keys of consecutive positions from `first` on, before RoPE. [B,H,n,D] -> [B,n,W] fp32."""
+        positions = torch.arange(first, first + keys.shape[2], device=keys.device)
+        return self._rope.unrotate(self._layer, keys, positions, self._tokens).transpose(1, 2).flatten(2)
+
+    def nbytes(self) -> Bytes:
+        buffers = (self._coefficients, self._landmarks, self._landmark_chunks, self._tail_k, self._tail_v)
+        tensors = (*self._basis, self._outlier_k, self._outlier_v)
+        device = sum(b.nbytes() for b in buffers) + sum(t.numel() * t.element_size() for t in tensors)
+        return Bytes(device, self._values.nbytes())
+
+
+def _worst_summarised(chunked: Tensor, landmarks: Tensor, count: int) -> Tensor:
+    """The chunks with a token least like its landmark. chunked [B,H,C,c,D] -> ascending chunk numbers [B,H,count]."""
+    likeness = F.cosine_similarity(chunked.float(), landmarks[:, :, :, None], dim=-1).amin(dim=-1)
+    return ops.top_indices(-likeness, count) if count else likeness[..., :0].long()
+
+
+def _complement(chosen: Tensor, total: int) -> Tensor:
+    """The numbers below `total` that are not in `chosen` [B,H,o], ascending: [B,H,total-o]."""
+    batch, heads, count = chosen.shape
+    kept = torch.ones(batch, heads, total, dtype=torch.bool, device=chosen.device).scatter_(2, chosen, False)
+    return kept.nonzero()[:, 2].view(batch, heads, total - count)
+
+
+def _to_host(values: Tensor) -> Tensor:
+    """Values where the host can hold them: pinned memory beside a GPU, in place on a CPU."""
+    if values.device.type == "cpu":
+        return values
+    host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+    return host.copy_(values)

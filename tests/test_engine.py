@@ -1,0 +1,165 @@
+"""The engine against stock transformers: same tokens, same numbers however the prompt is computed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny_models import FAMILIES, VOCAB, random_prompt
+
+from shadowkv.cache import sliding_windows
+from shadowkv.engine import Engine
+from shadowkv.errors import SkvError
+from shadowkv.methods.full import Full
+from shadowkv.methods.shadowkv import ShadowKV
+from shadowkv.registry import methods
+
+PROMPT_TOKENS = 300
+NEW_TOKENS = 64
+
+
+def stock_logits(model, ids, new_tokens):
+    """Greedy tokens and the logits before each of them, by plain `generate` with its own cache."""
+    model.set_attn_implementation("sdpa")
+    out = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=new_tokens,
+        do_sample=False,
+        eos_token_id=None,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    return out.sequences[0, ids.shape[1] :].tolist(), torch.stack(out.logits, dim=1)[0].float()
+
+
+def forced_logits(engine, prefill, method, tokens):
+    """Logits before each of `tokens` when the method is fed exactly those, so that errors cannot hide or add up."""
+    cache = engine.replay(prefill, method)
+    rows = [prefill.logits]
+    for token in tokens[:-1]:
+        rows.append(engine.extend(cache, torch.tensor([[token]])))
+    return torch.cat(rows)
+
+
+def relative_error(got, expected):
+    return ((got - expected).norm(dim=-1) / expected.norm(dim=-1)).max().item()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_full_gives_the_tokens_of_generate(tiny, family):
+    model, ids = tiny(family), random_prompt(PROMPT_TOKENS)
+    expected, _ = stock_logits(model, ids, NEW_TOKENS)
+    engine = Engine(model, prefill_chunk_tokens=128)
+    assert engine.generate(ids, Full(), NEW_TOKENS)[0] == expected
+    assert len(set(expected)) > 3, "a model that repeats itself would prove nothing"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("name", methods())
+def test_lossless_setting_equals_full_attention(tiny, family, name):
+    model, ids = tiny(family), random_prompt(PROMPT_TOKENS)
+    tokens, expected = stock_logits(model, ids, NEW_TOKENS)
+    engine = Engine(model, prefill_chunk_tokens=128)
+    method = methods()[name]().lossless(engine.dims, PROMPT_TOKENS + NEW_TOKENS)
+    if method is None:
+        pytest.skip(f"{name} declares no lossless setting")
+    got = forced_logits(engine, engine.prefill(ids), method, tokens)
+    assert relative_error(got, expected) < 1e-4
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_library_use_gives_the_tokens_of_the_engine(tiny, family):
+    model, ids = tiny(family), random_prompt(PROMPT_TOKENS)
+    engine = Engine(model, prefill_chunk_tokens=PROMPT_TOKENS)
+    method = ShadowKV(rank=min(12, engine.dims.width), budget=64, outliers=2)
+    mine = engine.generate(ids, method, 24)[0]
+    theirs = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=24,
+        do_sample=False,
+        eos_token_id=None,
+        past_key_values=method.new_cache(model),
+    )
+    assert theirs[0, PROMPT_TOKENS:].tolist() == mine
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "glm"])
+def test_left_padded_rows_answer_as_they_do_alone(tiny, family):
+    model = tiny(family)
+    prompts = [random_prompt(n, seed=n) for n in (190, 257, 300)]
+    ids = torch.zeros(3, 300, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, 300 - prompt.shape[1] :] = prompt
+        mask[row, 300 - prompt.shape[1] :] = 1
+    options = {"max_new_tokens": 16, "do_sample": False, "eos_token_id": None}
+    for method in (Full(), ShadowKV(rank=12, budget=64, outliers=2)):
+        together = model.generate(ids, attention_mask=mask, past_key_values=method.new_cache(model), **options)
+        for row, prompt in enumerate(prompts):
+            alone = Engine(model, prefill_chunk_tokens=512).generate(prompt, method, 16)[0]
+            assert together[row, 300:].tolist() == alone
+
+
+def test_prefix_reuse_changes_nothing_to_the_bit(tiny):
+    model, shared = tiny("gemma3"), random_prompt(250)
+    prompts = [torch.cat((shared[:, :n], random_prompt(400 - n, seed=n)), dim=1) for n in (250, 200, 130, 10)]
+    reusing, fresh = Engine(model, prefill_chunk_tokens=32), Engine(model, prefill_chunk_tokens=32, reuse_prefix=False)
+    reused = []
+    for ids in prompts:
+        a, b = reusing.prefill(ids), fresh.prefill(ids)
+        reused.append(a.reused_tokens)
+        assert b.reused_tokens == 0
+        assert torch.equal(a.logits, b.logits)
+        for x, y in zip(a.recording.recorded, b.recording.recorded, strict=True):
+            for left, right in zip(x.layer_kv(None, 0)[:3], y.layer_kv(None, 0)[:3], strict=True):
+                assert torch.equal(left, right)
+    assert reused == [0, 192, 128, 0]
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "phi3-longrope"])
+def test_chunked_prefill_agrees_with_one_pass(tiny, family):
+    model, ids = tiny(family), random_prompt(PROMPT_TOKENS)
+    whole = Engine(model, prefill_chunk_tokens=4096).prefill(ids).logits
+    assert relative_error(Engine(model, prefill_chunk_tokens=48).prefill(ids).logits, whole) < 1e-4
+
+
+def test_a_growing_prompt_outgrows_the_reserved_buffers(tiny):
+    model = tiny("llama")
+    engine = Engine(model, prefill_chunk_tokens=32)
+    long = random_prompt(400)
+    engine.prefill(long[:, :150])
+    grown = engine.prefill(long)
+    assert grown.reused_tokens == 128
+    assert torch.equal(grown.logits, Engine(model, prefill_chunk_tokens=32).prefill(long).logits)
+
+
+def test_generation_across_a_change_of_frequencies_is_refused(tiny):
+    engine = Engine(tiny("phi3-longrope"))
+    with pytest.raises(SkvError, match="frequencies change beyond 256"):
+        engine.generate(random_prompt(250), Full(), 16)
+    engine.generate(random_prompt(230), Full(), 16)
+
+
+def test_decode_stops_at_stop_tokens_and_leaves_them_out(tiny):
+    engine = Engine(tiny("llama"))
+    ids = random_prompt(100)
+    free = engine.generate(ids, Full(), 12)[0]
+    stop = free[5]
+    assert engine.generate(ids, Full(), 12, stop_ids={stop})[0] == free[: free.index(stop)]
+    assert engine.generate(ids, Full(), 0)[0] == []
+
+
+def test_an_old_prefill_cannot_be_replayed(tiny):
+    engine = Engine(tiny("llama"))
+    old = engine.prefill(random_prompt(100))
+    engine.prefill(random_prompt(100, seed=1))
+    with pytest.raises(ValueError, match="replaced"):
+        engine.replay(old, Full())
+
+
+def test_phi3_style_window_wider_than_the_context_counts_as_full(tiny):
+    model = tiny("mistral")
+    assert sliding_windows(model) == [None] * 3
+    assert sliding_windows(tiny("gemma3")) == [48, None, 48]
+    assert VOCAB == model.config.vocab_size
