@@ -1,0 +1,126 @@
+"""Operations against brute force."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from shadowkv import low_rank, ops
+from shadowkv.buffers import TokenBuffer
+
+
+def rand(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize(("q_heads", "heads"), [(4, 4), (4, 2), (4, 1)])
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_attend_over_segments_is_attention_over_their_union(q_heads, heads, tokens):
+    q, k, v = rand(2, q_heads, tokens, 8), rand(2, heads, 30, 8, seed=1), rand(2, heads, 30, 8, seed=2)
+    got = ops.attend(q, [(k[:, :, a:b], v[:, :, a:b]) for a, b in ((0, 11), (11, 11), (11, 30))], scaling=0.3)
+    wide_k, wide_v = (x.repeat_interleave(q_heads // heads, dim=1) for x in (k, v))
+    scores = q @ wide_k.mT * 0.3
+    for t in range(tokens):
+        scores[:, :, t, 30 - tokens + t + 1 :] = float("-inf")
+    torch.testing.assert_close(got, scores.softmax(-1) @ wide_v)
+
+
+def test_top_indices_are_sorted_and_ties_go_to_the_lower_index():
+    scores = torch.tensor([[1.0, 5.0, 5.0, 0.0, 5.0, 7.0]])
+    assert ops.top_indices(scores, 3).tolist() == [[1, 2, 5]]
+    assert ops.top_indices(scores, 99).tolist() == [list(range(6))]
+
+
+@pytest.mark.parametrize("page", [1, 4])
+def test_page_bounds_bound_and_are_exact_for_single_tokens(page):
+    q, k = rand(2, 4, 1, 8), rand(2, 2, 32, 8, seed=1)
+    paged = k.view(2, 2, 32 // page, page, 8)
+    bounds = ops.page_bounds(q, paged.amin(3), paged.amax(3))
+    best = torch.einsum("bhgd,bhpcd->bhgpc", q.view(2, 2, 2, 8), paged).amax(-1)
+    assert (bounds >= best - 1e-5).all()
+    if page == 1:
+        torch.testing.assert_close(bounds, best)
+
+
+def test_chunk_scores_take_the_best_query_of_a_group():
+    q, landmarks = rand(1, 4, 1, 8), rand(1, 2, 10, 8, seed=1)
+    got = ops.chunk_scores(q, landmarks, 0.5)
+    for head in range(2):
+        each = [(landmarks[0, head] @ q[0, 2 * head + g, 0] * 0.5).softmax(-1) for g in range(2)]
+        torch.testing.assert_close(got[0, head], torch.maximum(*each))
+    torch.testing.assert_close(got, ops.chunk_scores(q, landmarks + 0 * got[..., None], 0.5))
+
+
+def spectrum(rank, rows=400, width=24, seed=0):
+    """A matrix with known singular values, and those values."""
+    left, _ = torch.linalg.qr(rand(rows, width, seed=seed).double())
+    right, _ = torch.linalg.qr(rand(width, width, seed=seed + 1).double())
+    values = torch.linspace(10, 0.1, width).double()
+    values[rank:] = 0
+    return (left * values @ right.mT).float()[None], values
+
+
+def test_low_rank_error_is_the_tail_of_the_spectrum():
+    x, _ = spectrum(24)
+    centred = (x - x.mean(1, keepdim=True)).double()
+    values = torch.linalg.svdvals(centred[0])
+    errors = []
+    for rank in (1, 4, 12, 23, 24):
+        basis = low_rank.fit(x, rank)
+        rebuilt = basis.project(x) @ basis.vectors + basis.mean
+        errors.append((x - rebuilt).norm().item())
+        assert errors[-1] == pytest.approx(values[rank:].square().sum().sqrt().item(), abs=2e-5)
+    assert errors == sorted(errors, reverse=True)
+    assert errors[-1] < 1e-4
+
+
+def test_centring_absorbs_a_bias_at_no_rank():
+    x, _ = spectrum(4)
+    basis = low_rank.fit(x + 100.0, 4)
+    rebuilt = basis.project(x + 100.0) @ basis.vectors + basis.mean
+    assert ((x + 100.0 - rebuilt).norm() / x.norm()).item() < 1e-3
+
+
+@pytest.mark.parametrize("energy", [0.5, 0.9, 0.99, 1.0])
+def test_energy_picks_the_smallest_sufficient_rank(energy):
+    x, _ = spectrum(24)
+    values = torch.linalg.svdvals((x - x.mean(1, keepdim=True)).double()[0]).square()
+    rank = low_rank.fit(x, None, energy).vectors.shape[1]
+    assert values[:rank].sum() >= energy * values.sum() * (1 - 1e-9)
+    assert rank == 1 or values[: rank - 1].sum() < energy * values.sum()
+
+
+def test_small_singular_values_survive_the_gram_matrix():
+    """fp32 products would lose everything below 1e-4 of the largest value."""
+    x, _ = spectrum(24)
+    x[..., 0] *= 1000
+    centred = (x - x.mean(1, keepdim=True)).double()
+    best = torch.linalg.svdvals(centred[0])[20:].square().sum().sqrt().item()
+    basis = low_rank.fit(x, 20)
+    rebuilt = basis.project(x).double() @ basis.vectors.double() + basis.mean.double()
+    assert (x.double() - rebuilt).norm().item() == pytest.approx(best, rel=0.01)
+
+
+def test_rebuild_gathers_rows_for_each_head():
+    coefficients, vectors, mean = rand(2, 20, 3), rand(2, 3, 8, seed=1), rand(2, 1, 8, seed=2)
+    index = torch.randint(0, 20, (2, 2, 5), generator=torch.Generator().manual_seed(3))
+    dense = (coefficients @ vectors + mean).view(2, 20, 2, 4).transpose(1, 2)
+    torch.testing.assert_close(ops.rebuild(coefficients, vectors, mean, index), ops.gather_tokens(dense, index))
+
+
+def test_token_buffer_never_writes_to_what_it_was_given():
+    start = rand(1, 2, 10, 4)
+    before = start.clone()
+    buffer = TokenBuffer(start, axis=2, grow_tokens=3)
+    expected = start
+    for step in range(40):
+        x = rand(1, 2, 1 + step % 3, 4, seed=step)
+        buffer.append(x)
+        expected = torch.cat((expected, x), dim=2)
+        if step % 4 == 3:
+            buffer.drop_front(2)
+            expected = expected[:, :, 2:]
+        assert torch.equal(buffer.view, expected)
+        assert len(buffer) == expected.shape[2]
+    assert torch.equal(start, before)
+    assert buffer.nbytes() >= expected.numel() * 4

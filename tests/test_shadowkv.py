@@ -1,0 +1,95 @@
+"""What only ShadowKV promises."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny_models import random_prompt
+
+from shadowkv import ops
+from shadowkv.engine import Engine
+from shadowkv.methods.shadowkv import ShadowKV
+from shadowkv.rope import Rope
+
+METHOD = ShadowKV(rank=12, budget=64, outliers=5)
+
+
+@pytest.fixture
+def kv(tiny):
+    return Engine(tiny("llama")).prefill(random_prompt(300)).recording.recorded[1].layer_kv(None, 0)
+
+
+@pytest.fixture
+def rope(tiny):
+    return Rope(tiny("llama"))
+
+
+def test_outliers_and_landmarks_partition_the_context(kv, rope):
+    state = METHOD.new_layer(1, kv, rope)
+    chunks = 300 // 8 - 4
+    for head in range(2):
+        regular = set(state._landmark_chunks.view[0, head].tolist())
+        kept = state._outlier_k[0, head].view(5, 8, 16)
+        outliers = {c for c in range(chunks) if any(torch.equal(kv.k[0, head, c * 8 : c * 8 + 8], o) for o in kept)}
+        assert len(outliers) == 5
+        assert not regular & outliers
+        assert regular | outliers == set(range(chunks))
+
+
+def test_outliers_are_the_worst_summarised_chunks_whatever_the_scale_of_keys(kv, rope):
+    chunks = kv.k[:, :, : 33 * 8].view(1, 2, 33, 8, 16)
+    cosine = torch.nn.functional.cosine_similarity(chunks, chunks.mean(3, keepdim=True), dim=-1).amin(-1)
+    worst = cosine.argsort(dim=-1)[..., :5].sort(-1).values
+    for scale in (1.0, 37.0):
+        state = METHOD.new_layer(1, kv._replace(k=kv.k * scale), rope)
+        torch.testing.assert_close(state._outlier_k, ops.gather_tokens(kv.k * scale, ops.token_indices(worst, 8)))
+
+
+def test_selection_depends_on_neither_rank_nor_values(kv, rope):
+    q, k, v = torch.randn(1, 4, 1, 16), torch.randn(1, 2, 1, 16), torch.randn(1, 2, 1, 16)
+    chosen = []
+    for rank, values in ((12, kv.v), (3, kv.v), (12, torch.randn_like(kv.v))):
+        state = ShadowKV(rank=rank, budget=64, outliers=5).new_layer(1, kv._replace(v=values), rope)
+        keys, _ = state._select(q, 0.25)
+        scores = ops.chunk_scores(q, state._landmarks.view, 0.25)
+        chosen.append(state._landmark_chunks.view.gather(2, ops.top_indices(scores, 8)))
+        assert keys.shape == (1, 2, 64, 16)
+        assert torch.isfinite(state.attend(q, k, v, 0.25)).all()
+    assert torch.equal(chosen[0], chosen[1])
+    assert torch.equal(chosen[0], chosen[2])
+
+
+def test_full_rank_rebuilds_exact_keys_and_error_falls_with_rank(kv, rope):
+    q, errors = torch.randn(1, 4, 1, 16), []
+    for rank in (2, 8, 20, 32):
+        state = ShadowKV(rank=rank, budget=64, outliers=5).new_layer(1, kv, rope)
+        scores = ops.chunk_scores(q, state._landmarks.view, 0.25)
+        chunks = state._landmark_chunks.view.gather(2, ops.top_indices(scores, 8)).long()
+        index = ops.token_indices(chunks, 8)
+        keys, values = state._select(q, 0.25)
+        errors.append((keys - ops.gather_tokens(kv.k, index)).norm().item())
+        assert torch.equal(values, ops.gather_tokens(kv.v, index))
+    assert errors == sorted(errors, reverse=True)
+    assert errors[-1] < 1e-4
+
+
+def test_values_are_counted_on_the_host_and_factors_on_the_device(kv, rope):
+    held = METHOD.new_layer(1, kv, rope).nbytes()
+    context = (300 // 8 - 4) * 8
+    assert held.host == context * 32 * 4
+    tail, outliers = 300 - context, 5 * 8
+    exact = 2 * (tail + outliers) * 32 * 4
+    landmarks = (context // 8 - 5) * 2 * (16 * 4 + 4)
+    factors = (context * 12 + 12 * 32 + 32) * 4
+    assert held.device == exact + landmarks + factors
+
+
+def test_generated_tokens_become_chunks_after_the_window(kv, rope):
+    state = ShadowKV(rank=32, budget=64, outliers=5, window=16).new_layer(1, kv, rope)
+    tail = 300 - (300 // 8 - 4) * 8
+    before = len(state._landmarks)
+    for _ in range(16 + 8 * 3):
+        state.attend(torch.randn(1, 4, 1, 16), torch.randn(1, 2, 1, 16), torch.randn(1, 2, 1, 16), 0.25)
+    assert len(state._landmarks) == before + 3
+    assert len(state._tail_k) == tail + 16
+    assert state._landmark_chunks.view[0, 0, -3:].tolist() == [33, 34, 35]
