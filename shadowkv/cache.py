@@ -83,10 +83,12 @@ class RecordingLayer(CacheLayerMixin):
         self.scaling = 1.0
         self.padding: list[int] | None = None  # left padding per row, where a mask told
         self._q_tail: Tensor | None = None
+        self._keys: Tensor | None = None
+        self._values: Tensor | None = None
+        self._reserved_tokens = 0
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
-        self._allocate(key_states, value_states, key_states.shape[2])
         self.is_initialized = True
 
     def reserve(self, tokens: int) -> None:
@@ -97,13 +99,13 @@ class RecordingLayer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         start, end = self.tokens, self.tokens + key_states.shape[2]
-        if end > self._keys.shape[2]:
-            self._allocate(key_states, value_states, end)
-        self._keys[:, :, start:end] = key_states
-        self._values[:, :, start:end] = value_states
+        self._keys = keys = self._with_room(self._keys, key_states, end)
+        self._values = values = self._with_room(self._values, value_states, end)
+        keys[:, :, start:end] = key_states
+        values[:, :, start:end] = value_states
         self.tokens = end
         visible = slice(self._hidden_tokens(start), end)
-        return _with_handle(self._keys[:, :, visible], self), self._values[:, :, visible]
+        return _with_handle(keys[:, :, visible], self), values[:, :, visible]
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
         self.scaling = scaling
@@ -117,6 +119,8 @@ class RecordingLayer(CacheLayerMixin):
     def layer_kv(self, row: int | None, skip_tokens: int) -> LayerKV:
         """What was recorded, as views; of one row without its `skip_tokens` of left padding, or of all rows."""
         assert self._q_tail is not None
+        assert self._keys is not None
+        assert self._values is not None
         rows = slice(None) if row is None else slice(row, row + 1)
         keys, values = (x[rows, :, skip_tokens : self.tokens] for x in (self._keys, self._values))
         return LayerKV(keys, values, self._q_tail[rows, :, -keys.shape[2] :], self.scaling)
@@ -143,16 +147,14 @@ class RecordingLayer(CacheLayerMixin):
         """Tokens that no query from position `start` on can see."""
         return 0 if self.window is None else max(start - self.window + 1, 0)
 
-    def _allocate(self, key_states: Tensor, value_states: Tensor, tokens: int) -> None:
-        room = max(tokens, getattr(self, "_reserved_tokens", 0))
-        old = (self._keys, self._values) if self.is_initialized else (None, None)
-        made = []
-        for kept, x in zip(old, (key_states, value_states), strict=True):
-            grown = x.new_empty((*x.shape[:2], room, x.shape[3]))
-            if kept is not None:
-                grown[:, :, : self.tokens] = kept[:, :, : self.tokens]
-            made.append(grown)
-        self._keys, self._values = made
+    def _with_room(self, held: Tensor | None, new: Tensor, tokens: int) -> Tensor:
+        """`held`, or a larger copy of it, with space for `tokens` tokens shaped like `new`."""
+        if held is not None and tokens <= held.shape[2]:
+            return held
+        grown = new.new_empty((*new.shape[:2], max(tokens, self._reserved_tokens), new.shape[3]))
+        if held is not None:
+            grown[:, :, : self.tokens] = held[:, :, : self.tokens]
+        return grown
 
 
 class MethodLayer(CacheLayerMixin):
@@ -177,7 +179,7 @@ class MethodLayer(CacheLayerMixin):
     def attention(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
         rows = q.shape[0] // len(self._caches)
         split = zip(self._caches, q.split(rows), k.split(rows), v.split(rows), strict=True)
-        parts = [cache.attend(self._layer, *qkv, scaling) for cache, *qkv in split]
+        parts = [cache.attend(self._layer, row_q, row_k, row_v, scaling) for cache, row_q, row_k, row_v in split]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def get_seq_length(self) -> int:
@@ -262,7 +264,7 @@ class DropInCache(MethodCache):
     def __bool__(self) -> bool:
         # Phi-3's generate throws away any true cache before a prompt longer than its short-frequency range; an
         # empty one has nothing that could have been rotated wrongly.
-        return self.get_seq_length() > 0
+        return bool(self.get_seq_length() > 0)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any

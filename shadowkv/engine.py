@@ -83,9 +83,7 @@ class Engine:
     @torch.inference_mode()
     def extend(self, cache: MethodCache, input_ids: Tensor) -> Tensor:
         """Feed T new tokens, [B,T], and return the logits after the last one, [B,vocab] fp32."""
-        output = self.model(
-            input_ids.to(self.model.device), past_key_values=cache, use_cache=True, logits_to_keep=1
-        )
+        output = self.model(input_ids.to(self.model.device), past_key_values=cache, use_cache=True, logits_to_keep=1)
         logits: Tensor = output.logits
         return logits[:, -1].float()
 

@@ -15,7 +15,7 @@ def attend(q: Tensor, segments: Sequence[tuple[Tensor, Tensor]], scaling: float)
     q [B,Hq,T,D]; each segment k, v [B,H,n_i,D] with H dividing Hq; order does not matter, since keys carry
     their position. Query t sees all tokens but the last T-1-t. Returns [B,Hq,T,D].
     """
-    batch, q_heads, tokens, head_dim = q.shape
+    batch, _q_heads, tokens, head_dim = q.shape
     heads = segments[0][0].shape[1]
     # Queries of one group read the same keys, so they are rows of one product and keys are never repeated.
     grouped = q.reshape(batch, heads, -1, head_dim)

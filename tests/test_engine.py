@@ -104,7 +104,10 @@ def test_left_padded_rows_answer_as_they_do_alone(tiny, family):
 def test_prefix_reuse_changes_nothing_to_the_bit(tiny):
     model, shared = tiny("gemma3"), random_prompt(250)
     prompts = [torch.cat((shared[:, :n], random_prompt(400 - n, seed=n)), dim=1) for n in (250, 200, 130, 10)]
-    reusing, fresh = Engine(model, prefill_chunk_tokens=32), Engine(model, prefill_chunk_tokens=32, reuse_prefix=False)
+    reusing, fresh = (
+        Engine(model, prefill_chunk_tokens=32),
+        Engine(model, prefill_chunk_tokens=32, reuse_prefix=False),
+    )
     reused = []
     for ids in prompts:
         a, b = reusing.prefill(ids), fresh.prefill(ids)
@@ -162,4 +165,4 @@ def test_phi3_style_window_wider_than_the_context_counts_as_full(tiny):
     model = tiny("mistral")
     assert sliding_windows(model) == [None] * 3
     assert sliding_windows(tiny("gemma3")) == [48, None, 48]
-    assert VOCAB == model.config.vocab_size
+    assert model.config.vocab_size == VOCAB

@@ -14,8 +14,15 @@ from shadowkv.registry import methods, parse_method
 
 # Settings small enough to leave things out at 300 tokens. A method not listed is tested at its defaults.
 SMALL = {
-    "shadowkv": ["shadowkv:rank=12,budget=64,outliers=2,window=8", "shadowkv:energy=0.9,budget=32,local=0,window=3"],
-    "quest": ["quest:budget=64,dense_layers=1", "quest:budget=48,reduce=group_max", "quest:budget=32,reduce=group_sum"],
+    "shadowkv": [
+        "shadowkv:rank=12,budget=64,outliers=2,window=8",
+        "shadowkv:energy=0.9,budget=32,local=0,window=3",
+    ],
+    "quest": [
+        "quest:budget=64,dense_layers=1",
+        "quest:budget=48,reduce=group_max",
+        "quest:budget=32,reduce=group_sum",
+    ],
 }
 CASES = [spec for name in methods() for spec in SMALL.get(name, [name])]
 
@@ -30,7 +37,8 @@ def test_labels_are_canonical_and_read_back(spec):
     method = parse_method(spec)
     assert parse_method(method.label) == method
     assert set(method.params()) == {f.name for f in fields(method)}
-    assert method.summary and method.paper
+    assert method.summary
+    assert method.paper
 
 
 @pytest.mark.parametrize("spec", CASES)

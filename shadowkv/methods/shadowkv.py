@@ -59,7 +59,8 @@ class ShadowKV(LayerwiseMethod):
         require(self.outliers is None or self.outliers >= 0, f"shadowkv: outliers={self.outliers} is negative")
         require(self.energy is None or 0 < self.energy <= 1, f"shadowkv: energy={self.energy} is not in (0, 1]")
         require(
-            self.energy is None or self.rank == ShadowKV.rank, "shadowkv: give either rank or energy, not both"
+            self.energy is None or self.rank == ShadowKV.rank,
+            "shadowkv: give either rank or energy, not both",
         )
 
     @property
