@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import inspect
 import pkgutil
 import types
-from collections.abc import Iterable
 from dataclasses import fields
 from functools import cache
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from shadowkv.errors import SkvError
 from shadowkv.method import Method
+from shadowkv.names import did_you_mean
 
 
 @cache
@@ -27,12 +26,6 @@ def methods() -> dict[str, type[Method]]:
             if issubclass(cls, Method) and cls.__module__ == module.__name__ and not inspect.isabstract(cls):
                 found[cls.name] = cls
     return dict(sorted(found.items(), key=lambda item: (item[0] != "full", item[0])))
-
-
-def did_you_mean(name: str, options: Iterable[str]) -> str:
-    """`" (did you mean 'x'?)"`, or nothing if no option is close to `name`."""
-    close = difflib.get_close_matches(name, list(options), n=1, cutoff=0.5)
-    return f" (did you mean '{close[0]}'?)" if close else ""
 
 
 def parse_method(spec: str) -> Method:

@@ -1,0 +1,30 @@
+"""GGUF to safetensors, once: transformers unpacks a GGUF file in half a minute, and loads the result in a second."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from shadowkv.errors import SkvError
+
+_MAGIC = b"GGUF"
+
+
+def convert(gguf: Path, folder: Path) -> None:
+    """Write the model and tokenizer of `gguf` into `folder`, dense and in fp32 so that nothing is rounded again."""
+    with gguf.open("rb") as file:
+        if file.read(len(_MAGIC)) != _MAGIC:
+            raise SkvError(f"{gguf} is not a GGUF file")
+    options = {"gguf_file": gguf.name}
+    # Recent versions keep the weights packed unless asked; older ones always unpack and know no such option.
+    config_class = getattr(transformers, "GgufConfig", None)
+    dense = {} if config_class is None else {"quantization_config": config_class(dequantize=True)}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **options)
+        model = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype="float32", **options, **dense)
+    except (ValueError, KeyError, IndexError, EOFError, RuntimeError, NotImplementedError) as error:
+        raise SkvError(f"{gguf} cannot be read as a GGUF model: {str(error).splitlines()[0][:200]}") from error
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
