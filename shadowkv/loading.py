@@ -1,0 +1,298 @@
+"""`--model`: a preset, a local folder, a Hub id or a .gguf file -> model and tokenizer, without surprises.
+
+What is on this machine is used without any network attempt. A Hub id that is not cached is downloaded, unless
+HF_HUB_OFFLINE is set or the Hub cannot be reached, which is found out in seconds and said in one line.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import urllib.error
+import urllib.request
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from shadowkv.errors import SkvError
+from shadowkv.names import did_you_mean
+from shadowkv.packs import converted, pack_path, sha256_of
+from shadowkv.presets import Preset, presets
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json")
+_REACH_SECONDS = 3.0
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where a model's files are: a folder, or none for a dummy whose architecture comes from its preset."""
+
+    name: str
+    folder: Path | None
+    preset: Preset | None
+    described: str
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model ready to run, and everything a reader needs to know about where it came from."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    name: str
+    source: str
+    context_tokens: int
+    weights_sha256: str | None  # None for random weights
+    dummy: bool
+    device: str
+    dtype: str
+
+    @property
+    def stop_ids(self) -> frozenset[int]:
+        """Tokens that end an answer: those of the generation config and the tokenizer's own."""
+        declared = getattr(self.model.generation_config, "eos_token_id", None)
+        listed = declared if isinstance(declared, list) else [declared]
+        return frozenset(int(i) for i in [*listed, self.tokenizer.eos_token_id] if i is not None)
+
+
+def resolve(name: str, *, dummy: bool = False) -> ModelSource:
+    """What `--model name` means here and now; raises `SkvError` if its files cannot be had."""
+    preset = presets().get(name)
+    path = Path(name).expanduser()
+    if preset is None and path.suffix == ".gguf":
+        if not path.is_file():
+            raise SkvError(f"{name}: no such file")
+        return ModelSource(path.stem, converted(path), None, f"GGUF file {path.name}")
+    if preset is None and path.is_dir():
+        if not (path / "config.json").is_file():
+            raise SkvError(f"{name} is not a model folder: it holds no config.json")
+        return ModelSource(path.resolve().name, path, None, f"folder {path.name}")
+    if preset is None and ("/" not in name or name.count("/") > 1 or name.startswith((".", "/", "~"))):
+        raise SkvError(
+            f"unknown model '{name}'{did_you_mean(name, presets())}; give a preset ({', '.join(presets())}), "
+            "a folder, a Hub id or a .gguf file"
+        )
+    if preset is not None and preset.pack is not None and (folder := pack_path(preset.pack)) is not None:
+        return ModelSource(name, folder, preset, f"pack {preset.pack}")
+    hub_id = preset.hub_id if preset is not None else name
+    cached = _cached(hub_id)
+    if cached is not None:
+        return ModelSource(name, cached, preset, f"Hub {hub_id}@{cached.name[:12]}")
+    if dummy and preset is not None:
+        return ModelSource(name, None, preset, f"architecture of {hub_id}")
+    return ModelSource(name, _downloaded(hub_id, preset), preset, f"Hub {hub_id}")
+
+
+def load_config(source: ModelSource, *, trust_remote_code: bool = False) -> Any:
+    """The transformers config of a model, from its files or its preset."""
+    from transformers import AutoConfig
+
+    if source.folder is None:
+        assert source.preset is not None
+        return AutoConfig.for_model(source.preset.model_type, **source.preset.config_fields())
+    try:
+        return AutoConfig.from_pretrained(source.folder, trust_remote_code=trust_remote_code, local_files_only=True)
+    except (ValueError, OSError, KeyError, TypeError) as error:
+        raise SkvError(_explain(source, "config.json", error)) from error
+
+
+def load_tokenizer(source: ModelSource, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The model's tokenizer; for a dummy without files, one token per byte."""
+    from transformers import AutoTokenizer
+
+    if source.folder is None:
+        return _byte_tokenizer()
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            source.folder, trust_remote_code=trust_remote_code, local_files_only=True
+        )
+    except (ValueError, OSError, KeyError, TypeError) as error:
+        raise SkvError(_explain(source, "the tokenizer", error)) from error
+    return tokenizer
+
+
+def context_tokens(source: ModelSource, config: Any) -> int:
+    """The longest sequence the model is made for."""
+    if source.preset is not None:
+        return source.preset.context_tokens
+    return int(config.get_text_config().max_position_embeddings)
+
+
+def load_model(
+    source: ModelSource,
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    dummy: bool = False,
+    trust_remote_code: bool = False,
+) -> LoadedModel:
+    """Load weights, or make random ones if `dummy`, in eval mode on `device`.
+
+    dtype auto is fp32 on a CPU, where it is fastest, and bf16 on a GPU.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    device = pick_device(device)
+    dtype = ("float32" if device == "cpu" else "bfloat16") if dtype == "auto" else dtype
+    config = load_config(source, trust_remote_code=trust_remote_code)
+    tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
+    torch_dtype: torch.dtype = getattr(torch, dtype)
+    if dummy:
+        _check_room(config, torch_dtype, device)
+        torch.manual_seed(0)
+        with torch.device(device):
+            model = AutoModelForCausalLM.from_config(config, dtype=torch_dtype, trust_remote_code=trust_remote_code)
+    else:
+        assert source.folder is not None
+        _check_weights(source.folder)
+        try:
+            model = AutoModelForCausalLM.from_pretrained(
+                source.folder,
+                dtype=torch_dtype,
+                use_safetensors=True,
+                local_files_only=True,
+                trust_remote_code=trust_remote_code,
+                device_map=None if device == "cpu" else device,
+            )
+        except (ValueError, OSError, KeyError) as error:
+            raise SkvError(_explain(source, "the weights", error)) from error
+    return LoadedModel(
+        model=model.eval().requires_grad_(False),
+        tokenizer=tokenizer,
+        name=source.name,
+        source=source.described,
+        context_tokens=context_tokens(source, config),
+        weights_sha256=None if dummy or source.folder is None else weights_sha256(source.folder),
+        dummy=dummy,
+        device=device,
+        dtype=dtype,
+    )
+
+
+def pick_device(device: str) -> str:
+    """`auto` is cuda where there is one; asking for an absent one is an error."""
+    import torch
+
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise SkvError("--device cuda: this machine has no CUDA device that torch can use; leave it out for the CPU")
+    try:
+        return str(torch.device(device))
+    except RuntimeError:
+        raise SkvError(f"unknown device '{device}'; use auto, cpu or cuda") from None
+
+
+def weights_sha256(folder: Path) -> str:
+    """One checksum for all weight files; the Hub's cache and pulled packs know theirs, the rest is read."""
+    import hashlib
+
+    manifest = folder / "manifest.json"
+    known: dict[str, str] = json.loads(manifest.read_text())["files"] if manifest.is_file() else {}
+    sums = []
+    for path in sorted(folder.glob("*.safetensors")):
+        blob = path.resolve().name  # the Hub's cache names blobs by their sha256
+        sums.append(known.get(path.name) or (blob if _is_sha256(blob) else sha256_of(path)))
+    return sums[0] if len(sums) == 1 else hashlib.sha256("".join(sums).encode()).hexdigest()
+
+
+def _is_sha256(text: str) -> bool:
+    return len(text) == 64 and set(text) <= set("0123456789abcdef")
+
+
+def _cached(hub_id: str) -> Path | None:
+    """The snapshot of a model in the local Hub cache, if its weights are there."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        folder = Path(snapshot_download(hub_id, local_files_only=True))
+    except (LocalEntryNotFoundError, ValueError):
+        return None
+    return folder if any(any(folder.glob(pattern)) for pattern in _WEIGHT_FILES) else None
+
+
+def _downloaded(hub_id: str, preset: Preset | None) -> Path:
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    pull = f"skv pull {preset.pack}" if preset is not None and preset.pack else None
+    help_line = f"run '{pull}' or give --model PATH" if pull else "give --model PATH of a local folder"
+    offline = constants.HF_HUB_OFFLINE or os.environ.get("TRANSFORMERS_OFFLINE", "").upper() in {"1", "TRUE", "YES"}
+    if offline:
+        raise SkvError(f"{hub_id} is not on this machine and HF_HUB_OFFLINE is set; {help_line}")
+    if not _reachable(constants.ENDPOINT):
+        raise SkvError(f"{hub_id} is not on this machine and the Hub cannot be reached; {help_line}")
+    try:
+        wanted = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py"]
+        return Path(snapshot_download(hub_id, allow_patterns=wanted))
+    except (HfHubHTTPError, ValueError, OSError) as error:
+        raise SkvError(f"{hub_id} cannot be downloaded: {str(error).splitlines()[0][:200]}; {help_line}") from error
+
+
+def _reachable(endpoint: str) -> bool:
+    """One quick look: the Hub client would retry for a long time before it gave up."""
+    try:
+        urllib.request.urlopen(urllib.request.Request(endpoint, method="HEAD"), timeout=_REACH_SECONDS).close()
+    except urllib.error.HTTPError:
+        return True  # an answer, if an unkind one
+    except OSError:
+        return False
+    return True
+
+
+def _check_weights(folder: Path) -> None:
+    """Find a damaged file before anything is built on it, and name it."""
+    from safetensors import SafetensorError, safe_open
+
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise SkvError(f"{folder.name} holds no safetensors weights; other formats can run code and are not loaded")
+    for path in files:
+        try:
+            with safe_open(path, framework="pt") as opened:
+                opened.keys()
+        except (SafetensorError, OSError) as error:
+            raise SkvError(f"{path.name} is damaged: {str(error).splitlines()[0]}") from error
+
+
+def _check_room(config: Any, dtype: Any, device: str) -> None:
+    """Refuse random weights that cannot fit, before the machine swaps."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+    need = parameters * dtype.itemsize
+    if device == "cpu":
+        room = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    else:
+        room = torch.cuda.mem_get_info(device)[0]
+    if need > 0.9 * room:
+        raise SkvError(
+            f"{parameters / 1e9:.1f} billion parameters need {need / 2**30:.0f} GiB in {str(dtype).split('.')[-1]}, "
+            f"{device} has {room / 2**30:.0f} GiB; use a smaller model, --dtype bfloat16 or a GPU"
+        )
+
+
+def _explain(source: ModelSource, what: str, error: Exception) -> str:
+    said = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+    if "trust_remote_code" in str(error):
+        return f"{source.name} needs code from its repository; add --trust-remote-code if you trust its authors"
+    return f"{what} of {source.name} cannot be read: {said}"
+
+
+def _byte_tokenizer() -> PreTrainedTokenizerBase:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {"<eos>": 0} | {symbol: i for i, symbol in enumerate(alphabet, 1)}
+    tokenizer = Tokenizer(models.BPE(vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>")
