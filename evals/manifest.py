@@ -1,0 +1,149 @@
+"""run.json: everything needed to know what a run was, and to prove that two runs are comparable."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from shadowkv.errors import SkvError
+
+SCHEMA = 1
+_PACKAGES = ("skv", "torch", "transformers", "tokenizers", "safetensors", "numpy", "pandas", "matplotlib", "triton")
+
+
+@dataclass(frozen=True)
+class Session:
+    """One command that wrote into a run folder."""
+
+    command: str
+    started: str
+    versions: dict[str, str]
+    git: dict[str, Any] | None
+    machine: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """`config` is what changes a number and must stay; what was selected of it, and by whom, may grow."""
+
+    benchmark: str
+    config: dict[str, Any]
+    methods: dict[str, dict[str, Any]]  # label -> every parameter
+    selection: dict[str, Any]
+    model: dict[str, Any]
+    sources: dict[str, Any]
+    notes: list[str]
+    sessions: list[Session] = field(default_factory=list)
+    schema: int = SCHEMA
+
+    def differences(self, older: Manifest) -> list[str]:
+        """What keeps this run from continuing `older`, one `field: old -> new` each."""
+        mine, theirs = self._fixed(), older._fixed()
+        changed = [k for k in sorted(mine.keys() | theirs.keys()) if mine.get(k) != theirs.get(k)]
+        shared = self.methods.keys() & older.methods.keys()
+        lines = [f"{k}: {theirs.get(k)} -> {mine.get(k)}" for k in changed]
+        return lines + [
+            f"parameters of {label}: {older.methods[label]} -> {self.methods[label]}"
+            for label in sorted(shared)
+            if self.methods[label] != older.methods[label]
+        ]
+
+    def _fixed(self) -> dict[str, Any]:
+        parts = {"": self.config, "model.": self.model, "sources.": self.sources}
+        flat = {prefix + key: value for prefix, part in parts.items() for key, value in part.items()}
+        return {"benchmark": self.benchmark, "schema": self.schema, **flat}
+
+    def continuing(self, older: Manifest) -> Manifest:
+        """This manifest with what `older` already held."""
+        return Manifest(
+            **{
+                **{name: getattr(self, name) for name in self.__dataclass_fields__},
+                "methods": {**older.methods, **self.methods},
+                "sessions": [*older.sessions, *self.sessions],
+            }
+        )
+
+    def write(self, path: Path) -> None:
+        """Replace the file in one step."""
+        scratch = path.with_suffix(".tmp")
+        scratch.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+        os.replace(scratch, path)
+
+    @staticmethod
+    def read(path: Path) -> Manifest:
+        """Read a run.json; raises `SkvError` if it is not one."""
+        try:
+            raw = json.loads(path.read_text(encoding="utf-8"))
+            return Manifest(**{**raw, "sessions": [Session(**session) for session in raw["sessions"]]})
+        except (ValueError, TypeError, KeyError) as error:
+            raise SkvError(f"{path} is not a run.json of this version of skv ({error})") from None
+
+
+def this_session(argv: Sequence[str], device: str) -> Session:
+    """The command being run, here and now."""
+    import torch
+
+    gpu = torch.cuda.get_device_name(device) if device.startswith("cuda") else None
+    machine = {
+        "platform": platform.platform(),
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "torch_threads": torch.get_num_threads(),
+        "gpu": gpu,
+    }
+    return Session(
+        command=" ".join(argv),
+        started=datetime.now(UTC).isoformat(timespec="seconds"),
+        versions={"python": platform.python_version(), **_versions()},
+        git=_git(Path(__file__).parent),
+        machine=machine,
+    )
+
+
+def plain(value: Any) -> Any:
+    """A JSON-ready copy: tuples become lists, mappings become dicts."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    return [plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in _PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue  # optional, such as triton on a CPU
+    return found
+
+
+def _git(folder: Path) -> dict[str, Any] | None:
+    """Commit of the checkout that this code runs from, if it is one."""
+
+    def ask(*words: str) -> str | None:
+        try:
+            done = subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True, check=False)
+        except OSError:
+            return None  # no git on this machine
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    commit = ask("rev-parse", "HEAD")
+    return None if commit is None else {"commit": commit, "dirty": bool(ask("status", "--porcelain", "-uno"))}
+
+
+def _cpu_name() -> str:
+    if sys.platform == "linux":
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

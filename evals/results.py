@@ -1,0 +1,169 @@
+"""The run folder: run.json first, then one flushed line per answer; continued by running the command again."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from filelock import FileLock, Timeout
+
+from evals.manifest import Manifest
+from shadowkv.errors import SkvError
+
+
+class Key(NamedTuple):
+    """What a record answers: one example under one method."""
+
+    benchmark: str
+    task: str
+    length: int
+    sample: str
+    method: str
+
+
+@dataclass(frozen=True)
+class Record:
+    """One answer. `score` is null unless `status` is ok: a failure is never a zero."""
+
+    benchmark: str
+    task: str
+    length: int
+    sample: str
+    method: str
+    score: float | None
+    status: str  # ok, oom or error
+    error: str | None
+    prediction: str
+    references: list[str]
+    prompt_tokens: int
+    reused_tokens: int
+    new_tokens: int
+    tokens: list[int]
+    stopped: bool
+    prefill_s: float
+    build_s: float
+    decode_s: float
+    device_bytes: int
+    host_bytes: int
+    prompt_sha256: str
+    meta: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def key(self) -> Key:
+        return Key(self.benchmark, self.task, self.length, self.sample, self.method)
+
+    @property
+    def decode_ms_per_token(self) -> float | None:
+        """Time of one decode step; the first token costs none, since it comes from the prefill."""
+        steps = self.new_tokens if self.stopped else self.new_tokens - 1
+        return 1000 * self.decode_s / steps if steps > 0 and self.status == "ok" else None
+
+
+class RunFolder:
+    """Records of one run, read from and appended to `samples.jsonl`; use `open_run` to get one."""
+
+    def __init__(self, path: Path, manifest: Manifest) -> None:
+        self.path = path
+        self.manifest = manifest
+        self.repaired_lines, self.records = _read(path / "samples.jsonl", repair=True)
+
+    def has(self, key: Key) -> bool:
+        """Whether this question is answered; a failed one may be tried again."""
+        return key in self.records and self.records[key].score is not None
+
+    def append(self, record: Record) -> None:
+        """Write one record and make sure it stays written."""
+        if self.has(record.key):
+            raise ValueError(f"{record.key} is already answered")
+        line = (json.dumps(asdict(record), ensure_ascii=False) + "\n").encode()
+        file = os.open(self.path / "samples.jsonl", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        try:
+            written = os.write(file, line)
+            if written != len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            os.fsync(file)
+        except OSError as error:
+            raise SkvError(f"cannot write to {self.path}: {error.strerror}") from error
+        finally:
+            os.close(file)
+        self.records[record.key] = record
+
+
+@contextmanager
+def open_run(path: Path, manifest: Manifest) -> Iterator[RunFolder]:
+    """Start or continue the run in `path`, alone.
+
+    Raises `SkvError` if another process is writing there, if the folder holds another configuration (naming what
+    differs), or if it cannot be written.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(path / ".lock")  # an flock: it goes when its owner does, however that ends
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise SkvError(f"another skv process is writing to {path}") from None
+    except OSError as error:
+        raise SkvError(f"cannot write to {path}: {error.strerror or error}") from error
+    try:
+        described = path / "run.json"
+        if described.is_file():
+            older = Manifest.read(described)
+            differing = manifest.differences(older)
+            if differing:
+                raise SkvError(
+                    f"{path} holds a run of another configuration; choose another --out ({'; '.join(differing)})"
+                )
+            manifest = manifest.continuing(older)
+        elif (path / "samples.jsonl").exists():
+            raise SkvError(f"{path} holds records but no run.json; choose another --out")
+        manifest.write(described)
+        yield RunFolder(path, manifest)
+    except OSError as error:
+        raise SkvError(f"cannot write to {path}: {error.strerror or error}") from error
+    finally:
+        lock.release()
+
+
+def read_run(path: Path) -> tuple[Manifest, list[Record]]:
+    """A run folder as it is, without touching it."""
+    if not (path / "run.json").is_file():
+        raise SkvError(f"{path} is not a run folder: it holds no run.json")
+    _, records = _read(path / "samples.jsonl", repair=False)
+    return Manifest.read(path / "run.json"), list(records.values())
+
+
+def _read(path: Path, *, repair: bool) -> tuple[int, dict[Key, Record]]:
+    """Records by key, after completing or cutting off a last line that a killed process left unfinished."""
+    if not path.is_file():
+        return 0, {}
+    raw = path.read_bytes()
+    whole, _, torn = raw.rpartition(b"\n")
+    whole = whole + b"\n" if whole or raw[:1] == b"\n" else whole
+    if torn and repair:
+        complete = _parse(torn) is not None
+        with path.open("r+b") as file:
+            file.seek(len(raw) if complete else len(whole))
+            file.write(b"\n" if complete else b"")
+            file.truncate()
+    records: dict[Key, Record] = {}
+    lines = whole.splitlines() + ([torn] if torn and _parse(torn) is not None else [])
+    for number, line in enumerate(lines, 1):
+        record = _parse(line)
+        if record is None:
+            raise SkvError(f"line {number} of {path} is damaged; remove it to go on without that record")
+        if record.key not in records or records[record.key].score is None:
+            records[record.key] = record
+    return int(bool(torn)), records
+
+
+def _parse(line: bytes) -> Record | None:
+    try:
+        return Record(**json.loads(line))
+    except (ValueError, TypeError):
+        return None
