@@ -111,23 +111,27 @@ def open_run(path: Path, manifest: Manifest) -> Iterator[RunFolder]:
     except OSError as error:
         raise SkvError(f"cannot write to {path}: {error.strerror or error}") from error
     try:
-        described = path / "run.json"
-        if described.is_file():
-            older = Manifest.read(described)
-            differing = manifest.differences(older)
-            if differing:
-                raise SkvError(
-                    f"{path} holds a run of another configuration; choose another --out ({'; '.join(differing)})"
-                )
-            manifest = manifest.continuing(older)
-        elif (path / "samples.jsonl").exists():
-            raise SkvError(f"{path} holds records but no run.json; choose another --out")
-        manifest.write(described)
-        yield RunFolder(path, manifest)
-    except OSError as error:
-        raise SkvError(f"cannot write to {path}: {error.strerror or error}") from error
+        yield RunFolder(path, _described(path, manifest))
     finally:
         lock.release()
+
+
+def _described(path: Path, manifest: Manifest) -> Manifest:
+    """Write run.json, or check that the one there is of this configuration and add to it."""
+    described = path / "run.json"
+    if described.is_file():
+        older = Manifest.read(described)
+        differing = "; ".join(manifest.differences(older))
+        if differing:
+            raise SkvError(f"{path} holds a run of another configuration; choose another --out ({differing})")
+        manifest = manifest.continuing(older)
+    elif (path / "samples.jsonl").exists():
+        raise SkvError(f"{path} holds records but no run.json; choose another --out")
+    try:
+        manifest.write(described)
+    except OSError as error:
+        raise SkvError(f"cannot write to {path}: {error.strerror or error}") from error
+    return manifest
 
 
 def read_run(path: Path) -> tuple[Manifest, list[Record]]:

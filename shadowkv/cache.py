@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicSlidingWindowLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
@@ -199,7 +199,7 @@ class Recording(Cache):
     """The dense cache of a prefill in progress."""
 
     def __init__(self, model: PreTrainedModel) -> None:
-        super().__init__(layers=[RecordingLayer(window) for window in sliding_windows(model)])
+        super().__init__(layers=[RecordingLayer(window) for window in sliding_windows(model.config)])
 
     @property
     def recorded(self) -> list[RecordingLayer]:
@@ -253,7 +253,7 @@ class DropInCache(MethodCache):
     """For plain `model.generate`: the first forward pass is recorded as the prompt, the second starts the method."""
 
     def __init__(self, model: PreTrainedModel, method: Method) -> None:
-        method.check(dims_of(model))
+        method.check(dims_of(model.config, model.dtype.itemsize))
         attach(model)
         Cache.__init__(self, layers=[])
         self._method, self._rope = method, Rope(model)
@@ -275,9 +275,9 @@ class DropInCache(MethodCache):
         return cast("tuple[Tensor, Tensor]", super().update(key_states, value_states, layer_idx, *args, **kwargs))
 
 
-def sliding_windows(model: PreTrainedModel) -> list[int | None]:
+def sliding_windows(config: PreTrainedConfig) -> list[int | None]:
     """The window of each layer, None for a layer that sees everything; raises `SkvError` for other layers."""
-    config = model.config.get_text_config()
+    config = config.get_text_config()
     windows = [getattr(layer, "sliding_window", None) for layer in DynamicCache(config=config).layers]
     kinds = set(getattr(config, "layer_types", None) or []) - {"full_attention", "sliding_attention"}
     if kinds:
@@ -286,16 +286,16 @@ def sliding_windows(model: PreTrainedModel) -> list[int | None]:
     return [w if w is not None and w < config.max_position_embeddings else None for w in windows]
 
 
-def dims_of(model: PreTrainedModel) -> Dims:
+def dims_of(config: PreTrainedConfig, element_bytes: int) -> Dims:
     """Geometry of the layers that a method serves."""
-    config = model.config.get_text_config()
-    served = tuple(i for i, window in enumerate(sliding_windows(model)) if window is None)
+    config = config.get_text_config()
+    served = tuple(i for i, window in enumerate(sliding_windows(config)) if window is None)
     return Dims(
         layers=len(served),
         q_heads=config.num_attention_heads,
         kv_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
-        element_bytes=model.dtype.itemsize,
+        element_bytes=element_bytes,
         served=served,
     )
 

@@ -46,7 +46,7 @@ class Engine:
         attach(model)
         self.model = model
         self.rope = Rope(model)
-        self.dims = dims_of(model)
+        self.dims = dims_of(model.config, model.dtype.itemsize)
         self.prefill_chunk_tokens = prefill_chunk_tokens or _CHUNK_TOKENS.get(model.device.type, 8192)
         self._reuse_prefix = reuse_prefix
         self._recording: Recording | None = None

@@ -137,7 +137,7 @@ def load_model(
     from transformers import AutoModelForCausalLM
 
     device = pick_device(device)
-    dtype = ("float32" if device == "cpu" else "bfloat16") if dtype == "auto" else dtype
+    dtype = pick_dtype(device, dtype)
     config = load_config(source, trust_remote_code=trust_remote_code)
     tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
     torch_dtype: torch.dtype = getattr(torch, dtype)
@@ -185,6 +185,21 @@ def pick_device(device: str) -> str:
         return str(torch.device(device))
     except RuntimeError:
         raise SkvError(f"unknown device '{device}'; use auto, cpu or cuda") from None
+
+
+def pick_dtype(device: str, dtype: str) -> str:
+    """`auto` is fp32 on a CPU, where it is fastest, and bf16 elsewhere."""
+    return ("float32" if device == "cpu" else "bfloat16") if dtype == "auto" else dtype
+
+
+def weights_bytes(config: Any, element_bytes: int) -> int:
+    """Size of a model's parameters, without making them."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+    return int(element_bytes * parameters)
 
 
 def weights_sha256(folder: Path) -> str:
@@ -263,19 +278,16 @@ def _check_weights(folder: Path) -> None:
 def _check_room(config: Any, dtype: Any, device: str) -> None:
     """Refuse random weights that cannot fit, before the machine swaps."""
     import torch
-    from transformers import AutoModelForCausalLM
 
-    with torch.device("meta"):
-        parameters = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
-    need = parameters * dtype.itemsize
+    need = weights_bytes(config, dtype.itemsize)
     if device == "cpu":
         room = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     else:
         room = torch.cuda.mem_get_info(device)[0]
     if need > 0.9 * room:
         raise SkvError(
-            f"{parameters / 1e9:.1f} billion parameters need {need / 2**30:.0f} GiB in {str(dtype).split('.')[-1]}, "
-            f"{device} has {room / 2**30:.0f} GiB; use a smaller model, --dtype bfloat16 or a GPU"
+            f"{need / dtype.itemsize / 1e9:.1f} billion parameters of {dtype.itemsize} bytes need {need / 2**30:.0f} "
+            f"GiB, {device} has {room / 2**30:.0f} GiB; use a smaller model, --dtype bfloat16 or a GPU"
         )
 
 

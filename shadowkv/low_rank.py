@@ -26,8 +26,8 @@ class Basis(NamedTuple):
         return (x.float() - self.mean.float()) @ self.vectors.float().mT
 
 
-def fit(x: Tensor, rank: int | None, energy: float | None = None) -> Basis:
-    """The best basis of `rank` directions, or of as many as hold the share `energy` of the squared norm.
+def fit(x: Tensor, rank: int, energy: float = 0.0) -> Basis:
+    """The best basis of `rank` directions or, given `energy`, of as many as hold that share of the squared norm.
 
     x [B,n,W] fp32. Products are accumulated in fp64, block by block, so that small singular values survive being
     squared. Directions beyond the rank of x are arbitrary but orthonormal.
@@ -39,9 +39,8 @@ def fit(x: Tensor, rank: int | None, energy: float | None = None) -> Basis:
         centred = block.double() - mean
         gram += centred.mT @ centred
     values, vectors = torch.linalg.eigh(gram)
-    if energy is not None:
+    if energy:
         rank = _rank_for(values.flip(-1), energy)
-    assert rank is not None
     return Basis(vectors.flip(-1)[..., :rank].mT.float().contiguous(), mean.float())
 
 

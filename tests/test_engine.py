@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
-from tiny_models import FAMILIES, VOCAB, random_prompt
+from tiny_models import FAMILIES, random_prompt
 
 from shadowkv.cache import sliding_windows
 from shadowkv.engine import Engine
@@ -161,8 +163,10 @@ def test_an_old_prefill_cannot_be_replayed(tiny):
         engine.replay(old, Full())
 
 
-def test_phi3_style_window_wider_than_the_context_counts_as_full(tiny):
-    model = tiny("mistral")
-    assert sliding_windows(model) == [None] * 3
-    assert sliding_windows(tiny("gemma3")) == [48, None, 48]
-    assert model.config.vocab_size == VOCAB
+def test_a_window_wider_than_the_context_counts_as_full(tiny):
+    """Phi-3 declares one; Gemma-3 mixes both kinds of layer."""
+    config = copy.deepcopy(tiny("mistral-sliding").config)
+    assert sliding_windows(config) == [64] * 3
+    config.sliding_window = 2 * config.max_position_embeddings
+    assert sliding_windows(config) == [None] * 3
+    assert sliding_windows(tiny("gemma3").config) == [48, None, 48]

@@ -85,7 +85,7 @@ def test_centring_absorbs_a_bias_at_no_rank():
 def test_energy_picks_the_smallest_sufficient_rank(energy):
     x, _ = spectrum(24)
     values = torch.linalg.svdvals((x - x.mean(1, keepdim=True)).double()[0]).square()
-    rank = low_rank.fit(x, None, energy).vectors.shape[1]
+    rank = low_rank.fit(x, 1, energy).vectors.shape[1]
     assert values[:rank].sum() >= energy * values.sum() * (1 - 1e-9)
     assert rank == 1 or values[: rank - 1].sum() < energy * values.sum()
 

@@ -22,7 +22,7 @@ DIMS = Dims(layers=2, q_heads=4, kv_heads=2, head_dim=16, element_bytes=2)
         ("shadowkv:energy=much", "'much' is not a number"),
         ("shadowkv:budget=4", "smaller than one chunk"),
         ("shadowkv:rank=0", "at least 1"),
-        ("shadowkv:energy=1.5", "not in (0, 1]"),
+        ("shadowkv:energy=1.5", "not in [0, 1]"),
         ("shadowkv:energy=0.9,rank=5", "either rank or energy"),
         ("quest:budget=8", "smaller than one page"),
         ("quest:reduce=median", "one of per_q_head"),

