@@ -16,6 +16,7 @@ from typer.exceptions import TyperException
 from cli import eval_niah, info, pull
 from shadowkv.errors import SkvError
 
+_INTERRUPTED = "interrupted; run the same command to continue"
 _DISK = {errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT}
 
 app = typer.Typer(
@@ -63,9 +64,10 @@ def main(argv: list[str] | None = None) -> int:
     debug = "--debug" in words
     try:
         code = app([word for word in words if word != "--debug"], prog_name="skv", standalone_mode=False)
-        return int(code or 0)
+        # The library turns Ctrl-C into this code where it gets to see it.
+        return _fail(_INTERRUPTED, 130) if code == 130 else int(code or 0)
     except (KeyboardInterrupt, typer.Abort):
-        return _fail("interrupted; run the same command to continue", 130)
+        return _fail(_INTERRUPTED, 130)
     except BrokenPipeError:
         # The reader has gone; Python would complain once more when it flushes stdout at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

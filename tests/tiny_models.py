@@ -52,10 +52,10 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def tiny_model(family: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+def tiny_model(family: str, seed: int = 0, dtype: torch.dtype = torch.float32, **more: Any) -> PreTrainedModel:
     """A random model of `family` in eval mode."""
     model_type, changes = FAMILIES[family]
-    config = AutoConfig.for_model(model_type, **{**_SHAPE, **changes})
+    config = AutoConfig.for_model(model_type, **{**_SHAPE, **changes, **more})
     torch.manual_seed(seed)
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
     with torch.no_grad():

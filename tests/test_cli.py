@@ -1,0 +1,220 @@
+"""The command line as a user meets it: one line per mistake, honest exit codes, clean stdout."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+
+from cli.main import main
+from evals.results import read_run
+from shadowkv.presets import presets
+from shadowkv.registry import methods
+
+SMALL = ["--lengths", "512,768", "--depths", "3", "--haystack", "synthetic", "--max-new-tokens", "6"]
+METHODS = ["-m", "full", "-m", "shadowkv:rank=8,budget=64", "-m", "quest:budget=64"]
+
+
+@pytest.fixture
+def niah(tiny_folder, tmp_path):
+    """Arguments of a run of seconds."""
+    return ["eval", "niah", "--model", str(tiny_folder), *METHODS, *SMALL, "--out", str(tmp_path / "run")]
+
+
+def mistake(capsys, *argv):
+    """The one line that a user gets for it."""
+    assert main(list(argv)) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.startswith("skv: ")
+    assert said.err.count("\n") == 1
+    return said.err
+
+
+def test_help_is_fast_and_light():
+    code = (
+        "import sys, time; t = time.perf_counter()\n"
+        "from cli.main import main\n"
+        "main(['--help']); main(['eval', 'niah', '--help'])\n"
+        "heavy = {'torch', 'transformers', 'pandas', 'matplotlib', 'numpy'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+@pytest.mark.parametrize("command", [["eval", "niah"], ["models"], ["methods"], ["pull"]])
+def test_every_command_shows_examples(capsys, command):
+    assert main([*command, "--help"]) == 0
+    assert "Examples:" in capsys.readouterr().out
+
+
+def test_version_tells_where_the_packages_are(capsys):
+    assert main(["--version"]) == 0
+    said = capsys.readouterr().out
+    assert all(f"{name}: " in said for name in ("cli", "evals", "shadowkv"))
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["--model", "llama31-8b"], "did you mean 'llama3.1-8b'"),
+        (["--model", "no/such/model/here"], "unknown model"),
+        (["--model", "nothing.gguf"], "no such file"),
+        (["--model", "TINY", "-m", "shadwkv"], "did you mean 'shadowkv'"),
+        (["--model", "TINY", "-m", "quest:bugdet=4"], "did you mean 'budget'"),
+        (["--model", "TINY", "-m", "shadowkv:rank=4000"], "exceeds the width of this model's keys, 32"),
+        (["--model", "TINY", "-m", "shadowkv:budget=1"], "smaller than one chunk"),
+        (["--model", "TINY", "--lengths", "8k"], "beyond this model's context of 4096"),
+        (["--model", "TINY", "--lengths", "many"], "is not a length"),
+        (["--model", "TINY", "--depths", "1,200"], "outside 0 to 100"),
+        (["--model", "TINY", "--protocol", "magic"], "did you mean 'magic-number'"),
+        (["--model", "TINY", "--rounds", "0"], "at least 1"),
+        (["--model", "TINY", "--haystack", "nowhere.txt"], "cannot be read"),
+        (["--model", "TINY", "--device", "cuda", "--haystack", "synthetic"], "no CUDA device"),
+        (["--model", "TINY", "--device", "gpu9"], "unknown device"),
+        (["--model", "TINY", "--dtype", "float3"], "unknown dtype"),
+        (["--model", "TINY", "--prefill-chunk", "0"], "at least 1"),
+        (["--model", "TINY", "--frobnicate"], "No such option"),
+        ([], "Missing option '--model'"),
+    ],
+)
+def test_mistakes_are_one_line(capsys, tiny_folder, monkeypatch, argv, says):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    if "cuda" in argv:
+        torch = pytest.importorskip("torch")
+        if torch.cuda.is_available():
+            pytest.skip("this machine has a GPU")
+    assert says in mistake(capsys, "eval", "niah", *[str(tiny_folder) if a == "TINY" else a for a in argv])
+
+
+def test_unknown_commands_and_packs_are_one_line(capsys):
+    assert "No such command" in mistake(capsys, "evla")
+    assert "did you mean 'essays'" in mistake(capsys, "pull", "esays")
+
+
+def test_debug_shows_the_traceback_wherever_it_stands():
+    from shadowkv.errors import SkvError
+
+    for argv in (["--debug", "pull", "esays"], ["pull", "esays", "--debug"]):
+        with pytest.raises(SkvError):
+            main(argv)
+
+
+def test_a_run_writes_everything_and_prints_a_table(capsys, niah, tmp_path):
+    assert main(niah) == 0
+    said = capsys.readouterr()
+    assert "shadowkv:budget=64,rank=8" in said.out
+    assert "not comparable with published scores" in said.out
+    run = tmp_path / "run"
+    assert {p.name for p in run.iterdir()} >= {"run.json", "samples.jsonl", "summary.csv", "summary.md", "plots"}
+    assert (run / "plots" / "heatmap.png").stat().st_size > 1000
+    assert "not comparable with published scores" in (run / "summary.md").read_text()
+    assert "not comparable with published scores" in (run / "summary.csv").read_text()
+    manifest, records = read_run(run)
+    assert len(records) == 2 * 3 * 3
+    assert all(r.status == "ok" and r.score in (0.0, 1.0) for r in records)
+    assert manifest.sessions[0].versions["torch"]
+    assert manifest.sources["haystack"]["sha256"]
+    assert any(r.reused_tokens for r in records)
+
+
+def test_running_again_adds_nothing_and_says_the_same(capsys, niah, tmp_path):
+    assert main([*niah, "--json"]) == 0
+    first = json.loads(capsys.readouterr().out)
+    before = (tmp_path / "run" / "samples.jsonl").read_bytes()
+    assert main([*niah, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == first
+    assert (tmp_path / "run" / "samples.jsonl").read_bytes() == before
+
+
+def test_json_is_all_there_is_on_stdout(niah):
+    done = subprocess.run(
+        [sys.executable, "-m", "cli.main", *niah, "--json"], capture_output=True, text=True, check=True
+    )
+    summary = json.loads(done.stdout)
+    assert {row["method"] for row in summary["rows"]} == {"full", "shadowkv:budget=64,rank=8", "quest:budget=64"}
+    assert done.stderr == ""
+
+
+def test_quiet_is_quiet(capsys, niah):
+    assert main([*niah, "--quiet"]) == 0
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("extra", [[], ["--json"]])
+def test_dry_run_tells_and_touches_nothing(capsys, niah, tmp_path, extra):
+    assert main([*niah, "--dry-run", *extra]) == 0
+    said = capsys.readouterr().out
+    assert "depth=50,round=0" in said
+    assert not (tmp_path / "run").exists()
+    if extra:
+        plan = json.loads(said)
+        assert plan["answers"] == 18
+        assert plan["methods"]["full"]["device_bytes"] > plan["methods"]["shadowkv:budget=64,rank=8"]["device_bytes"]
+
+
+def test_predictions_are_the_same_without_prefix_reuse(niah, tmp_path, capsys):
+    assert main([*niah, "-q"]) == 0
+    other = [*niah[:-1], str(tmp_path / "fresh"), "--no-prefix-reuse", "-q"]
+    assert main(other) == 0
+    kept, fresh = ({r.key: (r.tokens, r.score) for r in read_run(tmp_path / name)[1]} for name in ("run", "fresh"))
+    assert kept == fresh
+
+
+def test_dummy_weights_are_said_in_every_table(capsys, niah, tmp_path):
+    assert main([*niah, "--dummy"]) == 0
+    assert "dummy weights" in capsys.readouterr().out
+    assert "dummy weights" in (tmp_path / "run" / "summary.md").read_text()
+    assert "dummy weights" in (tmp_path / "run" / "summary.csv").read_text()
+
+
+def test_a_folder_of_another_seed_is_refused(capsys, niah):
+    assert main([*niah, "-q"]) == 0
+    assert "seed: 0 -> 5" in mistake(capsys, *niah, "--seed", "5")
+
+
+def test_unscored_answers_exit_with_one(capsys, niah, monkeypatch):
+    from shadowkv.methods.quest import Quest
+
+    def broken(self, rope):
+        raise RuntimeError("out of luck")
+
+    monkeypatch.setattr(Quest, "new_state", broken)
+    assert main(niah) == 1
+    assert "unscored: quest:budget=64 @ 512 depth=0,round=0: out of luck" in capsys.readouterr().err
+    monkeypatch.undo()
+    assert main([*niah, "-q"]) == 0  # what failed is tried again, the rest is kept
+
+
+def test_model_output_cannot_speak_to_the_terminal():
+    from cli.render import safe
+
+    assert safe("a\x1b[31mred\r\n[bold]b[/bold]\u202ex") == "a [31mred \\[bold]b\\[/bold] x"
+
+
+def test_an_interrupted_run_continues(niah, tmp_path):
+    samples = tmp_path / "run" / "samples.jsonl"
+    process = subprocess.Popen([sys.executable, "-m", "cli.main", *niah, "-q"], stderr=subprocess.PIPE)
+    while process.poll() is None and not (samples.exists() and samples.stat().st_size > 2000):
+        time.sleep(0.01)
+    process.send_signal(2)
+    _, said = process.communicate(timeout=60)
+    if process.returncode == 130:
+        assert said.decode().strip() == "skv: interrupted; run the same command to continue"
+    else:
+        assert process.returncode == 0  # it was done before the signal came
+    assert main([*niah, "-q"]) == 0
+    assert len(read_run(tmp_path / "run")[1]) == 18
+
+
+def test_lists_are_json_for_scripts(capsys):
+    assert main(["methods", "--json"]) == 0
+    assert [m["name"] for m in json.loads(capsys.readouterr().out)] == list(methods())
+    assert main(["models", "--json"]) == 0
+    assert [m["name"] for m in json.loads(capsys.readouterr().out)] == list(presets())
+    assert main(["methods"]) == 0
+    assert main(["models"]) == 0
+    assert main(["pull"]) == 0
