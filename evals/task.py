@@ -36,6 +36,14 @@ class Task(ABC):
         """How right a prediction is, from 0 to 1."""
 
     @abstractmethod
+    def config(self) -> dict[str, Any]:
+        """Settings that change a number: a run folder holds one value of each."""
+
+    @abstractmethod
+    def selection(self) -> dict[str, Any]:
+        """Settings that only choose which numbers are made: a run folder may grow by them."""
+
+    @abstractmethod
     def sources(self) -> dict[str, Any]:
         """What the prompts were made from, with versions and checksums, for run.json."""
 

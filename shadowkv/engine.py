@@ -13,9 +13,12 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from shadowkv.cache import OBSERVED_QUERIES, MethodCache, Recording, attach, dims_of
+from shadowkv.attention import attach
+from shadowkv.cache import MethodCache
 from shadowkv.errors import SkvError
+from shadowkv.geometry import dims_of
 from shadowkv.method import Method
+from shadowkv.recording import OBSERVED_QUERIES, Recording
 from shadowkv.rope import Rope
 
 # Small chunks waste less of a shared prefix; large ones keep a GPU busy.
@@ -34,7 +37,7 @@ class Prefill:
 
 
 class Engine:
-    """Runs a transformers model through the caches of `shadowkv.cache`.
+    """Runs a transformers model through the caches of `shadowkv.recording` and `shadowkv.cache`.
 
     prefill_chunk_tokens: grid of the prefill (default 256 on a CPU, 8192 on a GPU).
     reuse_prefix: keep what consecutive prompts share.

@@ -8,8 +8,9 @@ import pytest
 from tiny_models import tiny_model
 from transformers import PreTrainedModel
 
-from shadowkv.loading import ModelSource, load_tokenizer
+from shadowkv.loading import load_tokenizer
 from shadowkv.presets import find_preset
+from shadowkv.resolving import ModelSource
 
 
 @pytest.fixture(scope="session")

@@ -8,9 +8,9 @@ import pytest
 import torch
 from tiny_models import FAMILIES, random_prompt
 
-from shadowkv.cache import sliding_windows
 from shadowkv.engine import Engine
 from shadowkv.errors import SkvError
+from shadowkv.geometry import sliding_windows
 from shadowkv.methods.full import Full
 from shadowkv.methods.shadowkv import ShadowKV
 from shadowkv.registry import methods

@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from shadowkv.errors import SkvError
-from shadowkv.loading import load_config, load_model, load_tokenizer, resolve, weights_bytes, weights_sha256
+from shadowkv.loading import load_config, load_model, load_tokenizer, weights_bytes, weights_sha256
 from shadowkv.packs import pack_path
 from shadowkv.presets import presets
+from shadowkv.resolving import resolve
 
 
 @pytest.fixture
@@ -36,13 +37,31 @@ def test_a_folder_loads_without_network(tiny_folder, no_network):
     assert loaded.stop_ids
 
 
-def test_pulled_presets_load_without_network_and_within_two_seconds(no_network):
+def test_pulled_presets_load_without_network(no_network):
     if pack_path("smollm2-135m") is None:
         pytest.skip("smollm2-135m is not pulled")
     loaded = load_model(resolve("smollm2-135m"), device="cpu")
     assert loaded.context_tokens == 8192
     assert loaded.tokenizer.chat_template
     assert loaded.tokenizer.convert_ids_to_tokens(sorted(loaded.stop_ids)) == ["<|im_end|>"]
+
+
+def test_what_the_hub_cache_holds_loads_without_network(tiny_folder, tmp_path, monkeypatch, no_network):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    entry = tmp_path / "models--meta-llama--Llama-3.1-8B-Instruct"
+    (entry / "refs").mkdir(parents=True)
+    (entry / "refs" / "main").write_text("c0ffee")
+    shutil.copytree(tiny_folder, entry / "snapshots" / "c0ffee")
+    for name in ("meta-llama/Llama-3.1-8B-Instruct", "llama3.1-8b"):
+        source = resolve(name)
+        assert source.folder == entry / "snapshots" / "c0ffee"
+        assert load_model(source, device="cpu").model.config.num_hidden_layers == 3
+    (entry / "snapshots" / "c0ffee" / "model.safetensors").unlink()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(SkvError, match="not on this machine"):
+        resolve("llama3.1-8b")  # a cache entry without weights is no model
 
 
 @pytest.mark.parametrize("name", ["llama3.1-8b", "org/model"])
@@ -144,7 +163,7 @@ def test_every_preset_describes_a_model_that_can_be_built(name, monkeypatch, tmp
     """From the preset alone: the config that a dummy run uses, its tokenizer, and a plausible size."""
     from huggingface_hub import constants
 
-    from shadowkv.cache import dims_of
+    from shadowkv.geometry import dims_of
 
     monkeypatch.setenv("SKV_HOME", str(tmp_path))
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))

@@ -9,9 +9,10 @@ from evals.niah.protocols import PROTOCOLS
 from evals.niah.task import Niah, parse_depths, parse_lengths
 from evals.sources import haystack
 from shadowkv.errors import SkvError
-from shadowkv.loading import ModelSource, load_tokenizer, resolve
+from shadowkv.loading import load_tokenizer
 from shadowkv.packs import pack_path
 from shadowkv.presets import find_preset
+from shadowkv.resolving import ModelSource, resolve
 
 BYTES = ModelSource("bytes", None, find_preset("llama3.1-8b"), "dummy")
 TOKENIZERS = ["bytes", "smollm2-135m", "gemma3-270m"]

@@ -7,10 +7,11 @@ import torch
 
 from evals.niah.task import Niah
 from shadowkv.engine import Engine
-from shadowkv.loading import load_model, resolve
+from shadowkv.loading import load_model
 from shadowkv.methods.full import Full
 from shadowkv.packs import pack_path
 from shadowkv.registry import methods
+from shadowkv.resolving import resolve
 
 pytestmark = pytest.mark.skipif(pack_path("smollm2-135m") is None, reason="smollm2-135m is not pulled")
 

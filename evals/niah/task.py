@@ -73,6 +73,12 @@ class Niah(Task):
         protocol = find_protocol(self.protocol)
         return max(protocol.score(prediction, reference) for reference in references)
 
+    def config(self) -> dict[str, Any]:
+        return {"protocol": self.protocol, "seed": self.seed, "max_new_tokens": self.max_new_tokens}
+
+    def selection(self) -> dict[str, Any]:
+        return {"lengths": self.lengths, "depths": self.depths, "rounds": self.rounds, "samples": self.samples}
+
     def sources(self) -> dict[str, Any]:
         source, protocol = self._haystack, find_protocol(self.protocol)
         return {

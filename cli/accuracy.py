@@ -1,0 +1,210 @@
+"""What every accuracy benchmark of the command line shares: settings, checks before anything heavy, run, report."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from evals.manifest import Manifest
+    from evals.results import Record
+    from evals.task import Example, Task
+    from shadowkv.loading import LoadedModel
+    from shadowkv.method import Dims, Method
+    from shadowkv.resolving import ModelSource
+
+    # The model's context in tokens -> the task, or an error about a length beyond it.
+    MakeTask = Callable[[int], Task]
+
+_DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Options that do not depend on the benchmark."""
+
+    model: str
+    methods: tuple[str, ...]
+    out: Path | None
+    device: str
+    dtype: str
+    dummy: bool
+    trust_remote_code: bool
+    prefill_chunk_tokens: int | None
+    reuse_prefix: bool
+    as_json: bool
+    quiet: bool
+
+
+class _Prepared:
+    """Everything that can be known, and refused, before weights are loaded."""
+
+    def __init__(self, make_task: MakeTask, settings: Settings) -> None:
+        import torch
+
+        from cli.render import quieten_libraries
+        from shadowkv.geometry import dims_of
+        from shadowkv.loading import context_tokens, load_config, pick_device, pick_dtype
+        from shadowkv.registry import parse_method
+        from shadowkv.resolving import resolve
+
+        quieten_libraries()
+        chosen = [parse_method(spec) for spec in settings.methods]
+        _check_numbers(settings)
+        self.settings = settings
+        self.source: ModelSource = resolve(settings.model, dummy=settings.dummy)
+        self.config = load_config(self.source, trust_remote_code=settings.trust_remote_code)
+        self.task = make_task(context_tokens(self.source, self.config))
+        self.device = pick_device(settings.device)
+        self.dtype = pick_dtype(self.device, settings.dtype)
+        self.dims: Dims = dims_of(self.config, getattr(torch, self.dtype).itemsize)
+        self.methods: list[Method] = list(dict.fromkeys(chosen or _default_methods(self.source, self.dims)))
+        for method in self.methods:
+            method.check(self.dims)
+
+    @cached_property
+    def examples(self) -> Sequence[Example]:
+        from shadowkv.loading import load_tokenizer
+
+        return self.task.examples(load_tokenizer(self.source, trust_remote_code=self.settings.trust_remote_code))
+
+
+def run(make_task: MakeTask, settings: Settings) -> int:
+    """Run or continue a benchmark and show its results; returns the exit code."""
+    from cli.render import print_summary, progress
+    from evals.report import title, write_reports
+    from evals.results import open_run
+    from evals.runner import run_accuracy
+    from shadowkv.engine import Engine
+    from shadowkv.loading import load_model
+
+    ready = _Prepared(make_task, settings)
+    examples, methods = ready.examples, ready.methods
+    loaded = load_model(
+        ready.source,
+        device=ready.device,
+        dtype=ready.dtype,
+        dummy=settings.dummy,
+        trust_remote_code=settings.trust_remote_code,
+    )
+    engine = Engine(
+        loaded.model, prefill_chunk_tokens=settings.prefill_chunk_tokens, reuse_prefix=settings.reuse_prefix
+    )
+    manifest = _manifest(ready.task, engine.prefill_chunk_tokens, loaded, methods)
+    path = settings.out or Path("results") / _folder_name(manifest)
+    with open_run(path, manifest) as folder:
+        if folder.repaired_lines and not settings.quiet:
+            print(f"skv: repaired an unfinished last line of {path / 'samples.jsonl'}", file=sys.stderr)
+        with progress(shown=not (settings.quiet or settings.as_json)) as on_step:
+            run_accuracy(engine, loaded, ready.task, examples, methods, folder, on_step)
+        rows = write_reports(path)
+        unscored = _unscored(list(folder.records.values()), examples, methods)
+    if settings.as_json:
+        summary = {"folder": str(path), "benchmark": manifest.benchmark, "model": manifest.model}
+        rest = {"notes": manifest.notes, "rows": [asdict(row) for row in rows], "unscored": len(unscored)}
+        print(json.dumps({**summary, **rest}, indent=1))
+    elif not settings.quiet:
+        print_summary(title(manifest), rows, manifest.notes)
+        print(f"{path}: run.json samples.jsonl summary.csv summary.md plots/heatmap.png")
+    for record in unscored if not settings.quiet else []:
+        print(f"skv: unscored: {record.method} @ {record.length} {record.sample}: {record.error}", file=sys.stderr)
+    return 1 if unscored else 0
+
+
+def plan(make_task: MakeTask, settings: Settings) -> int:
+    """Show what a run would do: prompts and their token counts, memory per method."""
+    from cli.render import print_table
+    from shadowkv.loading import weights_bytes
+
+    ready = _Prepared(make_task, settings)
+    prompts = [
+        {"length": e.length_tokens, "sample": e.sample, "prompt_tokens": len(e.input_ids)} for e in ready.examples
+    ]
+    longest = max(len(e.input_ids) for e in ready.examples)
+    per_token = {method.label: method.bytes_per_token(ready.dims) for method in ready.methods}
+    memory = {
+        label: {"device_bytes": held.device * longest, "host_bytes": held.host * longest}
+        for label, held in per_token.items()
+    }
+    weights, prefill = weights_bytes(ready.config, ready.dims.element_bytes), ready.dims.full_bytes_per_token * longest
+    if settings.as_json:
+        told = {"model": ready.source.name, "source": ready.source.described, "examples": prompts, "methods": memory}
+        costs = {"weights_bytes": weights, "prefill_kv_bytes": prefill, "answers": len(prompts) * len(memory)}
+        print(json.dumps({**told, **costs}, indent=1))
+        return 0
+    print_table(
+        f"{ready.source.name} ({ready.source.described}): {len(prompts)} prompts x {len(memory)} methods",
+        ["length", "sample", "prompt tokens"],
+        [[str(value) for value in prompt.values()] for prompt in prompts],
+    )
+    print_table(
+        f"planned KV memory at {longest} tokens",
+        ["method", "device MiB", "host MiB"],
+        [[label, *(f"{held / 2**20:.1f}" for held in both.values())] for label, both in memory.items()],
+        f"Weights {weights / 2**30:.2f} GiB, dense prefill {prefill / 2**30:.2f} GiB. Nothing was run.",
+    )
+    return 0
+
+
+def _check_numbers(settings: Settings) -> None:
+    from shadowkv.errors import SkvError
+    from shadowkv.names import did_you_mean
+
+    dtype, chunk = settings.dtype, settings.prefill_chunk_tokens
+    if dtype not in _DTYPES:
+        raise SkvError(f"unknown dtype '{dtype}'{did_you_mean(dtype, _DTYPES)}; one of {', '.join(_DTYPES)}")
+    if chunk is not None and chunk < 1:
+        raise SkvError(f"--prefill-chunk must be at least 1, got {chunk}")
+
+
+def _default_methods(source: ModelSource, dims: Dims) -> list[Method]:
+    """Full attention, and the two others at the settings suggested for the model."""
+    from shadowkv.registry import parse_method
+
+    rank = source.preset.rank if source.preset else min(160, dims.width)
+    budget = source.preset.budget if source.preset else 2048
+    return [parse_method(s) for s in ("full", f"shadowkv:rank={rank},budget={budget}", f"quest:budget={budget}")]
+
+
+def _manifest(task: Task, prefill_chunk_tokens: int, loaded: LoadedModel, methods: list[Method]) -> Manifest:
+    from evals.manifest import Manifest, plain, this_session
+
+    dummy_note = ["dummy weights: scores mean nothing, only times and bytes do"] if loaded.dummy else []
+    return Manifest(
+        benchmark=task.benchmark,
+        config=plain({**task.config(), "prefill_chunk_tokens": prefill_chunk_tokens}),
+        methods={method.label: plain(method.params()) for method in methods},
+        selection=plain(task.selection()),
+        model={
+            "name": loaded.name,
+            "source": loaded.source,
+            "weights_sha256": loaded.weights_sha256,
+            "dummy": loaded.dummy,
+            "dtype": loaded.dtype,
+            "device": loaded.device,
+        },
+        sources=task.sources(),
+        notes=dummy_note + task.notes(),
+        sessions=[this_session(["skv", *sys.argv[1:]], loaded.device)],
+    )
+
+
+def _folder_name(manifest: Manifest) -> str:
+    """The same configuration always goes to the same folder."""
+    fixed = json.dumps([manifest.config, manifest.model, manifest.sources], sort_keys=True)
+    name = manifest.model["name"].replace("/", "--")
+    return f"{manifest.benchmark}-{name}-{hashlib.sha256(fixed.encode()).hexdigest()[:8]}"
+
+
+def _unscored(records: list[Record], examples: Sequence[Example], methods: list[Method]) -> list[Record]:
+    """Failed records of what this command asked for."""
+    asked = {(e.task, e.length_tokens, e.sample) for e in examples}
+    labels = {method.label for method in methods}
+    wanted = [r for r in records if (r.task, r.length, r.sample) in asked and r.method in labels]
+    return [r for r in wanted if r.score is None]

@@ -1,0 +1,124 @@
+"""The dense cache of a prefill: attention is exact, and all keys, values and the last queries are kept."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from shadowkv.attention import dense_attention, with_handle
+from shadowkv.geometry import sliding_windows
+from shadowkv.method import LayerKV
+
+OBSERVED_QUERIES = 64  # last queries kept for methods that look at them; also the least a prefill computes anew
+
+
+class RecordingLayer(CacheLayerMixin):
+    """Dense attention during prefill; keeps all keys and values and the last queries."""
+
+    def __init__(self, window: int | None) -> None:
+        super().__init__()
+        self.window = window
+        self.is_sliding = window is not None
+        self.sliding_window = window  # read by transformers where is_sliding is set
+        self.tokens = 0
+        self.scaling = 1.0
+        self.padding: list[int] | None = None  # left padding per row, where a mask told
+        self._q_tail: Tensor | None = None
+        self._keys: Tensor | None = None
+        self._values: Tensor | None = None
+        self._reserved_tokens = 0
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.is_initialized = True
+
+    def reserve(self, tokens: int) -> None:
+        """Make room for prompts of up to `tokens`; without it the buffers grow by copying."""
+        self._reserved_tokens = tokens
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        start, end = self.tokens, self.tokens + key_states.shape[2]
+        self._keys = keys = self._with_room(self._keys, key_states, end)
+        self._values = values = self._with_room(self._values, value_states, end)
+        keys[:, :, start:end] = key_states
+        values[:, :, start:end] = value_states
+        self.tokens = end
+        visible = slice(self._hidden_tokens(start), end)
+        return with_handle(keys[:, :, visible], self), values[:, :, visible]
+
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
+        self.scaling = scaling
+        if mask is not None and self.window is None and self.padding is None:
+            # The last query sees everything but padding, so its first visible column tells how much there is.
+            self.padding = mask[:, 0, -1].int().argmax(dim=-1).expand(q.shape[0]).tolist()
+        recent = q if self._q_tail is None else torch.cat((self._q_tail, q), dim=2)
+        self._q_tail = recent[:, :, -OBSERVED_QUERIES:].clone()
+        return dense_attention(q, k, v, mask, scaling)
+
+    def layer_kv(self, row: int | None, skip_tokens: int) -> LayerKV:
+        """What was recorded, as views; of one row without its `skip_tokens` of left padding, or of all rows."""
+        assert self._q_tail is not None
+        assert self._keys is not None
+        assert self._values is not None
+        rows = slice(None) if row is None else slice(row, row + 1)
+        keys, values = (x[rows, :, skip_tokens : self.tokens] for x in (self._keys, self._values))
+        return LayerKV(keys, values, self._q_tail[rows, :, -keys.shape[2] :], self.scaling)
+
+    def rewind(self, tokens: int) -> None:
+        """Forget everything after the first `tokens`; the buffers stay and are written over."""
+        self.tokens = tokens
+        self._q_tail = None
+
+    def get_seq_length(self) -> int:
+        return self.tokens
+
+    def get_mask_sizes(self, query_length: int | Tensor) -> tuple[int, int]:
+        hidden = self._hidden_tokens(self.tokens)
+        return self.tokens + count_queries(query_length) - hidden, hidden
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def get_max_cache_shape(self) -> int:
+        return -1
+
+    def _hidden_tokens(self, start: int) -> int:
+        """Tokens that no query from position `start` on can see."""
+        return 0 if self.window is None else max(start - self.window + 1, 0)
+
+    def _with_room(self, held: Tensor | None, new: Tensor, tokens: int) -> Tensor:
+        """`held`, or a larger copy of it, with space for `tokens` tokens shaped like `new`."""
+        if held is not None and tokens <= held.shape[2]:
+            return held
+        grown = new.new_empty((*new.shape[:2], max(tokens, self._reserved_tokens), new.shape[3]))
+        if held is not None:
+            grown[:, :, : self.tokens] = held[:, :, : self.tokens]
+        return grown
+
+
+class Recording(Cache):
+    """The dense cache of a prefill in progress."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__(layers=[RecordingLayer(window) for window in sliding_windows(model.config)])
+
+    @property
+    def recorded(self) -> list[RecordingLayer]:
+        return cast("list[RecordingLayer]", self.layers)
+
+    @property
+    def padding(self) -> list[int] | None:
+        """Left padding per row, or None if no row has any."""
+        told = next((layer.padding for layer in self.recorded if layer.padding), None)
+        return told if told and any(told) else None
+
+
+def count_queries(query: int | Tensor) -> int:
+    """transformers 5.2 hands over cache positions where later versions hand over their number."""
+    return query if isinstance(query, int) else int(query.shape[0])

@@ -1,0 +1,100 @@
+"""`--model`: a preset, a local folder, a Hub id or a .gguf file -> where its files are.
+
+What is on this machine is used without any network attempt. A Hub id that is not cached is downloaded, unless
+HF_HUB_OFFLINE is set or the Hub cannot be reached, which is found out in seconds and said in one line.
+"""
+
+from __future__ import annotations
+
+import os
+import urllib.error
+import urllib.request
+from dataclasses import dataclass
+from pathlib import Path
+
+from shadowkv.errors import SkvError
+from shadowkv.names import did_you_mean
+from shadowkv.packs import converted, pack_path
+from shadowkv.presets import Preset, presets
+
+_WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json")
+_REACH_SECONDS = 3.0
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where a model's files are: a folder, or none for a dummy whose architecture comes from its preset."""
+
+    name: str
+    folder: Path | None
+    preset: Preset | None
+    described: str
+
+
+def resolve(name: str, *, dummy: bool = False) -> ModelSource:
+    """What `--model name` means here and now; raises `SkvError` if its files cannot be had."""
+    preset = presets().get(name)
+    path = Path(name).expanduser()
+    if preset is None and path.suffix == ".gguf":
+        if not path.is_file():
+            raise SkvError(f"{name}: no such file")
+        return ModelSource(path.stem, converted(path), None, f"GGUF file {path.name}")
+    if preset is None and path.is_dir():
+        if not (path / "config.json").is_file():
+            raise SkvError(f"{name} is not a model folder: it holds no config.json")
+        return ModelSource(path.resolve().name, path, None, f"folder {path.name}")
+    if preset is None and ("/" not in name or name.count("/") > 1 or name.startswith((".", "/", "~"))):
+        raise SkvError(
+            f"unknown model '{name}'{did_you_mean(name, presets())}; give a preset ({', '.join(presets())}), "
+            "a folder, a Hub id or a .gguf file"
+        )
+    if preset is not None and preset.pack is not None and (folder := pack_path(preset.pack)) is not None:
+        return ModelSource(name, folder, preset, f"pack {preset.pack}")
+    hub_id = preset.hub_id if preset is not None else name
+    cached = _cached(hub_id)
+    if cached is not None:
+        return ModelSource(name, cached, preset, f"Hub {hub_id}@{cached.name[:12]}")
+    if dummy and preset is not None:
+        return ModelSource(name, None, preset, f"architecture of {hub_id}")
+    return ModelSource(name, _downloaded(hub_id, preset), preset, f"Hub {hub_id}")
+
+
+def _cached(hub_id: str) -> Path | None:
+    """The snapshot of a model in the local Hub cache, if its weights are there."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        folder = Path(snapshot_download(hub_id, local_files_only=True))
+    except (LocalEntryNotFoundError, ValueError):
+        return None
+    return folder if any(any(folder.glob(pattern)) for pattern in _WEIGHT_FILES) else None
+
+
+def _downloaded(hub_id: str, preset: Preset | None) -> Path:
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    pull = f"skv pull {preset.pack}" if preset is not None and preset.pack else None
+    help_line = f"run '{pull}' or give --model PATH" if pull else "give --model PATH of a local folder"
+    offline = constants.HF_HUB_OFFLINE or os.environ.get("TRANSFORMERS_OFFLINE", "").upper() in {"1", "TRUE", "YES"}
+    if offline:
+        raise SkvError(f"{hub_id} is not on this machine and HF_HUB_OFFLINE is set; {help_line}")
+    if not _reachable(constants.ENDPOINT):
+        raise SkvError(f"{hub_id} is not on this machine and the Hub cannot be reached; {help_line}")
+    try:
+        wanted = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py"]
+        return Path(snapshot_download(hub_id, allow_patterns=wanted))
+    except (HfHubHTTPError, ValueError, OSError) as error:
+        raise SkvError(f"{hub_id} cannot be downloaded: {str(error).splitlines()[0][:200]}; {help_line}") from error
+
+
+def _reachable(endpoint: str) -> bool:
+    """One quick look: the Hub client would retry for a long time before it gave up."""
+    try:
+        urllib.request.urlopen(urllib.request.Request(endpoint, method="HEAD"), timeout=_REACH_SECONDS).close()
+    except urllib.error.HTTPError:
+        return True  # an answer, if an unkind one
+    except OSError:
+        return False
+    return True
