@@ -107,6 +107,8 @@ def test_a_failed_answer_is_tried_again_and_never_hides_a_scored_one(tmp_path):
         run.append(failed)
         assert not run.has(failed.key)
         run.append(record(0))
+    path = tmp_path / "samples.jsonl"
+    path.write_bytes(path.read_bytes() + json.dumps(asdict(failed)).encode() + b"\n")
     with open_run(tmp_path, manifest()) as run:
         assert run.records[failed.key].score == 1.0
 
