@@ -53,7 +53,7 @@ def _essays() -> Haystack:
 
 def _from_file(path: Path) -> Haystack:
     try:
-        raw = path.read_text(encoding="utf-8")
+        raw = path.read_text(encoding="utf-8-sig")  # some editors begin UTF-8 files with a mark
     except UnicodeDecodeError:
         raise SkvError(f"haystack {path} is not UTF-8 text") from None
     except OSError as error:
@@ -61,11 +61,12 @@ def _from_file(path: Path) -> Haystack:
         raise SkvError(f"haystack {path} cannot be read: {error.strerror}{hint}") from None
     try:
         if path.suffix == ".jsonl":
-            raw = "\n\n".join(json.loads(line)["text"] for line in raw.splitlines() if line.strip())
+            raw = "\n\n".join(json.loads(line)["text"] for line in raw.split("\n") if line.strip())
         elif path.suffix == ".json":
             loaded = json.loads(raw)
             rows = loaded if isinstance(loaded, list) else [loaded]
             raw = "\n\n".join(row["text"] if isinstance(row, dict) else row for row in rows)
+        raw.encode()  # JSON can spell half a character, which no tokenizer takes
     except (ValueError, KeyError, TypeError):
         raise SkvError(f"haystack {path} is not JSON with a 'text' field in every row") from None
     return _made(path.name, "file", raw, comparable=False)

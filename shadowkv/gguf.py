@@ -7,7 +7,7 @@ from pathlib import Path
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from shadowkv.errors import SkvError
+from shadowkv.errors import SkvError, one_line
 
 _MAGIC = b"GGUF"
 
@@ -23,8 +23,13 @@ def convert(gguf: Path, folder: Path) -> None:
     dense = {} if config_class is None else {"quantization_config": config_class(dequantize=True)}
     try:
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, **options)
-        model = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype="float32", **options, **dense)
-    except (ValueError, KeyError, IndexError, EOFError, RuntimeError, NotImplementedError) as error:
-        raise SkvError(f"{gguf} cannot be read as a GGUF model: {str(error).splitlines()[0][:200]}") from error
+        model, report = AutoModelForCausalLM.from_pretrained(
+            gguf.parent, dtype="float32", output_loading_info=True, **options, **dense
+        )
+    except Exception as error:  # there is no end to what a damaged file makes its readers raise
+        raise SkvError(f"{gguf} cannot be read as a GGUF model: {one_line(error)}") from error
+    if missing := sorted(report["missing_keys"]):
+        # transformers would fill them with random values, and only warn
+        raise SkvError(f"{gguf} lacks {len(missing)} tensors of its architecture, {missing[0]} first")
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

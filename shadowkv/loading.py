@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shadowkv.errors import SkvError
-from shadowkv.packs import sha256_of
+from shadowkv.errors import SkvError, one_line
+from shadowkv.packs import kept_checksums, sha256_of
 from shadowkv.resolving import ModelSource
 
 if TYPE_CHECKING:
@@ -45,10 +46,8 @@ def load_config(source: ModelSource, *, trust_remote_code: bool = False) -> Any:
     if source.folder is None:
         assert source.preset is not None
         return AutoConfig.for_model(source.preset.model_type, **source.preset.config_fields())
-    try:
+    with _reading(source, "config.json"):
         return AutoConfig.from_pretrained(source.folder, trust_remote_code=trust_remote_code, local_files_only=True)
-    except (ValueError, OSError, KeyError, TypeError) as error:
-        raise SkvError(_explain(source, "config.json", error)) from error
 
 
 def load_tokenizer(source: ModelSource, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -57,12 +56,10 @@ def load_tokenizer(source: ModelSource, *, trust_remote_code: bool = False) -> P
 
     if source.folder is None:
         return _byte_tokenizer()
-    try:
+    with _reading(source, "the tokenizer"):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             source.folder, trust_remote_code=trust_remote_code, local_files_only=True
         )
-    except (ValueError, OSError, KeyError, TypeError) as error:
-        raise SkvError(_explain(source, "the tokenizer", error)) from error
     return tokenizer
 
 
@@ -101,17 +98,18 @@ def load_model(
     else:
         assert source.folder is not None
         _check_weights(source.folder)
-        try:
-            model = AutoModelForCausalLM.from_pretrained(
+        with _reading(source, "the weights"):
+            model, report = AutoModelForCausalLM.from_pretrained(
                 source.folder,
                 dtype=torch_dtype,
                 use_safetensors=True,
                 local_files_only=True,
                 trust_remote_code=trust_remote_code,
                 device_map=None if device == "cpu" else device,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are refused below, by name
             )
-        except (ValueError, OSError, KeyError) as error:
-            raise SkvError(_explain(source, "the weights", error)) from error
+        _check_complete(source, report)
     return LoadedModel(
         model=model.eval().requires_grad_(False),
         tokenizer=tokenizer,
@@ -158,8 +156,7 @@ def weights_sha256(folder: Path) -> str:
     """One checksum for all weight files; the Hub's cache and pulled packs know theirs, the rest is read."""
     import hashlib
 
-    manifest = folder / "manifest.json"
-    known: dict[str, str] = json.loads(manifest.read_text())["files"] if manifest.is_file() else {}
+    known = kept_checksums(folder)
     sums = []
     for path in sorted(folder.glob("*.safetensors")):
         blob = path.resolve().name  # the Hub's cache names blobs by their sha256
@@ -186,6 +183,17 @@ def _check_weights(folder: Path) -> None:
             raise SkvError(f"{path.name} is damaged: {str(error).splitlines()[0]}") from error
 
 
+def _check_complete(source: ModelSource, report: dict[str, Any]) -> None:
+    """Refuse a model that is partly random: transformers fills what the files lack, and only warns."""
+    wrong = {
+        "lack": sorted(report["missing_keys"]),
+        "have another shape of": sorted(str(key[0]) for key in report["mismatched_keys"]),
+    }
+    said = [f"{verb} {len(names)} tensors, {names[0]} first" for verb, names in wrong.items() if names]
+    if said:
+        raise SkvError(f"the weights of {source.name} do not fit its config.json: they {' and '.join(said)}")
+
+
 def _check_room(config: Any, dtype: Any, device: str) -> None:
     """Refuse random weights that cannot fit, before the machine swaps."""
     import torch
@@ -202,11 +210,18 @@ def _check_room(config: Any, dtype: Any, device: str) -> None:
         )
 
 
-def _explain(source: ModelSource, what: str, error: Exception) -> str:
-    said = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-    if "trust_remote_code" in str(error):
-        return f"{source.name} needs code from its repository; add --trust-remote-code if you trust its authors"
-    return f"{what} of {source.name} cannot be read: {said}"
+@contextmanager
+def _reading(source: ModelSource, what: str) -> Iterator[None]:
+    """Say in one line that `what` cannot be read. Any exception counts: there is no end to what a damaged or
+    unsupported file makes the libraries raise."""
+    try:
+        yield
+    except Exception as error:
+        if "trust_remote_code" in str(error):
+            said = f"{source.name} needs code from its repository; add --trust-remote-code if you trust its authors"
+        else:
+            said = f"{what} of {source.name} cannot be read: {one_line(error)}"
+        raise SkvError(said) from error
 
 
 def _byte_tokenizer() -> PreTrainedTokenizerBase:

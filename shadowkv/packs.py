@@ -104,8 +104,23 @@ def pack_manifest(name: str) -> dict[str, object]:
     folder = pack_path(name)
     if folder is None:
         raise SkvError(f"{name} is not pulled; run: skv pull {name}")
-    manifest: dict[str, object] = json.loads((folder / "manifest.json").read_text())
+    try:
+        manifest: dict[str, object] = json.loads((folder / "manifest.json").read_text())
+    except ValueError as error:
+        raise SkvError(f"the manifest of {name} is damaged; run: skv pull {name} --force") from error
     return manifest
+
+
+def kept_checksums(folder: Path) -> dict[str, str]:
+    """Checksums of the files in a folder that this module made, by name; none for any other folder."""
+    manifest = folder / "manifest.json"
+    if not folder.is_relative_to(skv_home()) or not manifest.is_file():
+        return {}
+    try:
+        files: dict[str, str] = json.loads(manifest.read_text())["files"]
+    except (ValueError, KeyError) as error:
+        raise SkvError(f"{manifest} is damaged; delete its folder, or pull the pack again with --force") from error
+    return files
 
 
 def pull(name: str, progress: Progress, *, force: bool = False) -> Path:

@@ -6,18 +6,19 @@ HF_HUB_OFFLINE is set or the Hub cannot be reached, which is found out in second
 
 from __future__ import annotations
 
+import json
 import os
+import ssl
 import urllib.error
 import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 
-from shadowkv.errors import SkvError
+from shadowkv.errors import SkvError, one_line
 from shadowkv.names import did_you_mean
 from shadowkv.packs import converted, pack_path
 from shadowkv.presets import Preset, presets
 
-_WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json")
 _REACH_SECONDS = 3.0
 
 
@@ -68,12 +69,25 @@ def _cached(hub_id: str) -> Path | None:
         folder = Path(snapshot_download(hub_id, local_files_only=True))
     except (LocalEntryNotFoundError, ValueError):
         return None
-    return folder if any(any(folder.glob(pattern)) for pattern in _WEIGHT_FILES) else None
+    return folder if _complete(folder) else None
+
+
+def _complete(folder: Path) -> bool:
+    """Whether config and all weights are there: an interrupted download leaves the files that it finished."""
+    index = folder / "model.safetensors.index.json"
+    if not (folder / "config.json").is_file():
+        return False
+    if not index.is_file():
+        return any(folder.glob("*.safetensors"))
+    try:
+        shards = set(json.loads(index.read_text())["weight_map"].values())
+    except (ValueError, KeyError, AttributeError) as error:
+        raise SkvError(f"{index} is damaged; delete it to download it again") from error
+    return all((folder / shard).is_file() for shard in shards)
 
 
 def _downloaded(hub_id: str, preset: Preset | None) -> Path:
     from huggingface_hub import constants, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError
 
     pull = f"skv pull {preset.pack}" if preset is not None and preset.pack else None
     help_line = f"run '{pull}' or give --model PATH" if pull else "give --model PATH of a local folder"
@@ -85,8 +99,8 @@ def _downloaded(hub_id: str, preset: Preset | None) -> Path:
     try:
         wanted = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py"]
         return Path(snapshot_download(hub_id, allow_patterns=wanted))
-    except (HfHubHTTPError, ValueError, OSError) as error:
-        raise SkvError(f"{hub_id} cannot be downloaded: {str(error).splitlines()[0][:200]}; {help_line}") from error
+    except Exception as error:  # the Hub client's HTTP library, and so its exceptions, differ between its versions
+        raise SkvError(f"{hub_id} cannot be downloaded: {one_line(error)}; {help_line}") from error
 
 
 def _reachable(endpoint: str) -> bool:
@@ -95,6 +109,7 @@ def _reachable(endpoint: str) -> bool:
         urllib.request.urlopen(urllib.request.Request(endpoint, method="HEAD"), timeout=_REACH_SECONDS).close()
     except urllib.error.HTTPError:
         return True  # an answer, if an unkind one
-    except OSError:
-        return False
+    except OSError as error:
+        # An unknown certificate is an answer too: the Hub client may know it, it brings its own list.
+        return isinstance(getattr(error, "reason", error), ssl.SSLCertVerificationError)
     return True
