@@ -7,7 +7,8 @@ from pathlib import Path
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from shadowkv.errors import SkvError, one_line
+from shadowkv.errors import SkvError
+from shadowkv.wording import one_line
 
 _MAGIC = b"GGUF"
 

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shadowkv.errors import SkvError, one_line
+from shadowkv.errors import SkvError
 from shadowkv.packs import kept_checksums, sha256_of
 from shadowkv.resolving import ModelSource
+from shadowkv.wording import one_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -180,7 +181,7 @@ def _check_weights(folder: Path) -> None:
             with safe_open(path, framework="pt") as opened:
                 opened.keys()
         except (SafetensorError, OSError) as error:
-            raise SkvError(f"{path.name} is damaged: {str(error).splitlines()[0]}") from error
+            raise SkvError(f"{path.name} is damaged: {one_line(error)}") from error
 
 
 def _check_complete(source: ModelSource, report: dict[str, Any]) -> None:

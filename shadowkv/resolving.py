@@ -14,10 +14,11 @@ import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 
-from shadowkv.errors import SkvError, one_line
+from shadowkv.errors import SkvError
 from shadowkv.names import did_you_mean
 from shadowkv.packs import converted, pack_path
 from shadowkv.presets import Preset, presets
+from shadowkv.wording import one_line
 
 _REACH_SECONDS = 3.0
 

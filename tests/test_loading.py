@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import socket
 import time
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from shadowkv.errors import SkvError
 from shadowkv.loading import load_config, load_model, load_tokenizer, weights_bytes, weights_sha256
@@ -112,7 +114,11 @@ def damaged(tiny_folder, tmp_path, name, content):
         ("model.safetensors", None, "holds no safetensors weights"),
         ("config.json", b"{}", "config.json of damaged cannot be read"),
         ("config.json", b"{", "config.json of damaged cannot be read"),
+        ("config.json", b"[]", "config.json of damaged cannot be read"),
+        ("config.json", b'{"model_type": "llama", "hidden_size": "x"}', "config.json of damaged cannot be read"),
         ("tokenizer.json", b"{", "the tokenizer of damaged cannot be read"),
+        ("tokenizer_config.json", b"[]", "the tokenizer of damaged cannot be read"),
+        ("generation_config.json", b"[]", "the weights of damaged cannot be read"),
     ],
 )
 def test_damaged_files_are_named_in_one_line(tiny_folder, tmp_path, name, content, says):
@@ -129,9 +135,59 @@ def test_a_truncated_weight_file_is_named(tiny_folder, tmp_path):
         load_model(resolve(str(folder)), device="cpu")
 
 
+def lacking(folder):
+    """Weights without one of the layers."""
+    weights = load_file(folder / "model.safetensors")
+    kept = {name: tensor for name, tensor in weights.items() if ".layers.1." not in name}
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def reconfigured(**fields):
+    def change(folder):
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | fields))
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lacking, r"lack \d+ tensors, model\.layers\.1\."),
+        (reconfigured(num_hidden_layers=5), r"lack \d+ tensors, model\.layers\.3\."),
+        (reconfigured(intermediate_size=200), r"have another shape of \d+ tensors, model\.layers\.0\.mlp"),
+    ],
+)
+def test_a_model_that_would_be_partly_random_is_refused(tiny_folder, tmp_path, change, says):
+    folder = tmp_path / "partial"
+    shutil.copytree(tiny_folder, folder)
+    change(folder)
+    with pytest.raises(SkvError, match=says):
+        load_model(resolve(str(folder)), device="cpu")
+
+
+def test_an_interrupted_download_is_not_taken_for_a_model(tiny_folder, tmp_path, monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    entry = tmp_path / "models--org--model"
+    (entry / "refs").mkdir(parents=True)
+    (entry / "refs" / "main").write_text("c0ffee")
+    snapshot = entry / "snapshots" / "c0ffee"
+    shutil.copytree(tiny_folder, snapshot)
+    (snapshot / "model.safetensors").rename(snapshot / "model-00001-of-00002.safetensors")
+    shards = {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}
+    (snapshot / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
+    with pytest.raises(SkvError, match="not on this machine"):
+        resolve("org/model")
+    (snapshot / shards["b"]).write_bytes(b"")
+    assert resolve("org/model").folder == snapshot
+
+
 def test_a_file_that_is_no_gguf_is_named(tmp_path, monkeypatch):
     monkeypatch.setenv("SKV_HOME", str(tmp_path / "home"))
-    for content in (b"not a model", b"GGUF" + b"\x00" * 50):
+    for content in (b"not a model", b"GGUF", b"GGUF" + b"\x00" * 50, b"GGUF\x03\x00\x00\x00" + b"\xff" * 50):
         path = tmp_path / "model.gguf"
         path.write_bytes(content)
         with pytest.raises(SkvError, match=r"model\.gguf") as caught:
@@ -191,3 +247,8 @@ def test_weights_that_cannot_fit_are_refused_before_they_are_made(monkeypatch, t
 def test_the_checksum_follows_the_weights(tiny_folder, tmp_path):
     other = damaged(tiny_folder, tmp_path, "model.safetensors", b"something else")
     assert weights_sha256(other) != weights_sha256(tiny_folder)
+
+
+def test_a_manifest_that_is_not_ours_is_not_believed(tiny_folder, tmp_path):
+    manifest = json.dumps({"files": {"model.safetensors": "0" * 64}}).encode()
+    assert weights_sha256(damaged(tiny_folder, tmp_path, "manifest.json", manifest)) == weights_sha256(tiny_folder)

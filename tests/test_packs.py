@@ -101,6 +101,17 @@ def test_a_wheel_that_cannot_be_fetched_is_one_line(tmp_path):
     assert "\n" not in str(caught.value)
 
 
+def test_a_damaged_manifest_names_what_helps(store):
+    folder = packs.pull("texts", quiet)
+    (folder / "manifest.json").write_text("{")
+    with pytest.raises(SkvError, match="skv pull texts --force"):
+        packs.pack_manifest("texts")
+    with pytest.raises(SkvError, match="is damaged"):
+        packs.kept_checksums(folder)
+    packs.pull("texts", quiet, force=True)
+    assert packs.kept_checksums(folder).keys() == {"a.txt", "b.txt"}
+
+
 def test_every_pack_is_pinned():
     for pack in packs.packs().values():
         assert all(len(w.sha256) == 64 and w.version for w in pack.wheels)
