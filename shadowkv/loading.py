@@ -65,10 +65,9 @@ def load_tokenizer(source: ModelSource, *, trust_remote_code: bool = False) -> P
 
 
 def context_tokens(source: ModelSource, config: Any) -> int:
-    """The longest sequence the model is made for."""
-    if source.preset is not None:
-        return source.preset.context_tokens
-    return int(config.get_text_config().max_position_embeddings)
+    """The longest sequence the model is made for: what its own config declares, never more than its preset."""
+    declared = int(config.get_text_config().max_position_embeddings)
+    return declared if source.preset is None else min(declared, source.preset.context_tokens)
 
 
 def load_model(

@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from shadowkv.errors import SkvError
-from shadowkv.loading import load_config, load_model, load_tokenizer, weights_bytes, weights_sha256
+from shadowkv.loading import context_tokens, load_config, load_model, load_tokenizer, weights_bytes, weights_sha256
 from shadowkv.packs import pack_path
 from shadowkv.presets import presets
-from shadowkv.resolving import resolve
+from shadowkv.resolving import ModelSource, resolve
 
 
 @pytest.fixture
@@ -252,3 +252,9 @@ def test_the_checksum_follows_the_weights(tiny_folder, tmp_path):
 def test_a_manifest_that_is_not_ours_is_not_believed(tiny_folder, tmp_path):
     manifest = json.dumps({"files": {"model.safetensors": "0" * 64}}).encode()
     assert weights_sha256(damaged(tiny_folder, tmp_path, "manifest.json", manifest)) == weights_sha256(tiny_folder)
+
+
+def test_a_models_own_config_limits_what_its_preset_promises(tiny_folder):
+    """Qwen2 declares 32K until its user adds YaRN: longer prompts would be extrapolation that nobody announced."""
+    source = ModelSource("qwen2-7b-128k", tiny_folder, presets()["qwen2-7b-128k"], "folder")
+    assert context_tokens(source, load_config(source)) == 4096
