@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -56,7 +57,7 @@ class _Prepared:
 
         quieten_libraries()
         chosen = [parse_method(spec) for spec in settings.methods]
-        _check_numbers(settings)
+        _check_options(settings)
         self.settings = settings
         self.source: ModelSource = resolve(settings.model, dummy=settings.dummy)
         self.config = load_config(self.source, trust_remote_code=settings.trust_remote_code)
@@ -77,7 +78,7 @@ class _Prepared:
 
 def run(make_task: MakeTask, settings: Settings) -> int:
     """Run or continue a benchmark and show its results; returns the exit code."""
-    from cli.render import print_summary, progress
+    from cli.render import one_line, print_summary, progress
     from evals.report import title, write_reports
     from evals.results import open_run
     from evals.runner import run_accuracy
@@ -113,7 +114,8 @@ def run(make_task: MakeTask, settings: Settings) -> int:
         print_summary(title(manifest), rows, manifest.notes)
         print(f"{path}: run.json samples.jsonl summary.csv summary.md plots/heatmap.png")
     for record in unscored if not settings.quiet else []:
-        print(f"skv: unscored: {record.method} @ {record.length} {record.sample}: {record.error}", file=sys.stderr)
+        said = f"{record.method} @ {record.length} {record.sample}: {record.error}"
+        print(f"skv: unscored: {one_line(said)}", file=sys.stderr)
     return 1 if unscored else 0
 
 
@@ -152,7 +154,7 @@ def plan(make_task: MakeTask, settings: Settings) -> int:
     return 0
 
 
-def _check_numbers(settings: Settings) -> None:
+def _check_options(settings: Settings) -> None:
     from shadowkv.errors import SkvError
     from shadowkv.names import did_you_mean
 
@@ -161,6 +163,19 @@ def _check_numbers(settings: Settings) -> None:
         raise SkvError(f"unknown dtype '{dtype}'{did_you_mean(dtype, _DTYPES)}; one of {', '.join(_DTYPES)}")
     if chunk is not None and chunk < 1:
         raise SkvError(f"--prefill-chunk must be at least 1, got {chunk}")
+    if settings.out is not None:
+        _check_writable(settings.out)
+
+
+def _check_writable(out: Path) -> None:
+    """Refuse an output folder that cannot be made, before minutes go into loading; opening the run decides."""
+    from shadowkv.errors import SkvError
+
+    there = next(path for path in (out.absolute(), *out.absolute().parents) if os.path.lexists(path))
+    if not there.is_dir():
+        raise SkvError(f"cannot write to {out}: {there} is not a folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise SkvError(f"cannot write to {out}: no permission to write in {there}")
 
 
 def _default_methods(source: ModelSource, dims: Dims) -> list[Method]:

@@ -40,7 +40,7 @@ def models(as_json: Json = False) -> None:
 
     print_table(
         "models",
-        ["name", "Hub id", "context", "layers", "heads q/kv", "head dim", "ShadowKV rank, budget", "files"],
+        ["name", "Hub id", "context", "layers", "heads\nq/kv", "head\ndim", "ShadowKV\nrank,\nbudget", "files"],
         [
             [
                 r["name"],

@@ -1,11 +1,12 @@
 """`skv`: the app, and the one place where errors become lines and exit codes.
 
-Exit codes: 0 all scored, 1 something unscored, 2 a mistake the user can fix, 130 interrupted.
+Exit codes: 0 all scored, 1 something unscored, 2 a mistake the user can fix, 130 interrupted, 141 nobody reads stdout.
 """
 
 from __future__ import annotations
 
 import errno
+import io
 import os
 import sys
 from typing import Annotated
@@ -64,14 +65,18 @@ def main(argv: list[str] | None = None) -> int:
     debug = "--debug" in words
     try:
         code = app([word for word in words if word != "--debug"], prog_name="skv", standalone_mode=False)
+        sys.stdout.flush()
         # The library turns Ctrl-C into this code where it gets to see it.
         return _fail(_INTERRUPTED, 130) if code == 130 else int(code or 0)
     except (KeyboardInterrupt, typer.Abort):
         return _fail(_INTERRUPTED, 130)
     except BrokenPipeError:
-        # The reader has gone; Python would complain once more when it flushes stdout at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        return _unread()
+    except SystemExit as stop:
+        # typer and rich turn a broken pipe into exit 1, which here would claim that something is unscored.
+        if isinstance(stop.__context__, OSError) and stop.__context__.errno == errno.EPIPE:
+            return _unread()
+        raise
     except TyperException as error:
         shown = " ".join(error.format_message().split())
         return _fail(shown, 2) if shown else 0
@@ -86,12 +91,25 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _fail(message: str, code: int) -> int:
-    print(f"skv: {message}", file=sys.stderr)
+    from cli.render import one_line
+
+    print(f"skv: {one_line(message)}", file=sys.stderr)
     return code
+
+
+def _unread() -> int:
+    """The reader of stdout has gone: what a shell reports for any tool that the pipe's end has stopped."""
+    # Python would complain once more when it flushes stdout at exit.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 141
 
 
 def run() -> None:
     """The console script."""
+    for stream in (sys.stdout, sys.stderr):
+        # A terminal or pipe that cannot show a character gets a substitute, not a traceback after hours of work.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     sys.exit(main())
 
 

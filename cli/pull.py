@@ -21,11 +21,11 @@ def pull(
     if not names:
         for pack in packs.packs().values():
             state = "pulled" if packs.pack_path(pack.name) else "not pulled"
-            console().print(f"{pack.name:14} {state:11} {pack.summary}", highlight=False)
+            console().print(f"{pack.name:14} {state:11} {pack.summary}", markup=False, highlight=False)
         return
     quieten_libraries()
     for name in names:
         with status(f"pulling {name}", quiet=quiet) as update:
             folder = packs.pull(name, update, force=force)
         if not quiet:
-            console().print(f"{name}: {folder}", highlight=False, soft_wrap=True)
+            console().print(f"{name}: {folder}", markup=False, highlight=False, soft_wrap=True)

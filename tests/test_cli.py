@@ -218,3 +218,32 @@ def test_lists_are_json_for_scripts(capsys):
     assert main(["methods"]) == 0
     assert main(["models"]) == 0
     assert main(["pull"]) == 0
+
+
+@pytest.mark.parametrize("command", [["models"], ["methods"], []])
+def test_names_stay_whole_on_a_narrow_terminal(capsys, niah, monkeypatch, command):
+    """80 columns are what a new terminal has: what a row is about must be readable, and copyable, there."""
+    from rich.console import Console
+
+    from cli import render
+
+    monkeypatch.setattr(render, "console", lambda *, stderr=False: Console(stderr=stderr, width=80))
+    assert main(command or niah) == 0
+    said = capsys.readouterr().out
+    names = {"models": presets(), "methods": methods()}.get(*command, "") if command else ["full", "quest:budget=64"]
+    assert all(any(line.split()[:1] == [name] or name in line for line in said.splitlines()) for name in names)
+    assert max(map(len, said.splitlines())) <= 80
+
+
+def test_a_reader_that_goes_away_is_no_failure_of_the_run():
+    done = subprocess.run(
+        ["bash", "-c", f"{sys.executable} -m cli.main models | true; exit ${{PIPESTATUS[0]}}"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode in (0, 141)
+    assert "Traceback" not in done.stderr
+
+
+def test_an_output_folder_that_cannot_be_made_is_refused_before_the_model_is_loaded(capsys, niah, tmp_path):
+    (tmp_path / "file").write_text("")
+    assert "is not a folder" in mistake(capsys, *niah[:-1], str(tmp_path / "file" / "run"))
