@@ -10,12 +10,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from evals.manifest import Manifest
     from evals.results import Record
-    from evals.task import Example, Task
+    from evals.task import Question, Task
     from shadowkv.loading import LoadedModel
     from shadowkv.method import Dims, Method
     from shadowkv.resolving import ModelSource
@@ -41,6 +41,7 @@ class Settings:
     reuse_prefix: bool
     as_json: bool
     quiet: bool
+    dry_run: bool
 
 
 class _Prepared:
@@ -70,23 +71,44 @@ class _Prepared:
             method.check(self.dims)
 
     @cached_property
-    def examples(self) -> Sequence[Example]:
+    def tokenizer(self) -> Any:
         from shadowkv.loading import load_tokenizer
 
-        return self.task.examples(load_tokenizer(self.source, trust_remote_code=self.settings.trust_remote_code))
+        return load_tokenizer(self.source, trust_remote_code=self.settings.trust_remote_code)
+
+    @cached_property
+    def questions(self) -> Sequence[Question]:
+        return self.task.questions(self.tokenizer)
 
 
 def run(make_task: MakeTask, settings: Settings) -> int:
     """Run or continue a benchmark and show its results; returns the exit code."""
-    from cli.render import one_line, print_summary, progress
+    from cli.render import one_line
+
+    ready = _Prepared(make_task, settings)
+    questions, left_out = ready.questions, ready.task.left_out()
+    for reason in dict.fromkeys(left_out.values()):
+        names = ", ".join(name for name, why in left_out.items() if why == reason)
+        print(f"skv: left out: {names}: {one_line(reason)}", file=sys.stderr)
+    if settings.dry_run:
+        return _plan(ready)
+    unscored = _run(ready, questions)
+    for record in unscored if not settings.quiet else []:
+        said = f"{record.method} @ {record.length} {record.task} {record.sample}: {record.error}"
+        print(f"skv: unscored: {one_line(said)}", file=sys.stderr)
+    return 1 if unscored or left_out else 0
+
+
+def _run(ready: _Prepared, questions: Sequence[Question]) -> list[Record]:
+    """Answer what is open, report, and return the records of these questions that have no score."""
+    from cli.render import print_summary, progress
     from evals.report import title, write_reports
     from evals.results import open_run
     from evals.runner import run_accuracy
     from shadowkv.engine import Engine
     from shadowkv.loading import load_model
 
-    ready = _Prepared(make_task, settings)
-    examples, methods = ready.examples, ready.methods
+    settings = ready.settings
     loaded = load_model(
         ready.source,
         device=ready.device,
@@ -97,38 +119,46 @@ def run(make_task: MakeTask, settings: Settings) -> int:
     engine = Engine(
         loaded.model, prefill_chunk_tokens=settings.prefill_chunk_tokens, reuse_prefix=settings.reuse_prefix
     )
-    manifest = _manifest(ready.task, engine.prefill_chunk_tokens, loaded, methods)
+    manifest = _manifest(ready.task, engine.prefill_chunk_tokens, loaded, ready.methods)
     path = settings.out or Path("results") / _folder_name(manifest)
     with open_run(path, manifest) as folder:
         if folder.repaired_lines and not settings.quiet:
             print(f"skv: repaired an unfinished last line of {path / 'samples.jsonl'}", file=sys.stderr)
         with progress(shown=not (settings.quiet or settings.as_json)) as on_step:
-            run_accuracy(engine, loaded, ready.task, examples, methods, folder, on_step)
-        rows = write_reports(path)
-        unscored = _unscored(list(folder.records.values()), examples, methods)
+            run_accuracy(engine, loaded, ready.task, questions, ready.methods, folder, on_step)
+        report = write_reports(path)
+        unscored = _unscored(list(folder.records.values()), questions, ready.methods)
     if settings.as_json:
         summary = {"folder": str(path), "benchmark": manifest.benchmark, "model": manifest.model}
-        rest = {"notes": manifest.notes, "rows": [asdict(row) for row in rows], "unscored": len(unscored)}
+        rest = {
+            "notes": manifest.notes,
+            "rows": [asdict(row) for row in report.rows],
+            "tables": [asdict(table) for table in report.tables],
+            "unscored": len(unscored),
+            "left_out": ready.task.left_out(),
+        }
         print(json.dumps({**summary, **rest}, indent=1))
     elif not settings.quiet:
-        print_summary(title(manifest), rows, manifest.notes)
-        print(f"{path}: run.json samples.jsonl summary.csv summary.md plots/heatmap.png")
-    for record in unscored if not settings.quiet else []:
-        said = f"{record.method} @ {record.length} {record.sample}: {record.error}"
-        print(f"skv: unscored: {one_line(said)}", file=sys.stderr)
-    return 1 if unscored else 0
+        print_summary(title(manifest), report, manifest.notes)
+        names = [str(file.relative_to(path)) for file in report.files]
+        print(f"{path}: run.json samples.jsonl {' '.join(names)}")
+    return unscored
 
 
-def plan(make_task: MakeTask, settings: Settings) -> int:
+def _plan(ready: _Prepared) -> int:
     """Show what a run would do: prompts and their token counts, memory per method."""
-    from cli.render import print_table
+    from cli.render import print_table, status
+    from evals.tables import tokens
     from shadowkv.loading import weights_bytes
 
-    ready = _Prepared(make_task, settings)
-    prompts = [
-        {"length": e.length_tokens, "sample": e.sample, "prompt_tokens": len(e.input_ids)} for e in ready.examples
-    ]
-    longest = max(len(e.input_ids) for e in ready.examples)
+    settings = ready.settings
+    prompts = []
+    with status("measuring prompts", quiet=settings.quiet or settings.as_json) as update:
+        for example in ready.task.examples(ready.tokenizer, ready.questions):
+            prompts.append({**example.question._asdict(), "prompt_tokens": len(example.input_ids),
+                            "max_new_tokens": example.max_new_tokens})  # fmt: skip
+            update(f"{len(prompts)}/{len(ready.questions)}")
+    longest = max(prompt["prompt_tokens"] for prompt in prompts)
     per_token = {method.label: method.bytes_per_token(ready.dims) for method in ready.methods}
     memory = {
         label: {"device_bytes": held.device * longest, "host_bytes": held.host * longest}
@@ -140,10 +170,20 @@ def plan(make_task: MakeTask, settings: Settings) -> int:
         costs = {"weights_bytes": weights, "prefill_kv_bytes": prefill, "answers": len(prompts) * len(memory)}
         print(json.dumps({**told, **costs}, indent=1))
         return 0
+    cells: dict[tuple[str, int, int], list[int]] = {}
+    for prompt in prompts:
+        cell = (prompt["task"], prompt["length_tokens"], prompt["max_new_tokens"])
+        cells.setdefault(cell, []).append(prompt["prompt_tokens"])
     print_table(
         f"{ready.source.name} ({ready.source.described}): {len(prompts)} prompts x {len(memory)} methods",
-        ["length", "sample", "prompt tokens"],
-        [[str(value) for value in prompt.values()] for prompt in prompts],
+        ["task", "length", "prompts", "prompt tokens", "with the answer"],
+        [
+            [
+                *(task, tokens(length), str(len(counts)), f"{min(counts)}–{max(counts)}"),
+                f"{min(counts) + answer}–{max(counts) + answer}",
+            ]
+            for (task, length, answer), counts in cells.items()
+        ],
     )
     print_table(
         f"planned KV memory at {longest} tokens",
@@ -164,10 +204,10 @@ def _check_options(settings: Settings) -> None:
     if chunk is not None and chunk < 1:
         raise SkvError(f"--prefill-chunk must be at least 1, got {chunk}")
     if settings.out is not None:
-        _check_writable(settings.out)
+        check_writable(settings.out)
 
 
-def _check_writable(out: Path) -> None:
+def check_writable(out: Path) -> None:
     """Refuse an output folder that cannot be made, before minutes go into loading; opening the run decides."""
     from shadowkv.errors import SkvError
 
@@ -205,7 +245,7 @@ def _manifest(task: Task, prefill_chunk_tokens: int, loaded: LoadedModel, method
             "device": loaded.device,
         },
         sources=task.sources(),
-        notes=dummy_note + task.notes(),
+        notes=dummy_note + task.notes() + [f"left out: {name}: {why}" for name, why in task.left_out().items()],
         sessions=[this_session(["skv", *sys.argv[1:]], loaded.device)],
     )
 
@@ -217,9 +257,8 @@ def _folder_name(manifest: Manifest) -> str:
     return f"{manifest.benchmark}-{name}-{hashlib.sha256(fixed.encode()).hexdigest()[:8]}"
 
 
-def _unscored(records: list[Record], examples: Sequence[Example], methods: list[Method]) -> list[Record]:
+def _unscored(records: list[Record], questions: Sequence[Question], methods: list[Method]) -> list[Record]:
     """Failed records of what this command asked for."""
-    asked = {(e.task, e.length_tokens, e.sample) for e in examples}
-    labels = {method.label for method in methods}
+    asked, labels = set(questions), {method.label for method in methods}
     wanted = [r for r in records if (r.task, r.length, r.sample) in asked and r.method in labels]
     return [r for r in wanted if r.score is None]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from cli import options
 
 if TYPE_CHECKING:
     from evals.niah.task import Niah
@@ -21,11 +22,8 @@ EPILOG = (
 
 
 def niah(
-    model: Annotated[str, typer.Option(help="Preset (skv models), folder, Hub id or .gguf file.")],
-    method: Annotated[
-        list[str] | None,
-        typer.Option("--method", "-m", help="Method such as shadowkv:rank=64,budget=256; repeatable (skv methods)."),
-    ] = None,
+    model: options.Model,
+    method: options.Methods = None,
     lengths: Annotated[str, typer.Option(help="Prompt lengths in tokens; k = 1024.")] = "1k,2k,4k",
     depths: Annotated[str, typer.Option(help="How many depths, or a list of percentages: 5 or 0,25,100.")] = "5",
     haystack: Annotated[str, typer.Option(help="essays, synthetic, or a .txt, .json or .jsonl file.")] = "essays",
@@ -34,24 +32,16 @@ def niah(
     seed: Annotated[int, typer.Option(help="Seed of needles and haystack starts.")] = 0,
     samples: Annotated[int | None, typer.Option(help="At most this many prompts, the first ones of the grid.")] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 16,
-    out: Annotated[Path | None, typer.Option(help="Run folder; the same command continues it.")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    dtype: Annotated[
-        str, typer.Option(help="auto (fp32 on a CPU, bf16 on a GPU), float32, bfloat16, float16.")
-    ] = "auto",
-    dummy: Annotated[bool, typer.Option("--dummy", help="Random weights; every table says so.")] = False,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run code of the model's repo.")
-    ] = False,
-    prefill_chunk: Annotated[
-        int | None, typer.Option(help="Tokens per prefill chunk (256 on a CPU, 8192 on a GPU).")
-    ] = None,
-    prefix_reuse: Annotated[bool, typer.Option(help="Compute what prompts share once.")] = True,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print the summary as JSON on stdout and nothing else.")
-    ] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would run, and run nothing.")] = False,
+    out: options.Out = None,
+    device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
+    dummy: options.Dummy = False,
+    trust_remote_code: options.TrustRemoteCode = False,
+    prefill_chunk: options.PrefillChunk = None,
+    prefix_reuse: options.PrefixReuse = True,
+    as_json: options.AsJson = False,
+    quiet: options.Quiet = False,
+    dry_run: options.DryRun = False,
 ) -> int:
     """Needle in a haystack: does a method still find one fact at any depth of a long text?
 
@@ -59,7 +49,8 @@ def niah(
     number, else 0. Interrupt at will: the same command continues.
     """
     from cli import accuracy
-    from evals.niah.task import Niah, parse_depths, parse_lengths
+    from evals.lengths import parse_lengths
+    from evals.niah.task import Niah, parse_depths
 
     def task(context_tokens: int) -> Niah:
         return Niah(
@@ -85,5 +76,6 @@ def niah(
         reuse_prefix=prefix_reuse,
         as_json=as_json,
         quiet=quiet,
+        dry_run=dry_run,
     )
-    return accuracy.plan(task, settings) if dry_run else accuracy.run(task, settings)
+    return accuracy.run(task, settings)

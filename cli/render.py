@@ -13,9 +13,13 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
+from evals.tables import mib, number, tokens
+
 if TYPE_CHECKING:
-    from evals.report import Row
+    from evals.report import Report
     from evals.runner import Step
+    from evals.summary import Row
+    from evals.tables import Table as Figures
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]+")
 _PIPE_WIDTH = 180  # a pipe has no width of its own, and a table cut to 80 columns helps nobody
@@ -63,8 +67,43 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
     _print_fitting(made)
 
 
-def print_summary(title: str, rows: Sequence[Row], notes: Sequence[str]) -> None:
-    """Methods x lengths: score first, then what it cost. A narrow terminal gets the median of the decode times only."""
+def print_summary(title: str, report: Report, notes: Sequence[str]) -> None:
+    """The benchmark's own tables, then methods x lengths with what they cost, then what a reader must know."""
+    for figures in report.tables:
+        _print_figures(figures)
+    _print_costs(title, report.rows)
+    shown = console()
+    for note in notes:
+        shown.print(f"[yellow]{escape(note)}[/]")
+    shown.print(
+        "[dim]score: mean of the tasks' means · agree: tokens 2..n equal to full attention's (the first is dense under "
+        "every method) · device, host: KV memory · prefill: once per prompt for all methods[/]"
+    )
+
+
+def _print_figures(figures: Figures) -> None:
+    def made(*, dense: bool) -> Table:
+        table = _table(figures.title, dense=dense)
+        for place, column in enumerate(figures.columns):
+            named = place < figures.names
+            table.add_column(escape(column), style="bold" if place == 0 else None, overflow="fold",
+                             justify="left" if named else "right", no_wrap=not named)  # fmt: skip
+        last = ""
+        for row in figures.rows:
+            # With several columns of names, the first one groups the rows.
+            if last not in ("", row[0]) and figures.names > 1:
+                table.add_section()
+            first = "" if row[0] == last and figures.names > 1 else row[0]
+            table.add_row(*map(escape, (first, *row[1:])))
+            last = row[0]
+        return table
+
+    _print_fitting(made)
+    console().print(f"[dim]{escape(figures.caption)}[/]\n", highlight=False)
+
+
+def _print_costs(title: str, rows: Sequence[Row]) -> None:
+    """Score first, then what it cost. A narrow terminal gets the median of the decode times only."""
 
     def made(*, dense: bool) -> Table:
         table = _table(title, dense=dense)
@@ -90,27 +129,20 @@ def print_summary(title: str, rows: Sequence[Row], notes: Sequence[str]) -> None
         return table
 
     _print_fitting(made)
-    shown = console()
-    for note in notes:
-        shown.print(f"[yellow]{escape(note)}[/]")
-    shown.print(
-        "[dim]agree: tokens 2..n equal to full attention's (the first is dense under every method) · device, host: KV "
-        "memory · prefill: once per prompt for all methods[/]"
-    )
 
 
 def _cells(row: Row, *, dense: bool) -> list[str]:
     times = (row.decode_ms_p50,) if dense else (row.decode_ms_p10, row.decode_ms_p50, row.decode_ms_p90)
     return [
-        f"{row.length // 1024}k" if row.length % 1024 == 0 else str(row.length),
-        _number(row.score, ".2f"),
+        tokens(row.length),
+        number(row.score, ".2f"),
         f"{row.scored}/{row.total}" if row.scored == row.total else f"[red]{row.scored}/{row.total}[/]",
-        _number(row.agreement, ".2f"),
-        _mib(row.device_bytes),
-        _mib(row.host_bytes),
-        _number(row.prefill_s, ".2f"),
-        _number(row.build_s, ".3f"),
-        "/".join(_number(x, ".1f") for x in times),
+        number(row.agreement, ".2f"),
+        mib(row.device_bytes),
+        mib(row.host_bytes),
+        number(row.prefill_s, ".2f"),
+        number(row.build_s, ".3f"),
+        "/".join(number(x, ".1f") for x in times),
     ]
 
 
@@ -160,11 +192,3 @@ def status(text: str, *, quiet: bool) -> Iterator[Callable[[str], None]]:
         return
     with console(stderr=True).status(escape(text)) as shown:
         yield lambda now: shown.update(f"{escape(text)}: {escape(now)}")
-
-
-def _number(value: float | None, spec: str) -> str:
-    return "–" if value is None else format(value, spec)
-
-
-def _mib(value: float | None) -> str:
-    return "–" if value is None else f"{value / 2**20:.1f}"

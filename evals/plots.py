@@ -1,65 +1,99 @@
-"""Heat maps, drawn without any global plotting state."""
+"""Plots that several benchmarks share, drawn without any global plotting state."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from evals.results import Record
+from evals.statistics import interval_95, mean_of_means
+from evals.summary import grouped, methods_of, scores_of
 
 _DPI = 200
+# Okabe and Ito's colours, which colour-blind readers can tell apart, and a marker for each: print has no colours.
+_COLOURS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7", "#999933")
+_MARKERS = "osD^vP*X"
 
 
-def write_heatmap(path: Path, records: Sequence[Record], *, title: str) -> None:
-    """Depth x length per method on one colour scale from 0 to 1; cells without a scored answer are hatched."""
-    labels = list(dict.fromkeys(r.method for r in records))
-    lengths = sorted({r.length for r in records})
-    depths = sorted({float(r.meta["depth"]) for r in records})
-    if not labels:
-        return
-    width = 1.4 + len(labels) * (0.7 + 0.55 * max(len(lengths), 3))
-    figure = Figure(figsize=(width, 1.6 + 0.32 * max(len(depths), 4)), layout="constrained")
+def new_figure(width: float, height: float, title: str) -> Figure:
+    """A figure of that many inches, with a canvas of its own."""
+    figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(1, len(labels), sharey=True, squeeze=False)[0]
-    images = []
-    for axis, label in zip(axes, labels, strict=True):
-        grid = _grid([r for r in records if r.method == label], depths, lengths)
-        axis.set_facecolor("0.8")
-        axis.patch.set(hatch="////", edgecolor="0.6")
-        images.append(axis.imshow(np.ma.masked_invalid(grid), cmap="cividis", vmin=0, vmax=1, aspect="auto"))
-        for (y, x), value in np.ndenumerate(grid):
-            if not np.isnan(value):
-                # Dark text on the light end of the map and the other way round, so that print stays readable.
-                axis.text(x, y, f"{value:.2g}", ha="center", va="center", fontsize=7, color="w" if value < 0.6 else "k")
-        axis.set_title(_wrapped(label), fontsize=8)
-        axis.set_xticks(range(len(lengths)), [_tokens(n) for n in lengths], fontsize=7)
-        axis.set_xlabel("context length, tokens", fontsize=7)
-    axes[0].set_yticks(range(len(depths)), [f"{depth:g}" for depth in depths], fontsize=7)
-    axes[0].set_ylabel("needle depth, %", fontsize=8)
-    bar = figure.colorbar(images[0], ax=list(axes), label="score")
-    bar.ax.tick_params(labelsize=7)
     figure.suptitle(title, fontsize=9)
+    return figure
+
+
+def save(figure: Figure, path: Path) -> Path:
+    """Write the figure and return where."""
     figure.savefig(path, dpi=_DPI)
+    return path
 
 
-def _grid(records: Sequence[Record], depths: list[float], lengths: list[int]) -> np.ndarray:
-    grid = np.full((len(depths), len(lengths)), np.nan)
-    for y, depth in enumerate(depths):
-        for x, length in enumerate(lengths):
-            scores = [r.score for r in records if r.length == length and float(r.meta["depth"]) == depth]
-            known = [score for score in scores if score is not None]
-            if known:
-                grid[y, x] = np.mean(known)
-    return grid
-
-
-def _tokens(count: int) -> str:
-    return f"{count // 1024}k" if count % 1024 == 0 else str(count)
-
-
-def _wrapped(label: str) -> str:
+def wrapped(label: str) -> str:
+    """A method's label over several lines."""
     return label.replace(":", "\n").replace(",", "\n")
+
+
+def write_score_by_group(
+    path: Path, groups: Sequence[tuple[str, Sequence[Record]]], title: str, axis_label: str
+) -> Path:
+    """Score in percent per group (length, bucket) and method, with 95 % bootstrap intervals over samples."""
+    figure = new_figure(6.4, 4.0, title)
+    axis = figure.subplots()
+    labels = methods_of([record for _, records in groups for record in records])
+    for place, label in enumerate(labels):
+        # Intervals of several methods at one place would hide each other.
+        shift = 0.04 * (place - (len(labels) - 1) / 2)
+        points = [(x + shift, *_score([r for r in found if r.method == label])) for x, (_, found) in enumerate(groups)]
+        known = np.array([point for point in points if point[1] is not None], dtype=float)
+        if not len(known):
+            continue
+        x, y, low, high = known.T
+        spread = np.nan_to_num(np.stack((y - low, high - y)), nan=0.0).clip(min=0)
+        colour, marker = _COLOURS[place % len(_COLOURS)], _MARKERS[place % len(_MARKERS)]
+        axis.errorbar(x, y, spread, label=label, capsize=2, lw=1.2, ms=4, color=colour, marker=marker)
+    axis.set_xticks(range(len(groups)), [name for name, _ in groups])
+    axis.set_xlabel(axis_label, fontsize=8)
+    _finish(axis)
+    return save(figure, path)
+
+
+def write_task_bars(path: Path, records: Sequence[Record], title: str, tasks: Sequence[str]) -> Path:
+    """Score in percent per task and method, with 95 % bootstrap intervals over samples."""
+    labels = methods_of(records)
+    figure = new_figure(max(6.4, 1.5 + 0.12 * len(tasks) * (len(labels) + 1.5)), 4.2, title)
+    axis = figure.subplots()
+    width = 0.8 / len(labels)
+    for place, label in enumerate(labels):
+        cells = [_score([r for r in records if r.method == label and r.task == task]) for task in tasks]
+        y, low, high = np.array(cells, dtype=float).T
+        x = np.arange(len(tasks)) + (place - (len(labels) - 1) / 2) * width
+        spread = np.nan_to_num(np.stack((y - low, high - y)), nan=0.0).clip(min=0)
+        colour = _COLOURS[place % len(_COLOURS)]
+        axis.bar(x, np.nan_to_num(y), width, yerr=spread, label=label, color=colour, error_kw={"lw": 0.7}, alpha=0.85)
+    axis.set_xticks(range(len(tasks)), tasks, rotation=45, ha="right")
+    _finish(axis)
+    return save(figure, path)
+
+
+def _score(records: Sequence[Record]) -> tuple[float | None, float | None, float | None]:
+    """Mean over tasks in percent, and its interval."""
+    tasks = [scores_of(found) for found in grouped(records, lambda r: r.task).values()]
+    mean, spread = mean_of_means(tasks), interval_95(tasks)
+    if mean is None:
+        return None, None, None
+    low, high = spread or (mean, mean)
+    return 100 * mean, 100 * low, 100 * high
+
+
+def _finish(axis: Any) -> None:
+    axis.set_ylim(0, 105)
+    axis.set_ylabel("score, %", fontsize=8)
+    axis.tick_params(labelsize=7)
+    axis.grid(axis="y", alpha=0.3)
+    axis.legend(fontsize=6)

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
 
 from evals.results import Key, Record, RunFolder
-from evals.task import Example, Task
+from evals.task import Example, Question, Task
 from shadowkv.engine import Engine, Prefill
 from shadowkv.errors import SkvError
 from shadowkv.loading import LoadedModel
 from shadowkv.method import Method
 
+T = TypeVar("T")
 # What a single answer may fail with without taking the run down; anything else is a bug and ends it.
 _FAILURES = (RuntimeError, MemoryError, SkvError)
 
@@ -34,25 +36,31 @@ def run_accuracy(
     engine: Engine,
     loaded: LoadedModel,
     task: Task,
-    examples: Sequence[Example],
+    questions: Sequence[Question],
     methods: Sequence[Method],
     folder: RunFolder,
     on_step: Callable[[Step], None] = lambda _: None,
 ) -> None:
-    """Answer every (example, method) pair that the folder does not hold yet."""
-    total = len(examples) * len(methods)
-    done = sum(folder.has(_key(example, method)) for example in examples for method in methods)
+    """Answer every (question, method) pair that the folder does not hold yet."""
+    missing = {q: [m for m in methods if not folder.has(_key(task.benchmark, q, m))] for q in questions}
+    todo = [question for question in questions if missing[question]]
+    total = len(questions) * len(methods)
+    done = total - sum(map(len, missing.values()))
     on_step(Step(done, total, None))
-    # In the order of their tokens, prompts walk through the tree of their common prefixes depth first. The engine
-    # keeps one prompt, so every shared prefix is computed once: all depths of a haystack, and its shorter lengths.
-    for example in sorted(examples, key=lambda example: example.input_ids):
-        todo = [method for method in methods if not folder.has(_key(example, method))]
-        if not todo:
-            continue
-        for record in _answers(engine, loaded, task, example, todo):
+    for example in one_ahead(task.examples(loaded.tokenizer, todo)):
+        for record in _answers(engine, loaded, task, example, missing[example.question]):
             folder.append(record)
             done += 1
             on_step(Step(done, total, record))
+
+
+def one_ahead(items: Iterator[T]) -> Iterator[T]:
+    """The same items; each is made, in a thread, while the one before it is in use."""
+    with ThreadPoolExecutor(max_workers=1) as maker:
+        coming = maker.submit(next, items, None)
+        while (item := coming.result()) is not None:
+            coming = maker.submit(next, items, None)
+            yield item
 
 
 def _answers(
@@ -64,11 +72,11 @@ def _answers(
         prefill, blank = _prefill(engine, example, blank)
     except _FAILURES as failure:
         return [_failed(replace(blank, method=method.label), failure) for method in methods]
-    return (_answer(engine, loaded, task, prefill, method, blank) for method in methods)
+    return (_answer(engine, loaded, task, example, prefill, method, blank) for method in methods)
 
 
-def _key(example: Example, method: Method) -> Key:
-    return Key(example.benchmark, example.task, example.length_tokens, example.sample, method.label)
+def _key(benchmark: str, question: Question, method: Method) -> Key:
+    return Key(benchmark, *question, method.label)
 
 
 def _blank(example: Example) -> Record:
@@ -106,16 +114,24 @@ def _prefill(engine: Engine, example: Example, blank: Record) -> tuple[Prefill, 
     return prefill, replace(blank, prefill_s=seconds, reused_tokens=prefill.reused_tokens)
 
 
-def _answer(engine: Engine, loaded: LoadedModel, task: Task, prefill: Prefill, method: Method, blank: Record) -> Record:
+def _answer(
+    engine: Engine,
+    loaded: LoadedModel,
+    task: Task,
+    example: Example,
+    prefill: Prefill,
+    method: Method,
+    blank: Record,
+) -> Record:
     blank = replace(blank, method=method.label)
-    limit = int(blank.meta["max_new_tokens"])
+    limit, stop_ids = example.max_new_tokens, loaded.stop_ids.union(example.stop_ids)
     try:
         started = time.perf_counter()
         cache = engine.replay(prefill, method)
         built = _now(engine)
         held = cache.nbytes()
         resumed = time.perf_counter()
-        tokens = engine.decode(cache, prefill.logits, limit, loaded.stop_ids)[0]
+        tokens = engine.decode(cache, prefill.logits, limit, stop_ids, example.min_new_tokens)[0]
         ended = _now(engine)
         cache.close()
     except _FAILURES as failure:
@@ -123,7 +139,7 @@ def _answer(engine: Engine, loaded: LoadedModel, task: Task, prefill: Prefill, m
     prediction = str(loaded.tokenizer.decode(tokens, skip_special_tokens=True))
     return replace(
         blank,
-        score=task.score(prediction, blank.references),
+        score=task.score(example, prediction),
         status="ok",
         prediction=prediction,
         new_tokens=len(tokens),

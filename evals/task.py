@@ -1,38 +1,59 @@
-"""What every benchmark hands to the runner: prompts as token ids, and how an answer is scored."""
+"""What every benchmark hands to the runner: questions, prompts as token ids, and how an answer is scored."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
+
+
+class Question(NamedTuple):
+    """What names a prompt of a benchmark for good, whatever else is run. Known before the prompt is made."""
+
+    task: str
+    length_tokens: int  # the length asked for
+    sample: str
 
 
 @dataclass(frozen=True)
 class Example:
-    """One prompt. (benchmark, task, length_tokens, sample) names it for good, whatever else is run."""
+    """One prompt."""
 
     benchmark: str
     task: str
-    length_tokens: int  # the length asked for; the prompt never exceeds it
+    length_tokens: int
     sample: str
     input_ids: tuple[int, ...] = field(repr=False)
     references: tuple[str, ...]
     max_new_tokens: int
     meta: Mapping[str, Any] = field(default_factory=dict)
+    stop_ids: tuple[int, ...] = ()  # tokens that end this answer besides the model's own
+    min_new_tokens: int = 0  # no stop token is taken before this many
+
+    @property
+    def question(self) -> Question:
+        return Question(self.task, self.length_tokens, self.sample)
 
 
 class Task(ABC):
-    """A benchmark's task with its settings."""
+    """A benchmark with its settings."""
 
     benchmark: ClassVar[str]
 
     @abstractmethod
-    def examples(self, tokenizer: Any) -> Sequence[Example]:
-        """Every prompt, in canonical order; the same seed gives the same prompts."""
+    def questions(self, tokenizer: Any) -> Sequence[Question]:
+        """All there is to ask, in canonical order. Raises `SkvError` where a prompt could not be made."""
 
     @abstractmethod
-    def score(self, prediction: str, references: Sequence[str]) -> float:
+    def examples(self, tokenizer: Any, wanted: Collection[Question] | None = None) -> Iterator[Example]:
+        """Prompts of the wanted questions (all by default), made one by one, in the order they are best run in.
+
+        The same seed gives the same prompts, whichever subset is wanted.
+        """
+
+    @abstractmethod
+    def score(self, example: Example, prediction: str) -> float:
         """How right a prediction is, from 0 to 1."""
 
     @abstractmethod
@@ -50,3 +71,7 @@ class Task(ABC):
     def notes(self) -> list[str]:
         """What every table of this task must say."""
         return []
+
+    def left_out(self) -> dict[str, str]:
+        """Tasks that were asked for and cannot be run here, with the reason of each."""
+        return {}

@@ -91,9 +91,16 @@ class Engine:
         return logits[:, -1].float()
 
     def decode(
-        self, cache: MethodCache, logits: Tensor, max_new_tokens: int, stop_ids: Collection[int] = ()
+        self,
+        cache: MethodCache,
+        logits: Tensor,
+        max_new_tokens: int,
+        stop_ids: Collection[int] = (),
+        min_new_tokens: int = 0,
     ) -> list[list[int]]:
         """Greedy tokens of each row until a stop token (left out) or `max_new_tokens`.
+
+        Among the first `min_new_tokens` no stop token is chosen, however likely.
 
         `logits` [B,vocab] are those after the last token held, so a prompt's first new token comes from dense
         attention under every method. The last token returned has not been fed to the model.
@@ -102,6 +109,8 @@ class Engine:
         rows: list[list[int]] = [[] for _ in range(logits.shape[0])]
         open_rows = set(range(len(rows)))
         for step in range(max_new_tokens):
+            if step < min_new_tokens and stop_ids:
+                logits = logits.index_fill(-1, torch.tensor(sorted(stop_ids), device=logits.device), -torch.inf)
             tokens = logits.argmax(dim=-1)
             for row, token in enumerate(tokens.tolist()):
                 if token in stop_ids:

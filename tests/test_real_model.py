@@ -24,7 +24,7 @@ def loaded():
 @pytest.fixture(scope="module")
 def example(loaded):
     task = Niah(lengths=(1024,), depths=(50.0,), haystack_spec="synthetic")
-    return task.examples(loaded.tokenizer)[0]
+    return next(task.examples(loaded.tokenizer))
 
 
 def test_full_attention_finds_the_needle_and_equals_generate(loaded, example):

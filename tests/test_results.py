@@ -12,8 +12,8 @@ from dataclasses import asdict, replace
 import pytest
 
 from evals.manifest import Manifest, Session
-from evals.report import agreement, summarise
 from evals.results import Record, open_run, read_run
+from evals.summary import agreement, summarise
 from shadowkv.errors import SkvError
 
 RECORD = Record(

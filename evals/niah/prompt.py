@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from evals.chat import Chat
 from evals.niah.protocols import Needle
 from evals.seeding import seeded
 from shadowkv.errors import SkvError
 
-_CONTEXT = "\x02CONTEXT\x03"  # stands for the text while the chat template is applied
+_CONTEXT = "\x02CONTEXT\x03"  # stands for the text while its frame is made
 _SENTENCE_ENDS = (".", "!", "?", ".\n", ".\n\n", '."', ".)")
 
 
@@ -72,18 +73,10 @@ class Haystacks:
 def frame(tokenizer: Any, instruction: str, needle: Needle) -> tuple[list[int], list[int]]:
     """Tokens before and after the haystack: chat template, instruction, question and start of the answer."""
     message = f"{instruction}\n\n{_CONTEXT}\n\n{needle.question}"
-    if getattr(tokenizer, "chat_template", None):
-        text = tokenizer.apply_chat_template(
-            [{"role": "user", "content": message}], tokenize=False, add_generation_prompt=True
-        )
-        text += needle.answer_prefix
-        special: list[int] = []
-    else:
-        text = f"{message}\n{needle.answer_prefix}"
-        special = [i for i in tokenizer("")["input_ids"][:1] if i == tokenizer.bos_token_id]
-    before, found, after = text.partition(_CONTEXT)
-    if not found:
-        raise SkvError("this model's chat template drops or changes the message; prompts cannot be made")
+    chat = Chat(tokenizer)
+    prefix = needle.answer_prefix if chat.templated else f"\n{needle.answer_prefix}"
+    before, _, after = chat.text(message, prefix).partition(_CONTEXT)
+    special = [] if chat.templated else [i for i in tokenizer("")["input_ids"][:1] if i == tokenizer.bos_token_id]
     return special + _plain(tokenizer, before), _plain(tokenizer, after)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 from evals.niah.prompt import Haystacks, assemble
 from evals.niah.protocols import find_protocol
 from evals.sources import Haystack, haystack
-from evals.task import Example, Task
+from evals.task import Example, Question, Task
 from shadowkv.errors import SkvError
 
 _SLACK = 0.02  # a prompt is at most this much shorter than its length, to leave room for the answer
@@ -43,35 +43,50 @@ class Niah(Task):
     def _haystack(self) -> Haystack:
         return haystack(self.haystack_spec)
 
-    def examples(self, tokenizer: Any) -> Sequence[Example]:
-        protocol, source = find_protocol(self.protocol), self._haystack
-        haystacks = Haystacks(tokenizer, source.text, self.seed)
-        made: list[Example] = []
-        for round_ in range(self.rounds):
-            for length in self.lengths:
-                budget = length - min(self.max_new_tokens, int(length * _SLACK))
-                for depth in self.depths:
-                    if self.samples is not None and len(made) == self.samples:
-                        return made
-                    needle = protocol.needle(self.seed, length, depth, round_)
-                    ids, at = assemble(tokenizer, haystacks, protocol.instruction, needle, budget, depth, round_)
-                    made.append(
-                        Example(
-                            benchmark=self.benchmark,
-                            task=self.protocol,
-                            length_tokens=length,
-                            sample=f"depth={depth:g},round={round_}",
-                            input_ids=ids,
-                            references=(needle.reference,),
-                            max_new_tokens=self.max_new_tokens,
-                            meta={"depth": depth, "round": round_, "needle_token": at},
-                        )
-                    )
-        return made
+    def questions(self, tokenizer: Any) -> Sequence[Question]:
+        haystacks = Haystacks(tokenizer, self._haystack.text, self.seed)
+        self._made(tokenizer, haystacks, min(self.lengths), self.depths[0], 0)  # is the shortest one long enough?
+        cells = [
+            Question(self.protocol, length, _sample(depth, round_))
+            for round_ in range(self.rounds)
+            for length in self.lengths
+            for depth in self.depths
+        ]
+        return cells[: self.samples]
 
-    def score(self, prediction: str, references: Sequence[str]) -> float:
+    def examples(self, tokenizer: Any, wanted: Collection[Question] | None = None) -> Iterator[Example]:
+        haystacks = Haystacks(tokenizer, self._haystack.text, self.seed)
+        asked = set(self.questions(tokenizer) if wanted is None else wanted)
+        made = [
+            self._made(tokenizer, haystacks, length, depth, round_)
+            for round_ in range(self.rounds)
+            for length in self.lengths
+            for depth in self.depths
+            if Question(self.protocol, length, _sample(depth, round_)) in asked
+        ]
+        # In the order of their tokens, prompts walk through the tree of their common prefixes depth first. The engine
+        # keeps one prompt, so every shared prefix is computed once: all depths of a haystack, and its shorter lengths.
+        return iter(sorted(made, key=lambda example: example.input_ids))
+
+    def _made(self, tokenizer: Any, haystacks: Haystacks, length: int, depth: float, round_: int) -> Example:
         protocol = find_protocol(self.protocol)
-        return max(protocol.score(prediction, reference) for reference in references)
+        budget = length - min(self.max_new_tokens, int(length * _SLACK))
+        needle = protocol.needle(self.seed, length, depth, round_)
+        ids, at = assemble(tokenizer, haystacks, protocol.instruction, needle, budget, depth, round_)
+        return Example(
+            benchmark=self.benchmark,
+            task=self.protocol,
+            length_tokens=length,
+            sample=_sample(depth, round_),
+            input_ids=ids,
+            references=(needle.reference,),
+            max_new_tokens=self.max_new_tokens,
+            meta={"depth": depth, "round": round_, "needle_token": at},
+        )
+
+    def score(self, example: Example, prediction: str) -> float:
+        protocol = find_protocol(self.protocol)
+        return max(protocol.score(prediction, reference) for reference in example.references)
 
     def config(self) -> dict[str, Any]:
         return {"protocol": self.protocol, "seed": self.seed, "max_new_tokens": self.max_new_tokens}
@@ -92,21 +107,8 @@ class Niah(Task):
         return [f"haystack {self._haystack.name}: not comparable with published scores"]
 
 
-def parse_lengths(text: str, context_tokens: int) -> tuple[int, ...]:
-    """Read `1k,2k,4096`; k is 1024 tokens. Raises `SkvError` on nonsense and on lengths beyond the context."""
-    lengths = []
-    for item in filter(None, (part.strip().lower() for part in text.split(","))):
-        digits, factor = (item[:-1], 1024) if item.endswith("k") else (item, 1)
-        digits, factor = (item[:-1], 1024 * 1024) if item.endswith("m") else (digits, factor)
-        if not digits.isdecimal() or int(digits) == 0:
-            raise SkvError(f"'{item}' is not a length; write tokens as 4096 or 4k (k = 1024)")
-        tokens = int(digits) * factor
-        if tokens > context_tokens:
-            raise SkvError(f"length {item} ({tokens} tokens) is beyond this model's context of {context_tokens} tokens")
-        lengths.append(tokens)
-    if not lengths:
-        raise SkvError("no lengths given; for example --lengths 1k,2k,4k")
-    return tuple(dict.fromkeys(lengths))
+def _sample(depth: float, round_: int) -> str:
+    return f"depth={depth:g},round={round_}"
 
 
 def parse_depths(text: str) -> tuple[float, ...]:

@@ -1,0 +1,96 @@
+"""`skv eval longbench`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from cli import options
+
+if TYPE_CHECKING:
+    from evals.task import Task
+
+EPILOG = (
+    "Examples:\n\n"
+    "skv eval longbench --model llama3.1-8b\n\n"
+    "skv eval longbench --model smollm2-135m --data data.zip --tasks hotpotqa,lcc --samples 10\n\n"
+    "skv eval longbench --model llama3.1-8b --e -m full -m shadowkv -m quest\n\n"
+    "skv eval longbench --model llama3-8b-1m --min-tokens 4096 -m full -m shadowkv:budget=256\n\n"
+    "skv eval longbench --model llama3.1-8b --v2 --wording prompts/0shot.txt"
+)
+
+
+def longbench(
+    model: options.Model,
+    method: options.Methods = None,
+    tasks: Annotated[str, typer.Option(help="all, or a list such as hotpotqa,gov_report,lcc.")] = "all",
+    e: Annotated[bool, typer.Option("--e", help="LongBench-E: 13 tasks, scores by length class.")] = False,
+    v2: Annotated[bool, typer.Option("--v2", help="LongBench v2: 503 questions with four choices.")] = False,
+    samples: Annotated[int | None, typer.Option(help="At most this many rows per task, the first ones.")] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(help="Folder of <task>.jsonl files or data.zip (v2: data.json); the Hub's by default."),
+    ] = None,
+    wording: Annotated[
+        str | None, typer.Option(help="official (skv pull longbench), own, or a file of templates (v2: own or a file).")
+    ] = None,
+    min_tokens: Annotated[
+        int, typer.Option(help="Leave out rows whose prompt is not longer than this (ShadowKV's paper: 4096).")
+    ] = 0,
+    max_prompt_tokens: Annotated[
+        int | None, typer.Option(help="Longer prompts lose their middle (7500 at a context of 8k, 31500 at 32k).")
+    ] = None,
+    out: options.Out = None,
+    device: options.Device = "auto",
+    dtype: options.Dtype = "auto",
+    dummy: options.Dummy = False,
+    trust_remote_code: options.TrustRemoteCode = False,
+    prefill_chunk: options.PrefillChunk = None,
+    prefix_reuse: options.PrefixReuse = True,
+    as_json: options.AsJson = False,
+    quiet: options.Quiet = False,
+    dry_run: options.DryRun = False,
+) -> int:
+    """LongBench, LongBench-E and LongBench v2: real documents, scored as their authors do.
+
+    Each prompt is computed once and answered by every method. Interrupt at will: the same command continues.
+    """
+    from cli import accuracy
+
+    def task(context_tokens: int) -> Task:
+        from evals.longbench.task import LongBench
+        from evals.longbench.tasks import E_TASKS, TASKS
+        from evals.longbench.truncation import checked_limit
+        from evals.longbench.v2 import LONGEST_PROMPT_TOKENS, LongBenchV2
+        from evals.names import choose_tasks
+
+        if v2:
+            limit = checked_limit(max_prompt_tokens, context_tokens, LONGEST_PROMPT_TOKENS)
+            return LongBenchV2(limit, samples, data, wording or "own")
+        return LongBench(
+            tasks=choose_tasks(tasks, TASKS, E_TASKS if e else tuple(TASKS)),
+            max_prompt_tokens=checked_limit(max_prompt_tokens, context_tokens),
+            all_tasks=tasks == "all",
+            e=e,
+            samples=samples,
+            data=data,
+            wording=wording or "official",
+            min_tokens=min_tokens,
+        )
+
+    settings = accuracy.Settings(
+        model=model,
+        methods=tuple(method or ()),
+        out=out,
+        device=device,
+        dtype=dtype,
+        dummy=dummy,
+        trust_remote_code=trust_remote_code,
+        prefill_chunk_tokens=prefill_chunk,
+        reuse_prefix=prefix_reuse,
+        as_json=as_json,
+        quiet=quiet,
+        dry_run=dry_run,
+    )
+    return accuracy.run(task, settings)

@@ -1,0 +1,121 @@
+"""LongBench's rows: from a folder, a zip file, or the Hub's data.zip."""
+
+from __future__ import annotations
+
+import hashlib
+import zipfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from evals.jsonl import parse_jsonl
+from shadowkv.errors import SkvError
+from shadowkv.packs import sha256_of
+from shadowkv.wording import one_line
+
+HUB_REPO, HUB_FILE = "THUDM/LongBench", "data.zip"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One sample."""
+
+    input: str
+    context: str
+    answers: tuple[str, ...]
+    classes: tuple[str, ...]
+    words: int  # its `length` field: words or Chinese characters, not tokens
+    id: str
+
+
+class Rows:
+    """Where rows are read from. `where` is a folder of <task>.jsonl files or a zip of them; None means the Hub."""
+
+    def __init__(self, where: str | None) -> None:
+        path = Path(where).expanduser() if where else _from_hub(HUB_REPO, HUB_FILE)
+        if not path.exists():
+            raise SkvError(f"{path} does not exist; --data takes a folder of <task>.jsonl files or data.zip")
+        self._from_hub = where is None
+        self._path = path
+        self._members = _zip_members(path) if path.is_file() else None
+
+    def has(self, name: str) -> bool:
+        """Whether there are rows for a task, `hotpotqa` or `hotpotqa_e`."""
+        return name in self._members if self._members is not None else (self._path / f"{name}.jsonl").is_file()
+
+    def read(self, name: str) -> list[Row]:
+        """All rows of a task, in order. Raises `SkvError` with file and line number where one is unusable."""
+        where = f"{self._path}/{name}.jsonl"
+        if not self.has(name):
+            raise SkvError(f"{self._path} holds no {name}.jsonl")
+        rows = [_row(raw, f"{where}, line {number}") for number, raw in parse_jsonl(self._lines(name), where)]
+        if not rows:
+            raise SkvError(f"{where} is empty")
+        return rows
+
+    def described(self) -> dict[str, Any]:
+        """Where rows came from, with the checksum of all there are."""
+        if self._members is not None:
+            sums = sha256_of(self._path)
+        else:
+            files = sorted(self._path.glob("*.jsonl"))
+            sums = hashlib.sha256("".join(f"{f.name}{sha256_of(f)}" for f in files).encode()).hexdigest()
+        return {"name": HUB_REPO if self._from_hub else "files", "sha256": sums}
+
+    def _lines(self, name: str) -> Iterator[bytes]:
+        if self._members is None:
+            with (self._path / f"{name}.jsonl").open("rb") as file:
+                yield from file
+            return
+        with zipfile.ZipFile(self._path) as archive, archive.open(self._members[name]) as member:
+            yield from member
+
+
+def hub_file(repo: str, name: str) -> Path:
+    """A file of a dataset on the Hub, downloaded once. HF_HUB_OFFLINE is honoured by the library, at once."""
+    return _from_hub(repo, name)
+
+
+def _from_hub(repo: str, name: str) -> Path:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    try:
+        return Path(hf_hub_download(repo, name, repo_type="dataset"))
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled):
+        raise SkvError(
+            f"{repo} on the Hub cannot be reached and {name} is not in its cache; give it with --data"
+        ) from None
+    except (HfHubHTTPError, OSError) as error:
+        raise SkvError(f"cannot fetch {name} of {repo}: {one_line(error)}; give it with --data") from error
+
+
+def _zip_members(path: Path) -> dict[str, str]:
+    """Task name -> member, wherever in the archive its file lies."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = [name for name in archive.namelist() if name.endswith(".jsonl") and "__MACOSX" not in name]
+    except (zipfile.BadZipFile, OSError) as error:
+        raise SkvError(f"{path} is not a zip file of <task>.jsonl files ({error})") from None
+    if not names:
+        raise SkvError(
+            f"{path} holds no <task>.jsonl files; LongBench's data.zip is expected (sha256 {sha256_of(path)})"
+        )
+    return {name.rpartition("/")[2].removesuffix(".jsonl"): name for name in names}
+
+
+def _row(raw: dict[str, Any], where: str) -> Row:
+    missing = [key for key in ("input", "context", "answers", "length") if raw.get(key) is None]
+    if missing:
+        raise SkvError(f"{where}: '{missing[0]}' is missing")
+    answers, classes = raw["answers"], raw.get("all_classes") or []
+    if not isinstance(answers, list) or not all(isinstance(answer, str) for answer in answers) or not any(answers):
+        raise SkvError(f"{where}: 'answers' is not a list of texts with at least one that is not empty")
+    if not isinstance(raw["input"], str) or not isinstance(raw["context"], str):
+        raise SkvError(f"{where}: 'input' or 'context' is not a text")
+    try:
+        words = int(raw["length"])
+    except (TypeError, ValueError):
+        raise SkvError(f"{where}: 'length' is not a number") from None
+    return Row(raw["input"], raw["context"], tuple(answers), tuple(classes), words, str(raw.get("_id", "")))

@@ -1,0 +1,145 @@
+"""RULER prompts as JSONL files in NVIDIA's schema: written for others to run, read from wherever they were made."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from evals.chat import Chat
+from evals.jsonl import read_jsonl
+from evals.ruler.task import Ruler, RulerTask, profile_notes
+from evals.ruler.tasks import TASKS, find_profile
+from evals.task import Example, Question
+from shadowkv.errors import SkvError
+
+_FILE = "validation.jsonl"
+
+
+def write_files(
+    run: Ruler, tokenizer: Any, folder: Path, on_prompt: Callable[[int, int], None] = lambda done, total: None
+) -> list[Path]:
+    """Write `<folder>/<length>/<task>/validation.jsonl`; `input` holds the chat template, as NVIDIA's does."""
+    questions = run.questions(tokenizer)
+    cells: dict[Path, list[str]] = {}
+    for done, (example, text) in enumerate(run.prompts(tokenizer, questions), 1):
+        tokens = len(example.input_ids) + example.max_new_tokens
+        prefix = str(example.meta["answer_prefix"])
+        row = {
+            "index": int(example.sample.removeprefix("sample=")),
+            "input": text,
+            "outputs": list(example.references),
+            "length": tokens,
+            "length_w_model_temp": tokens,
+            "answer_prefix": prefix,
+        }
+        path = folder / str(example.length_tokens) / example.task / _FILE
+        cells.setdefault(path, []).append(json.dumps(row, ensure_ascii=False))
+        on_prompt(done, len(questions))
+    for path, lines in cells.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return list(cells)
+
+
+@dataclass(frozen=True)
+class RulerFiles(RulerTask):
+    """Prompts read from `<folder>/<length>/<task>/validation.jsonl`, as they are.
+
+    `wrap` puts the model's chat template around inputs that were written without one.
+    """
+
+    folder: Path
+    lengths: tuple[int, ...]  # none for all that are there
+    tasks: tuple[str, ...]
+    samples: int | None = None
+    profile: str = "nvidia"
+    wrap: bool = False
+
+    def __post_init__(self) -> None:
+        find_profile(self.profile)
+        if self.samples is not None and self.samples < 1:
+            raise SkvError(f"--samples must be at least 1, got {self.samples}")
+
+    @cached_property
+    def _rows(self) -> dict[Question, _Row]:
+        if not self.folder.is_dir():
+            raise SkvError(f"{self.folder} is not a folder")
+        found = {
+            (int(path.parts[-3]), path.parts[-2]): path
+            for path in sorted(self.folder.glob(f"*/*/{_FILE}"))
+            if path.parts[-3].isdecimal() and path.parts[-2] in TASKS
+        }
+        lengths = self.lengths or tuple(sorted({length for length, _ in found}))
+        chosen = {
+            (length, task): found[length, task] for length in lengths for task in self.tasks if (length, task) in found
+        }
+        if not chosen:
+            raise SkvError(f"{self.folder} holds no <length>/<task>/{_FILE} of the lengths and tasks asked for")
+        return {
+            Question(task, length, f"line={number}"): row
+            for (length, task), path in chosen.items()
+            for number, row in enumerate(_read(path)[: self.samples], 1)
+        }
+
+    def questions(self, tokenizer: Any) -> Sequence[Question]:
+        return list(self._rows)
+
+    def examples(self, tokenizer: Any, wanted: Collection[Question] | None = None) -> Iterator[Example]:
+        chat = Chat(tokenizer)
+        for question in self._rows if wanted is None else wanted:
+            row = self._rows[question]
+            text = chat.text(row.input, row.answer_prefix) if self.wrap else row.input + row.answer_prefix
+            yield Example(
+                benchmark=self.benchmark,
+                task=question.task,
+                length_tokens=question.length_tokens,
+                sample=question.sample,
+                input_ids=tuple(chat.ids(text) if self.wrap else _as_written(tokenizer, text)),
+                references=row.outputs,
+                max_new_tokens=TASKS[question.task].max_new_tokens,
+            )
+
+    def config(self) -> dict[str, Any]:
+        return {"profile": self.profile, "wrap": self.wrap}
+
+    def selection(self) -> dict[str, Any]:
+        return {"lengths": self.lengths, "tasks": self.tasks, "samples": self.samples}
+
+    def sources(self) -> dict[str, Any]:
+        digest = hashlib.sha256()
+        for question, row in self._rows.items():
+            digest.update(json.dumps([*question, *row], ensure_ascii=False).encode())
+        return {"ruler": {"name": "files", "folder": self.folder.name, "prompts_sha256": digest.hexdigest()}}
+
+    def notes(self) -> list[str]:
+        return ["prompts from files: comparable only with runs on the same files", *profile_notes(self.profile)]
+
+
+class _Row(NamedTuple):
+    input: str
+    answer_prefix: str
+    outputs: tuple[str, ...]
+
+
+def _read(path: Path) -> list[_Row]:
+    rows = []
+    for number, raw in read_jsonl(path):
+        text, outputs, prefix = raw.get("input"), raw.get("outputs"), raw.get("answer_prefix", "")
+        if not isinstance(text, str) or not isinstance(prefix, str) or not text:
+            raise SkvError(f"{path}, line {number}: 'input' is missing or not a text")
+        if not isinstance(outputs, list) or not outputs or not all(isinstance(x, str) and x for x in outputs):
+            raise SkvError(f"{path}, line {number}: 'outputs' is not a list of answers")
+        rows.append(_Row(text, prefix, tuple(outputs)))
+    return rows
+
+
+def _as_written(tokenizer: Any, text: str) -> list[int]:
+    """Ids of a prompt of unknown origin: special tokens are added only if it does not spell them out itself."""
+    bos = getattr(tokenizer, "bos_token", None)
+    ids: list[int] = tokenizer(text, add_special_tokens=not (bos and text.startswith(bos)), verbose=False)["input_ids"]
+    return ids

@@ -1,0 +1,168 @@
+"""RULER as a benchmark: lengths x tasks x samples, made to measure for a tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import count
+from typing import Any
+
+from evals.chat import Chat
+from evals.ruler.families import Workshop
+from evals.ruler.fitting import Draft, fit, too_short
+from evals.ruler.materials import Materials, PulledMaterials
+from evals.ruler.own_materials import OwnMaterials
+from evals.ruler.tasks import TASKS, find_profile
+from evals.seeding import seeded
+from evals.task import Example, Question, Task
+from shadowkv.errors import SkvError
+from shadowkv.names import did_you_mean
+
+DEFAULT_LENGTHS = tuple(1024 * k for k in (4, 8, 16, 32, 64, 128))
+_WORDINGS: dict[str, Callable[[str | None], Materials]] = {"official": PulledMaterials, "own": OwnMaterials}
+_FULL = 0.9  # a prompt that cannot fill this share of its length is not that task at that length
+
+
+class RulerTask(Task):
+    """What generated prompts and prompts from files have in common."""
+
+    benchmark = "ruler"
+    profile: str
+
+    def score(self, example: Example, prediction: str) -> float:
+        return find_profile(self.profile).metrics[example.task](prediction, example.references)
+
+
+@dataclass(frozen=True)
+class Ruler(RulerTask):
+    """Settings of a RULER run; lengths in tokens, generated tokens included."""
+
+    lengths: tuple[int, ...]
+    tasks: tuple[str, ...]
+    samples: int
+    profile: str = "nvidia"
+    wording: str = "official"
+    haystack_spec: str | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        find_profile(self.profile)
+        if self.samples < 1:
+            raise SkvError(f"--samples must be at least 1, got {self.samples}")
+        if self.wording not in _WORDINGS:
+            known = ", ".join(_WORDINGS)
+            raise SkvError(f"unknown wording '{self.wording}'{did_you_mean(self.wording, _WORDINGS)}; one of {known}")
+
+    @cached_property
+    def materials(self) -> Materials:
+        return _WORDINGS[self.wording](self.haystack_spec)
+
+    def questions(self, tokenizer: Any) -> Sequence[Question]:
+        maker = _Maker(self, tokenizer)
+        for length in self.lengths:
+            for task in self.tasks:
+                maker.check(task, length)
+        return [
+            Question(task, length, f"sample={i}")
+            for length in self.lengths
+            for task in self.tasks
+            for i in range(self.samples)
+        ]
+
+    def examples(self, tokenizer: Any, wanted: Collection[Question] | None = None) -> Iterator[Example]:
+        return (example for example, _ in self.prompts(tokenizer, wanted))
+
+    def prompts(self, tokenizer: Any, wanted: Collection[Question] | None = None) -> Iterator[tuple[Example, str]]:
+        """Examples with their prompts as text: chat template and message, without the answer prefix."""
+        maker = _Maker(self, tokenizer)
+        for question in self.questions(tokenizer) if wanted is None else wanted:
+            yield maker.prompt(question)
+
+    def config(self) -> dict[str, Any]:
+        return {"profile": self.profile, "seed": self.seed}
+
+    def selection(self) -> dict[str, Any]:
+        return {"lengths": self.lengths, "tasks": self.tasks, "samples": self.samples}
+
+    def sources(self) -> dict[str, Any]:
+        return {"ruler": self.materials.described()}
+
+    def notes(self) -> list[str]:
+        return [*self.materials.notes(), *profile_notes(self.profile)]
+
+
+class _Maker:
+    """Prompts of one run for one tokenizer."""
+
+    def __init__(self, run: Ruler, tokenizer: Any) -> None:
+        self._run = run
+        self._chat = Chat(tokenizer)
+        self._templated = self._chat.templated
+        self._shop = Workshop(run.materials, lambda text: len(self._chat.ids(text)), run.seed)
+        self._usable: dict[tuple[str, int], list[int]] = {}
+
+    def check(self, task: str, length: int) -> None:
+        """Raise `SkvError` if this task cannot be asked at this length, or not that many times."""
+        available = TASKS[task].count(self._shop)
+        if available is not None and self._run.samples > available:
+            raise SkvError(f"--samples {self._run.samples} is more than the {available} questions of {task}")
+        draft, budget = self._draft(task, length, 0), length - TASKS[task].max_new_tokens
+        needed = len(self._ids(draft, draft.message(draft.smallest)))
+        if needed > budget and available is None:
+            raise too_short(task, length, needed + TASKS[task].max_new_tokens)
+        if draft.largest is not None and len(self._ids(draft, draft.message(draft.largest))) < _FULL * budget:
+            raise SkvError(
+                f"the {draft.largest} words of {task} do not fill {length} tokens; leave the task out with --tasks"
+            )
+
+    def prompt(self, question: Question) -> tuple[Example, str]:
+        task, length = question.task, question.length_tokens
+        budget = length - TASKS[task].max_new_tokens
+        draft = self._draft(task, length, self._number(task, length, int(question.sample.removeprefix("sample="))))
+        fitted = fit(draft, lambda message: self._ids(draft, message), budget)
+        if fitted is None:
+            needed = len(self._ids(draft, draft.message(draft.smallest)))
+            raise too_short(task, length, needed + TASKS[task].max_new_tokens)
+        example = Example(
+            benchmark=self._run.benchmark,
+            task=task,
+            length_tokens=length,
+            sample=question.sample,
+            input_ids=tuple(fitted.input_ids),
+            references=draft.references,
+            max_new_tokens=TASKS[task].max_new_tokens,
+            meta={**draft.meta, "chat_template": self._templated, "answer_prefix": draft.answer_prefix},
+        )
+        return example, self._chat.text(fitted.message)
+
+    def _draft(self, task: str, length: int, number: int) -> Draft:
+        rng = seeded("ruler", self._run.seed, task, length, number)
+        return TASKS[task].draft(self._shop, rng, length, number)
+
+    def _ids(self, draft: Draft, message: str) -> list[int]:
+        return self._chat.ids(self._chat.text(message, draft.answer_prefix))
+
+    def _number(self, task: str, length: int, sample: int) -> int:
+        """The question behind a sample: the same one, unless the documents that come with some do not fit."""
+        available = TASKS[task].count(self._shop)
+        if available is None:
+            return sample
+        usable = self._usable.setdefault((task, length), [])
+        budget = length - TASKS[task].max_new_tokens
+        for number in count(usable[-1] + 1 if usable else 0):
+            if sample < len(usable):
+                break
+            if number == available:
+                raise SkvError(f"only {len(usable)} questions of {task} fit into {length} tokens; use fewer --samples")
+            draft = self._draft(task, length, number)
+            if len(self._ids(draft, draft.message(draft.smallest))) <= budget:
+                usable.append(number)
+        return usable[sample]
+
+
+def profile_notes(profile: str) -> list[str]:
+    """What a table must say about the metrics of a profile."""
+    if profile == "nvidia":
+        return []
+    return ["scores by ShadowKV's metrics: not comparable with NVIDIA's string_match; an empty answer scores 0"]
