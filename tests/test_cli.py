@@ -45,7 +45,10 @@ def test_help_is_fast_and_light():
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 
-@pytest.mark.parametrize("command", [["eval", "niah"], ["models"], ["methods"], ["pull"]])
+COMMANDS = [["eval", "niah"], ["eval", "ruler"], ["eval", "longbench"], ["data", "ruler"]]
+
+
+@pytest.mark.parametrize("command", [*COMMANDS, ["models"], ["methods"], ["pull"]])
 def test_every_command_shows_examples(capsys, command):
     assert main([*command, "--help"]) == 0
     assert "Examples:" in capsys.readouterr().out
@@ -88,6 +91,65 @@ def test_mistakes_are_one_line(capsys, tiny_folder, monkeypatch, argv, says):
         if torch.cuda.is_available():
             pytest.skip("this machine has a GPU")
     assert says in mistake(capsys, "eval", "niah", *[str(tiny_folder) if a == "TINY" else a for a in argv])
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["ruler", "--tasks", "niah_singel_1"], "did you mean 'niah_single_1'"),
+        (["ruler", "--lengths", "256", "--tasks", "cwe"], "too short for cwe"),
+        (["ruler", "--lengths", "8k"], "beyond this model's context of 4096"),
+        (["ruler", "--samples", "0"], "at least 1"),
+        (["ruler", "--samples", "99999", "--tasks", "qa_1"], "more than the 960 questions of qa_1"),
+        (["ruler", "--profile", "nvdia"], "did you mean 'nvidia'"),
+        (["ruler", "--wording", "onw"], "did you mean 'own'"),
+        (["ruler", "--data", "nowhere"], "is not a folder"),
+        (["ruler", "--haystack", "nowhere.txt"], "cannot be read"),
+        (["longbench", "--tasks", "hotptqa"], "did you mean 'hotpotqa'"),
+        (["longbench", "--data", "nowhere"], "does not exist"),
+        (["longbench", "--e", "--tasks", "vcsum"], "LongBench-E has no vcsum"),
+        (["longbench", "--max-prompt-tokens", "4000"], "no room for template and answer"),
+        (["longbench", "--samples", "0"], "at least 1"),
+        (["longbench", "--v2", "--data", "nowhere.json"], "cannot be read"),
+    ],
+)
+def test_mistakes_of_ruler_and_longbench_are_one_line(capsys, tiny_folder, argv, says):
+    wording = [] if "--wording" in argv or "--v2" in argv else ["--wording", "own"]
+    assert says in mistake(capsys, "eval", argv[0], "--model", str(tiny_folder), *wording, *argv[1:])
+
+
+@pytest.mark.parametrize("benchmark", ["ruler", "longbench"])
+def test_a_missing_pack_names_the_command(capsys, tiny_folder, monkeypatch, tmp_path, benchmark):
+    monkeypatch.setenv("SKV_HOME", str(tmp_path))
+    data = ["--data", str(tmp_path)] if benchmark == "longbench" else ["--tasks", "vt"]
+    (tmp_path / "lcc.jsonl").write_text("{}")
+    extra = ["--tasks", "lcc"] if benchmark == "longbench" else []
+    said = mistake(capsys, "eval", benchmark, "--model", str(tiny_folder), *data, *extra)
+    assert f"skv pull {benchmark}" in said
+
+
+def test_ruler_runs_shows_its_tables_and_reads_back_what_it_wrote(capsys, tiny_folder, tmp_path):
+    """A byte is a token of the tiny model, so few tasks fit into its 4096."""
+    tasks = ["--tasks", "niah_single_1,niah_multikey_1,fwe", "--lengths", "2k,3k", "--samples", "2", "--wording", "own"]
+    argv = ["eval", "ruler", "--model", str(tiny_folder), "-m", "full", "-m", "quest:budget=64"]
+    assert main([*argv, *tasks, "--out", str(tmp_path / "run")]) == 0
+    said = capsys.readouterr().out
+    assert "RULER, percent by task" in said
+    assert "Effective length" in said
+    assert "not comparable with published scores" in said
+    records = read_run(tmp_path / "run")[1]
+    assert len(records) == 3 * 2 * 2 * 2
+    assert {p.name for p in (tmp_path / "run" / "plots").iterdir()} == {
+        "score_by_length.png", "tasks_2048.png", "tasks_3072.png",
+    }  # fmt: skip
+    grown = [word if word != "2" else "3" for word in tasks]
+    assert main([*argv, *grown, "--out", str(tmp_path / "run"), "-q"]) == 0
+    assert len(read_run(tmp_path / "run")[1]) == 3 * 2 * 3 * 2
+    assert read_run(tmp_path / "run")[1][: len(records)] == records
+    assert main(["data", "ruler", "--model", str(tiny_folder), *tasks, "--out", str(tmp_path / "prompts")]) == 0
+    assert main([*argv, "--data", str(tmp_path / "prompts"), "--out", str(tmp_path / "again"), "-q"]) == 0
+    again = read_run(tmp_path / "again")[1]
+    assert sorted(r.prompt_sha256 for r in again) == sorted(r.prompt_sha256 for r in records)
 
 
 def test_unknown_commands_and_packs_are_one_line(capsys):
