@@ -1,4 +1,4 @@
-"""Lines of JSON objects, with errors that say where."""
+"""JSON files of many objects, read one by one: lines with errors that say where, and long arrays."""
 
 from __future__ import annotations
 
@@ -31,3 +31,24 @@ def parse_jsonl(lines: Iterable[bytes], name: str) -> Iterator[tuple[int, dict[s
         if not isinstance(row, dict):
             raise SkvError(f"{name}, line {number}: not a JSON object")
         yield number, row
+
+
+def stream_array(path: Path, chunk_characters: int = 1 << 20) -> Iterator[Any]:
+    """Items of a JSON array, without ever holding the whole file or all of its objects."""
+    decoder = json.JSONDecoder()
+    with path.open(encoding="utf-8") as file:
+        held = file.read(chunk_characters).lstrip()[1:]
+        while True:
+            held = held.lstrip(" \t\r\n,")
+            if held.startswith("]"):
+                return
+            try:
+                item, end = decoder.raw_decode(held)
+            except ValueError:
+                more = file.read(chunk_characters)
+                if not more:
+                    raise SkvError(f"{path} ends in the middle of its array") from None
+                held += more
+            else:
+                yield item
+                held = held[end:]

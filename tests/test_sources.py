@@ -31,3 +31,17 @@ def test_half_a_character_is_one_line(tmp_path):
     (tmp_path / "a.json").write_text(json.dumps({"text": PROSE + "\ud800"}))
     with pytest.raises(SkvError, match="'text' field"):
         haystack(str(tmp_path / "a.json"))
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 7, 1000])
+def test_an_array_is_streamed_item_by_item(tmp_path, chunk):
+    from evals.jsonl import stream_array
+
+    items = [{"a": [1, 2], "b": "x]},{"}, 3, "é", [], {"c": None}]
+    path = tmp_path / "array.json"
+    path.write_text(" \n" + json.dumps(items, indent=1), encoding="utf-8")
+    if chunk > 2:  # the opening bracket is in the first chunk
+        assert list(stream_array(path, chunk)) == items
+    path.write_text('[{"a": 1}, {"b"', encoding="utf-8")
+    with pytest.raises(SkvError, match="ends in the middle"):
+        list(stream_array(path, chunk))

@@ -13,6 +13,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
+from evals.jsonl import stream_array
 from evals.literals import literals
 from evals.sources import haystack
 from shadowkv.errors import SkvError
@@ -150,7 +151,7 @@ class PulledMaterials(Materials):
         return sorted({line.strip() for line in lines if line.strip()})
 
     def corpus(self, dataset: str) -> Corpus:
-        return _READERS[dataset](json.loads((self._folder / f"{dataset}.json").read_bytes()))
+        return _READERS[dataset](self._folder / f"{dataset}.json")
 
     def _own_essay(self) -> str:
         text: str = json.loads((self._folder / "PaulGrahamEssays.json").read_bytes())["text"]
@@ -188,9 +189,9 @@ def sha16(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _read_squad(raw: Any) -> Corpus:
+def _read_squad(path: Path) -> Corpus:
     """Answerable questions of SQuAD 2.0; the other paragraphs of an article are related."""
-    articles = raw["data"]
+    articles = json.loads(path.read_bytes())["data"]
     documents = sorted({p["context"] for article in articles for p in article["paragraphs"]})
     number = {document: i for i, document in enumerate(documents)}
     questions = []
@@ -207,17 +208,20 @@ def _read_squad(raw: Any) -> Corpus:
     return Corpus(documents, questions)
 
 
-def _read_hotpotqa(raw: Any) -> Corpus:
-    """HotpotQA in its distractor setting: ten documents come with every question."""
+def _read_hotpotqa(path: Path) -> Corpus:
+    """HotpotQA in its distractor setting: ten documents come with every question.
+
+    The file is read twice, row by row: all of its objects at once would take several hundred MB.
+    """
 
     def document(title: str, sentences: Sequence[str]) -> str:
         return f"{title}\n{''.join(sentences)}"
 
-    documents = sorted({document(*context) for row in raw for context in row["context"]})
+    documents = sorted({document(*context) for row in stream_array(path) for context in row["context"]})
     number = {text: i for i, text in enumerate(documents)}
     questions = [
         Question(row["question"], (row["answer"],), tuple(number[document(*context)] for context in row["context"]))
-        for row in raw
+        for row in stream_array(path)
     ]
     return Corpus(documents, questions)
 
