@@ -62,7 +62,8 @@ class _Prepared:
         self.settings = settings
         self.source: ModelSource = resolve(settings.model, dummy=settings.dummy)
         self.config = load_config(self.source, trust_remote_code=settings.trust_remote_code)
-        self.task = make_task(context_tokens(self.source, self.config))
+        self.context_tokens = context_tokens(self.source, self.config)
+        self.task = make_task(self.context_tokens)
         self.device = pick_device(settings.device)
         self.dtype = pick_dtype(self.device, settings.dtype)
         self.dims: Dims = dims_of(self.config, getattr(torch, self.dtype).itemsize)
@@ -191,6 +192,11 @@ def _plan(ready: _Prepared) -> int:
         [[label, *(f"{held / 2**20:.1f}" for held in both.values())] for label, both in memory.items()],
         f"Weights {weights / 2**30:.2f} GiB, dense prefill {prefill / 2**30:.2f} GiB. Nothing was run.",
     )
+    if longest > ready.context_tokens:
+        said = (
+            f"prompts of {longest} tokens are beyond this model's context of {ready.context_tokens} and cannot be run"
+        )
+        print(f"skv: note: {said}", file=sys.stderr)
     return 0
 
 

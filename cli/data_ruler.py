@@ -41,7 +41,7 @@ def ruler(
     check_writable(out)
     source = resolve(model, dummy=False)
     context = context_tokens(source, load_config(source, trust_remote_code=trust_remote_code))
-    run = made(lengths, tasks, samples, profile, wording, haystack, seed, context)
+    run = made(lengths, tasks, samples, profile, wording, haystack, seed, context, runnable=False)
     tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
     with status("making prompts", quiet=quiet) as update:
         paths = write_files(run, tokenizer, out, lambda done, total: update(f"{done}/{total}"))

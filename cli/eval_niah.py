@@ -54,7 +54,7 @@ def niah(
 
     def task(context_tokens: int) -> Niah:
         return Niah(
-            lengths=parse_lengths(lengths, context_tokens),
+            lengths=parse_lengths(lengths, None if dry_run else context_tokens),
             depths=parse_depths(depths),
             haystack_spec=haystack,
             protocol=protocol,

@@ -69,10 +69,10 @@ def ruler(
         from evals.ruler.tasks import TASKS, find_profile
 
         if data is not None:
-            chosen = () if lengths == "auto" else _lengths(lengths, context_tokens)
+            chosen = () if lengths == "auto" else _lengths(lengths, context_tokens, runnable=not dry_run)
             names = choose_tasks(tasks, TASKS, find_profile(profile).tasks)
             return RulerFiles(data, chosen, names, samples, profile, wrap_data)
-        return made(lengths, tasks, samples, profile, wording, haystack, seed, context_tokens)
+        return made(lengths, tasks, samples, profile, wording, haystack, seed, context_tokens, runnable=not dry_run)
 
     settings = accuracy.Settings(
         model=model,
@@ -100,15 +100,17 @@ def made(
     haystack: str | None,
     seed: int,
     context_tokens: int,
+    *,
+    runnable: bool,
 ) -> Ruler:
-    """The benchmark that the options describe."""
+    """The benchmark that the options describe; prompts that are only made may exceed the model's context."""
     from evals.names import choose_tasks
     from evals.ruler.task import Ruler
     from evals.ruler.tasks import TASKS, find_profile
 
     found = find_profile(profile)
     return Ruler(
-        lengths=_lengths(lengths, context_tokens),
+        lengths=_lengths(lengths, context_tokens, runnable=runnable),
         tasks=choose_tasks(tasks, TASKS, found.tasks),
         samples=found.samples if samples is None else samples,
         profile=profile,
@@ -118,10 +120,10 @@ def made(
     )
 
 
-def _lengths(text: str, context_tokens: int) -> tuple[int, ...]:
+def _lengths(text: str, context_tokens: int, *, runnable: bool) -> tuple[int, ...]:
     from evals.lengths import parse_lengths
     from evals.ruler.task import DEFAULT_LENGTHS
 
     if text != "auto":
-        return parse_lengths(text, context_tokens)
+        return parse_lengths(text, context_tokens if runnable else None)
     return tuple(length for length in DEFAULT_LENGTHS if length <= context_tokens) or (context_tokens,)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from shadowkv.errors import SkvError
 
 
-def parse_lengths(text: str, context_tokens: int) -> tuple[int, ...]:
-    """Read `1k,2k,4096`; k is 1024 tokens. Raises `SkvError` on nonsense and on lengths beyond the context."""
+def parse_lengths(text: str, context_tokens: int | None) -> tuple[int, ...]:
+    """Read `1k,2k,4096`; k is 1024 tokens. Raises `SkvError` on nonsense and beyond the context, if one is given."""
     lengths = []
     for item in filter(None, (part.strip().lower() for part in text.split(","))):
         digits, factor = (item[:-1], 1024) if item.endswith("k") else (item, 1)
@@ -14,7 +14,7 @@ def parse_lengths(text: str, context_tokens: int) -> tuple[int, ...]:
         if not digits.isdecimal() or int(digits) == 0:
             raise SkvError(f"'{item}' is not a length; write tokens as 4096 or 4k (k = 1024)")
         tokens = int(digits) * factor
-        if tokens > context_tokens:
+        if context_tokens is not None and tokens > context_tokens:
             raise SkvError(f"length {item} ({tokens} tokens) is beyond this model's context of {context_tokens} tokens")
         lengths.append(tokens)
     if not lengths:

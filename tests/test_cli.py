@@ -218,6 +218,13 @@ def test_dry_run_tells_and_touches_nothing(capsys, niah, tmp_path, extra):
         assert plan["methods"]["full"]["device_bytes"] > plan["methods"]["shadowkv:budget=64,rank=8"]["device_bytes"]
 
 
+def test_prompts_beyond_the_context_can_be_made_but_not_run(capsys, tiny_folder):
+    argv = ["eval", "ruler", "--model", str(tiny_folder), "--lengths", "8k", "--tasks", "vt", "--wording", "own"]
+    assert "beyond this model's context of 4096" in mistake(capsys, *argv)
+    assert main([*argv, "--samples", "1", "--dry-run"]) == 0
+    assert "cannot be run" in capsys.readouterr().err
+
+
 def test_predictions_are_the_same_without_prefix_reuse(niah, tmp_path, capsys):
     assert main([*niah, "-q"]) == 0
     other = [*niah[:-1], str(tmp_path / "fresh"), "--no-prefix-reuse", "-q"]
