@@ -18,6 +18,10 @@ SMALL = {
         "shadowkv:rank=12,budget=64,outliers=2,window=8",
         "shadowkv:energy=0.9,budget=32,local=0,window=3",
     ],
+    "snapkv": [
+        "snapkv:budget=64,window=16",
+        "snapkv:budget=48,window=32,kernel=7,pooling=max,reduce=group_max",
+    ],
     "quest": [
         "quest:budget=64,dense_layers=1",
         "quest:budget=48,reduce=group_max",
@@ -29,7 +33,7 @@ CASES = [spec for name in methods() for spec in SMALL.get(name, [name])]
 
 @pytest.fixture
 def engine(tiny):
-    return Engine(tiny("llama"), prefill_chunk_tokens=128)
+    return Engine(tiny("llama"), prefill_chunk_tokens=128, record_queries=True)
 
 
 @pytest.mark.parametrize("spec", CASES)
@@ -179,7 +183,7 @@ def test_degenerate_values_give_finite_answers(engine, spec):
 def test_bf16_models_work(spec):
     from tiny_models import tiny_model
 
-    engine = Engine(tiny_model("llama", dtype=torch.bfloat16), prefill_chunk_tokens=128)
+    engine = Engine(tiny_model("llama", dtype=torch.bfloat16), prefill_chunk_tokens=128, record_queries=True)
     assert len(engine.generate(random_prompt(300), parse_method(spec), 20)[0]) == 20
 
 

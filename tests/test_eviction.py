@@ -1,0 +1,116 @@
+"""What methods that forget tokens promise, each against its definition by brute force."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from shadowkv.errors import SkvError
+from shadowkv.method import LayerKV
+from shadowkv.methods.snapkv import SnapKV
+
+HEADS, SCALING = 2, 0.3
+GEOMETRIES = [(1, 64), (3, 96), (4, 128), (3, 256)]  # query heads per KV head, head size
+
+
+def rand(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+class Stream:
+    """Random keys, values and queries of `tokens` prompt tokens and `steps` new ones, for one layer."""
+
+    def __init__(self, tokens, steps=0, group=3, head_dim=64, batch=1, seed=0):
+        self.tokens, self.steps, self.group = tokens, steps, group
+        total = tokens + steps
+        self.k = rand(batch, HEADS, total, head_dim, seed=seed + 1)
+        self.v = rand(batch, HEADS, total, head_dim, seed=seed + 2)
+        self.q = rand(batch, HEADS * group, total, head_dim, seed=seed + 3)
+        self.q *= 8 / head_dim**0.5  # attention as peaked for every head size
+
+    @property
+    def prompt(self):
+        k, v, q = (x[:, :, : self.tokens] for x in (self.k, self.v, self.q))
+        return LayerKV(k, v, q[:, :, -64:], SCALING, q)
+
+    def run(self, method, layer=1, rope=None):
+        """Outputs of one call per new token: a list of [B,Hq,1,D]."""
+        state = method.new_layer(layer, self.prompt, rope)
+        new = range(self.tokens, self.tokens + self.steps)
+        return [state.attend(*(x[:, :, t : t + 1] for x in (self.q, self.k, self.v)), SCALING) for t in new]
+
+    def weights(self, head, t, kept):
+        """Attention of query head `head` at position t over the positions `kept`, of the first row."""
+        return (self.k[0, head // self.group, kept] @ self.q[0, head, t] * SCALING).softmax(-1)
+
+    def output(self, head, t, kept):
+        return self.weights(head, t, kept) @ self.v[0, head // self.group, kept]
+
+    def group_of(self, kv_head):
+        return range(kv_head * self.group, (kv_head + 1) * self.group)
+
+
+# SnapKV
+
+
+def snap_kept(stream, method, kv_head):
+    """The prompt tokens that SnapKV keeps, by the paper's listing, a query and a token at a time."""
+    older = stream.tokens - method.window
+    by_head = []
+    for head in stream.group_of(kv_head):
+        received = torch.zeros(older)
+        for t in range(older, stream.tokens):
+            received += stream.weights(head, t, list(range(t + 1)))[:older]
+        padded = F.pad(received, (method.kernel // 2,) * 2).unfold(0, method.kernel, 1)
+        by_head.append(padded.mean(-1) if method.pooling == "avg" else padded.amax(-1))
+    scores = torch.stack(by_head)
+    scores = scores.amax(0) if method.reduce == "group_max" else scores.mean(0)
+    # Neighbours of a maximum share it, and the lower ones of them stay.
+    chosen = scores.sort(descending=True, stable=True).indices[: method.budget - method.window].tolist()
+    return sorted(chosen) + list(range(older, stream.tokens))
+
+
+@pytest.mark.parametrize(("group", "head_dim"), GEOMETRIES)
+@pytest.mark.parametrize(
+    "method",
+    [
+        SnapKV(budget=40, window=16),
+        SnapKV(budget=40, window=8, kernel=7, pooling="max", reduce="group_max"),
+        SnapKV(budget=33, window=32, kernel=1, reduce="group_sum"),
+    ],
+    ids=lambda method: method.label,
+)
+def test_snapkv_keeps_what_its_window_attends_to_and_all_that_follows(method, group, head_dim):
+    stream = Stream(120, steps=5, group=group, head_dim=head_dim)
+    outs = stream.run(method)
+    for kv_head in range(HEADS):
+        prompt = snap_kept(stream, method, kv_head)
+        assert len(prompt) == method.budget
+        for t, out in enumerate(outs, start=120):
+            kept = prompt + list(range(120, t + 1))
+            for head in stream.group_of(kv_head):
+                torch.testing.assert_close(out[0, head, 0], stream.output(head, t, kept), rtol=1e-4, atol=1e-5)
+
+
+def test_snapkv_holds_its_budget_and_not_the_prefill():
+    stream = Stream(300)
+    state = SnapKV(budget=64, window=16).new_layer(0, stream.prompt, None)
+    assert state.nbytes().device == 2 * HEADS * 64 * 64 * 4
+    whole = SnapKV(budget=300).new_layer(0, stream.prompt, None)
+    assert whole.nbytes().device == 2 * HEADS * 300 * 64 * 4
+
+
+@pytest.mark.parametrize(
+    ("parameters", "said"),
+    [
+        ({"window": 65}, "window must be 1 to 64"),
+        ({"budget": 32}, "budget=32 must be larger than window=32"),
+        ({"kernel": 4}, "kernel must be odd"),
+        ({"pooling": "sum"}, "one of avg, max"),
+        ({"reduce": "per_q_head"}, "one of group_max, group_mean, group_sum"),
+    ],
+)
+def test_snapkv_refuses_what_it_cannot_do(parameters, said):
+    with pytest.raises(SkvError, match=said):
+        SnapKV(**parameters)
