@@ -89,11 +89,16 @@ def gather_lists(x: Tensor, index: Tensor) -> Tensor:
     return spread.gather(3, index[..., None].expand(*index.shape, x.shape[-1])).flatten(1, 2)
 
 
-def attention_weights(q: Tensor, k: Tensor, scaling: float) -> Tensor:
-    """Softmax of one query per head over all keys. q [B,Hq,1,D], k [B,H,n,D] -> [B,H,G,n] fp32."""
+def attention_scores(q: Tensor, k: Tensor, scaling: float) -> Tensor:
+    """One query per head against all keys, before the softmax. q [B,Hq,1,D], k [B,H,n,D] -> [B,H,G,n] fp32."""
     batch, _, _, head_dim = q.shape
     grouped = q.reshape(batch, k.shape[1], -1, head_dim)
-    return ((grouped.float() @ k.float().mT) * scaling).softmax(dim=-1)
+    return (grouped.float() @ k.float().mT) * scaling
+
+
+def attention_weights(q: Tensor, k: Tensor, scaling: float) -> Tensor:
+    """Softmax of one query per head over all keys. q [B,Hq,1,D], k [B,H,n,D] -> [B,H,G,n] fp32."""
+    return attention_scores(q, k, scaling).softmax(dim=-1)
 
 
 def weighted_values(weights: Tensor, v: Tensor) -> Tensor:

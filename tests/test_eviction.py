@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tiny_models import FAMILIES
 from torch.nn import functional as F
 
 from shadowkv.errors import SkvError
 from shadowkv.method import LayerKV
 from shadowkv.methods.snapkv import SnapKV
+from shadowkv.methods.streaming import StreamingLLM
+from shadowkv.rope import Rope
 
 HEADS, SCALING = 2, 0.3
 GEOMETRIES = [(1, 64), (3, 96), (4, 128), (3, 256)]  # query heads per KV head, head size
@@ -114,3 +117,53 @@ def test_snapkv_holds_its_budget_and_not_the_prefill():
 def test_snapkv_refuses_what_it_cannot_do(parameters, said):
     with pytest.raises(SkvError, match=said):
         SnapKV(**parameters)
+
+
+# StreamingLLM
+
+
+def streaming_kept(method, t):
+    """Positions attended to by the token at position t."""
+    tokens = list(range(t + 1))
+    return tokens if t < method.budget else tokens[: method.sinks] + tokens[method.sinks - method.budget :]
+
+
+@pytest.mark.parametrize(("group", "head_dim"), GEOMETRIES)
+@pytest.mark.parametrize("prompt_tokens", [1, 3, 20, 40, 60])
+@pytest.mark.parametrize("sinks", [0, 4])
+def test_streaming_attends_to_sinks_and_window(group, head_dim, prompt_tokens, sinks):
+    """Filling up, rolling, and rolling over the end of its ring more than once."""
+    stream = Stream(prompt_tokens, steps=70, group=group, head_dim=head_dim)
+    method = StreamingLLM(budget=30, sinks=sinks, rerotate=False)
+    for t, out in enumerate(stream.run(method), start=prompt_tokens):
+        kept = streaming_kept(method, t)
+        assert len(kept) == min(t + 1, 30)
+        for head in range(HEADS * group):
+            torch.testing.assert_close(out[0, head, 0], stream.output(head, t, kept), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rerotation_gives_positions_inside_the_cache(tiny, family):
+    """Against the authors' way: every key before RoPE, rotated at its place in the cache, as is the query."""
+    model = tiny(family)
+    rope, head_dim = Rope(model), getattr(model.config, "head_dim", None) or 16
+    layer, method, prompt = 1, StreamingLLM(budget=24, sinks=4), 50
+    stream = Stream(prompt, steps=40, head_dim=head_dim)
+    length = prompt + 40
+    pre_k, pre_q = stream.k, stream.q
+    stream.k, stream.q = (rope.rotate(layer, x, torch.arange(length), length) for x in (pre_k, pre_q))
+    for t, out in enumerate(stream.run(method, layer, rope), start=prompt):
+        kept = streaming_kept(method, t)
+        k = rope.rotate(layer, pre_k[:, :, kept], torch.arange(24), length)
+        q = rope.rotate(layer, pre_q[:, :, t : t + 1], torch.tensor([23]), length)
+        k, v = (x.repeat_interleave(stream.group, dim=1) for x in (k, stream.v[:, :, kept]))
+        expected = F.scaled_dot_product_attention(q, k, v, scale=SCALING)
+        torch.testing.assert_close(out, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_streaming_forgets_the_middle_for_good():
+    stream, method = Stream(100, steps=20), StreamingLLM(budget=30, rerotate=False)
+    before = stream.run(method)
+    stream.k[:, :, 4:70], stream.v[:, :, 4:70] = 100.0, 100.0
+    assert all(torch.equal(a, b) for a, b in zip(before, stream.run(method), strict=True))
+    assert method.new_layer(0, stream.prompt, None).nbytes().device == 2 * HEADS * 30 * 64 * 4

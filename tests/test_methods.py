@@ -22,6 +22,17 @@ SMALL = {
         "snapkv:budget=64,window=16",
         "snapkv:budget=48,window=32,kernel=7,pooling=max,reduce=group_max",
     ],
+    "streaming": [
+        "streaming:budget=64",
+        "streaming:budget=40,sinks=8,rerotate=false",
+        "streaming:budget=16,sinks=0",
+    ],
+    "oracle": [
+        "oracle:budget=32",
+        "oracle:budget=48,reduce=group_max",
+        "oracle:top_p=0.9",
+        "oracle:top_p=0.8,reduce=group_mean",
+    ],
     "quest": [
         "quest:budget=64,dense_layers=1",
         "quest:budget=48,reduce=group_max",

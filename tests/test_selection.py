@@ -1,0 +1,115 @@
+"""What methods that read a chosen part of a full cache promise: the oracle, which bounds them all, and Loki."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny_models import tiny_model
+
+from shadowkv.errors import SkvError
+from shadowkv.method import LayerKV
+from shadowkv.methods.oracle import Oracle
+from shadowkv.registry import methods
+from shadowkv.rope import Rope
+
+HEADS, DIM, SCALING, PROMPT = 2, 256, 0.1, 200
+
+
+def rand(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+class Spelled:
+    """One layer whose values spell their positions, so that an output is the attention weights behind it."""
+
+    def __init__(self, group, steps, seed=0):
+        total = PROMPT + steps
+        assert total <= DIM
+        self.group, self.steps = group, steps
+        self.k = rand(1, HEADS, total, DIM, seed=seed + 1)
+        self.q = rand(1, HEADS * group, total, DIM, seed=seed + 2)
+        self.v = torch.eye(DIM)[:total].expand(1, HEADS, -1, -1)
+
+    def weights(self, method, rope=None):
+        """What `method` attends to at each step: [steps,Hq,positions]."""
+        k, v, q = (x[:, :, :PROMPT] for x in (self.k, self.v, self.q))
+        state = method.new_layer(2, LayerKV(k, v, q[:, :, -64:], SCALING, q), rope)
+        new = range(PROMPT, PROMPT + self.steps)
+        return torch.cat([state.attend(*(x[:, :, t : t + 1] for x in (self.q, self.k, self.v)), SCALING) for t in new])[
+            :, :, 0
+        ]
+
+    def true_weights(self):
+        """Full attention at each step: [steps,Hq,positions]."""
+        k = self.k.repeat_interleave(self.group, dim=1)[0]
+        scores = self.q[0, :, PROMPT:] @ k.mT * SCALING
+        scores = scores.masked_fill(torch.ones_like(scores[0], dtype=torch.bool).triu(PROMPT + 1), float("-inf"))
+        return torch.nn.functional.pad(scores.softmax(-1).transpose(0, 1), (0, DIM - k.shape[1]))
+
+
+# Oracle
+
+
+@pytest.mark.parametrize("group", [1, 3, 4])
+@pytest.mark.parametrize("reduce", ["per_q_head", "group_max", "group_mean", "group_sum"])
+@pytest.mark.parametrize("choice", [{"budget": 20}, {"top_p": 0.6}], ids=str)
+def test_oracle_attends_to_the_largest_weights(group, reduce, choice):
+    stream, method = Spelled(group, steps=6), Oracle(reduce=reduce, **choice)
+    true, got = stream.true_weights(), stream.weights(method)
+    for t in range(6):
+        for head in range(HEADS * group):
+            mates = true[t, head // group * group :][:group]
+            score = {"per_q_head": true[t, head], "group_max": mates.amax(0)}.get(reduce, mates.mean(0))
+            order = score.argsort(descending=True).tolist()
+            kept = order[:20]
+            if method.top_p:
+                kept = []
+                while score[kept].sum() < 0.6 * score.sum():
+                    kept.append(order[len(kept)])
+            expected = torch.zeros(DIM)
+            expected[kept] = true[t, head, kept] / true[t, head, kept].sum()
+            torch.testing.assert_close(got[t, head], expected, rtol=1e-4, atol=1e-6)
+
+
+# Settings that leave things out at 200 tokens, for the methods whose defaults do not.
+_SMALL = {
+    "shadowkv": {"rank": 200, "budget": 32, "outliers": 2},
+    "quest": {"budget": 48},
+    "snapkv": {"budget": 48},
+    "streaming": {"budget": 40, "rerotate": False},
+}
+
+
+@pytest.mark.parametrize("name", [name for name in methods() if name not in ("full", "oracle")])
+def test_no_method_holds_more_of_the_attention_than_the_oracle(name):
+    stream = Spelled(group=3, steps=8)
+    model = tiny_model("llama", hidden_size=96, num_attention_heads=6, num_key_value_heads=2, head_dim=DIM)
+    true = stream.true_weights()
+    chosen = stream.weights(methods()[name](**_SMALL[name]), Rope(model)) > 0
+    counts = chosen.sum(-1)
+    assert counts.max() < PROMPT / 2, "a method that leaves nothing out proves nothing"
+    for t, head in [(0, 0), (3, 4), (7, 5)]:
+        best = stream.weights(Oracle(budget=int(counts[t, head])))[t, head] > 0
+        assert best.sum() == counts[t, head]
+        held, bound = (true[t, head, kept].sum() for kept in (chosen[t, head], best))
+        assert held <= bound + 1e-6
+
+
+def test_a_larger_budget_only_adds_to_the_oracles_tokens():
+    stream = Spelled(group=3, steps=4)
+    few, more = (stream.weights(Oracle(budget=budget)) > 0 for budget in (10, 30))
+    assert (few <= more).all()
+
+
+@pytest.mark.parametrize(
+    ("parameters", "said"),
+    [
+        ({"top_p": 1.5}, "top_p=1.5 is not in"),
+        ({"top_p": 0.5, "budget": 10}, "not both"),
+        ({"budget": 0}, "at least 1"),
+        ({"reduce": "best"}, "one of per_q_head"),
+    ],
+)
+def test_the_oracle_refuses_what_means_nothing(parameters, said):
+    with pytest.raises(SkvError, match=said):
+        Oracle(**parameters)
