@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_models import FAMILIES
+from tiny_models import FAMILIES, random_prompt
 from torch.nn import functional as F
 
+from shadowkv.engine import Engine
 from shadowkv.errors import SkvError
 from shadowkv.method import LayerKV
+from shadowkv.methods.h2o import H2O
 from shadowkv.methods.snapkv import SnapKV
 from shadowkv.methods.streaming import StreamingLLM
+from shadowkv.methods.tova import TOVA
 from shadowkv.rope import Rope
 
 HEADS, SCALING = 2, 0.3
@@ -167,3 +170,128 @@ def test_streaming_forgets_the_middle_for_good():
     stream.k[:, :, 4:70], stream.v[:, :, 4:70] = 100.0, 100.0
     assert all(torch.equal(a, b) for a, b in zip(before, stream.run(method), strict=True))
     assert method.new_layer(0, stream.prompt, None).nbytes().device == 2 * HEADS * 30 * 64 * 4
+
+
+# TOVA
+
+
+@pytest.mark.parametrize(("group", "head_dim"), GEOMETRIES)
+@pytest.mark.parametrize("prompt_tokens", [1, 60])
+def test_tova_drops_what_the_newest_query_attends_to_least(group, head_dim, prompt_tokens):
+    stream = Stream(prompt_tokens, steps=40, group=group, head_dim=head_dim)
+    method = TOVA(budget=20)
+
+    def attended(t, kept):
+        """Mean attention of position t over all heads to each of `kept`, itself out of competition."""
+        mean = torch.stack([stream.weights(head, t, kept) for head in range(HEADS * group)]).mean(0)
+        return dict(zip(kept, mean.tolist(), strict=True)) | {t: float("inf")}
+
+    latest = attended(prompt_tokens - 1, list(range(prompt_tokens)))
+    latest = {token: latest[token] for token in sorted(latest, key=latest.get)[-20:]}
+    for t, out in enumerate(stream.run(method), start=prompt_tokens):
+        if len(latest) == 20:
+            del latest[min(latest, key=latest.get)]
+        kept = [*latest, t]
+        assert t - 1 in kept
+        for head in range(HEADS * group):
+            torch.testing.assert_close(out[0, head, 0], stream.output(head, t, kept), rtol=1e-4, atol=1e-5)
+        latest = attended(t, kept)
+
+
+# H2O
+
+
+class H2OByHand:
+    """The tokens one KV head keeps and their scores, in a dictionary."""
+
+    def __init__(self, stream, method, kv_head):
+        self.stream, self.method, self.heads = stream, method, stream.group_of(kv_head)
+        self.score = {}
+        for t in range(stream.tokens):
+            if method.evict == "greedy":
+                self.make_room(t)
+            self.see(t)
+        if len(self.score) > method.budget:
+            window = range(stream.tokens - method.recent_tokens, stream.tokens)
+            heavy = sorted(set(self.score) - set(window), key=self.score.get, reverse=True)
+            kept = [*heavy[: method.budget - len(window)], *window]
+            self.score = {token: self.score[token] for token in kept}
+
+    def make_room(self, t):
+        if len(self.score) == self.method.budget:
+            old = [token for token in self.score if token <= t - self.method.recent_tokens]
+            del self.score[min(old, key=self.score.get)]
+
+    def see(self, t):
+        kept = [*self.score, t]
+        weights = torch.stack([self.stream.weights(head, t, kept) for head in self.heads]).mean(0)
+        for token, weight in zip(kept, weights.tolist(), strict=True):
+            self.score[token] = self.score.get(token, 0.0) + weight
+
+
+@pytest.mark.parametrize(("group", "head_dim"), GEOMETRIES)
+@pytest.mark.parametrize("prompt_tokens", [1, 60])
+@pytest.mark.parametrize(
+    "method",
+    [
+        H2O(budget=20),
+        H2O(budget=20, evict="greedy"),
+        H2O(budget=20, recent=1, evict="greedy"),
+        H2O(budget=21, recent=5),
+    ],
+    ids=lambda method: method.label,
+)
+def test_h2o_keeps_heavy_hitters_and_the_newest(method, group, head_dim, prompt_tokens):
+    stream = Stream(prompt_tokens, steps=40, group=group, head_dim=head_dim)
+    outs = stream.run(method)
+    for kv_head in range(HEADS):
+        by_hand = H2OByHand(stream, method, kv_head)
+        for t, out in enumerate(outs, start=prompt_tokens):
+            by_hand.make_room(t)
+            by_hand.see(t)
+            assert len(by_hand.score) <= method.budget
+            for head in stream.group_of(kv_head):
+                expected = stream.output(head, t, list(by_hand.score))
+                torch.testing.assert_close(out[0, head, 0], expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("evict", ["post_prefill", "greedy"])
+def test_h2o_scores_grow_by_the_attention_of_each_query(evict):
+    """A query gives 1 in total; what tokens gave away with them when they were dropped is gone."""
+    stream = Stream(60, steps=1)
+    state = H2O(budget=100, evict=evict).new_layer(0, stream.prompt, None)
+    torch.testing.assert_close(state._score.sum(-1), torch.full((1, HEADS), 60.0))
+    state.attend(*(x[:, :, 60:] for x in (stream.q, stream.k, stream.v)), SCALING)
+    torch.testing.assert_close(state._score.sum(-1), torch.full((1, HEADS), 61.0))
+
+
+def test_h2o_of_recent_tokens_only_is_a_sliding_window():
+    stream = Stream(60, steps=30)
+    window = stream.run(StreamingLLM(budget=20, sinks=0))
+    for evict in ("post_prefill", "greedy"):
+        for mine, theirs in zip(stream.run(H2O(budget=20, recent=20, evict=evict)), window, strict=True):
+            torch.testing.assert_close(mine, theirs)
+
+
+def test_h2o_needs_an_engine_that_records_queries(tiny):
+    engine, ids = Engine(tiny("llama")), random_prompt(100)
+    with pytest.raises(SkvError, match="record_queries=True"):
+        engine.generate(ids, H2O(budget=20), 4)
+    recording = Engine(tiny("llama"), prefill_chunk_tokens=100, record_queries=True)
+    mine = recording.generate(ids, H2O(budget=20), 12)[0]
+    options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
+    cache = H2O(budget=20).new_cache(tiny("llama"))
+    assert tiny("llama").generate(ids, past_key_values=cache, **options)[0, 100:].tolist() == mine
+
+
+@pytest.mark.parametrize("method", [H2O(budget=40), SnapKV(budget=40), TOVA(budget=40), StreamingLLM(budget=40)])
+def test_left_padded_rows_are_chosen_from_as_they_are_alone(tiny, method):
+    model, prompts = tiny("llama"), [random_prompt(n, seed=n) for n in (90, 150)]
+    ids, mask = torch.zeros(2, 150, dtype=torch.long), torch.zeros(2, 150, dtype=torch.long)
+    for row, prompt in enumerate(prompts):
+        ids[row, 150 - prompt.shape[1] :], mask[row, 150 - prompt.shape[1] :] = prompt, 1
+    options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
+    together = model.generate(ids, attention_mask=mask, past_key_values=method.new_cache(model), **options)
+    for row, prompt in enumerate(prompts):
+        alone = Engine(model, prefill_chunk_tokens=512, record_queries=True).generate(prompt, method, 12)[0]
+        assert together[row, 150:].tolist() == alone

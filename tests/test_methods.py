@@ -33,6 +33,13 @@ SMALL = {
         "oracle:top_p=0.9",
         "oracle:top_p=0.8,reduce=group_mean",
     ],
+    "tova": ["tova:budget=64", "tova:budget=9"],
+    "h2o": [
+        "h2o:budget=64",
+        "h2o:budget=48,recent=8",
+        "h2o:budget=40,recent=20,evict=greedy",
+        "h2o:budget=32,recent=32",
+    ],
     "quest": [
         "quest:budget=64,dense_layers=1",
         "quest:budget=48,reduce=group_max",

@@ -76,7 +76,9 @@ _SMALL = {
     "shadowkv": {"rank": 200, "budget": 32, "outliers": 2},
     "quest": {"budget": 48},
     "snapkv": {"budget": 48},
-    "streaming": {"budget": 40, "rerotate": False},
+    "streaming": {"budget": 40},
+    "tova": {"budget": 40},
+    "h2o": {"budget": 40},
 }
 
 
