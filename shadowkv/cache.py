@@ -11,7 +11,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicSlidingWindo
 
 from shadowkv.attention import attach, with_handle
 from shadowkv.geometry import dims_of
-from shadowkv.method import Bytes, DecodeCache, Method
+from shadowkv.method import Bytes, DecodeCache, Method, depth_of
 from shadowkv.recording import Recording, RecordingLayer, count_queries
 from shadowkv.rope import Rope
 
@@ -73,7 +73,7 @@ class MethodCache(Cache):
             if recorded.window is not None:
                 layers.append(_windowed(recorded))
                 continue
-            depth = served.index(index) / (len(served) - 1) if len(served) > 1 else 0.5
+            depth = depth_of(served.index(index), len(served))
             for cache, row, pad in zip(self._caches, rows, padding, strict=True):
                 cache.ingest(index, recorded.layer_kv(row, pad)._replace(depth=depth))
             layers.append(MethodLayer(index, self._caches, recorded.tokens))

@@ -78,6 +78,11 @@ class LayerKV(NamedTuple):
     depth: float = 0.5  # place among the layers served: 0 the first, 1 the last, 0.5 the only one
 
 
+def depth_of(place: int, layers: int) -> float:
+    """`LayerKV.depth` of the layer at `place` of `layers` served."""
+    return place / (layers - 1) if layers > 1 else 0.5
+
+
 class DecodeCache(ABC):
     """What one method keeps of one prompt, over all layers that it serves."""
 

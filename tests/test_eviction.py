@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from tiny_models import FAMILIES, random_prompt
@@ -9,8 +11,9 @@ from torch.nn import functional as F
 
 from shadowkv.engine import Engine
 from shadowkv.errors import SkvError
-from shadowkv.method import LayerKV
+from shadowkv.method import LayerKV, depth_of
 from shadowkv.methods.h2o import H2O
+from shadowkv.methods.pyramidkv import PyramidKV
 from shadowkv.methods.snapkv import SnapKV
 from shadowkv.methods.streaming import StreamingLLM
 from shadowkv.methods.tova import TOVA
@@ -40,9 +43,9 @@ class Stream:
         k, v, q = (x[:, :, : self.tokens] for x in (self.k, self.v, self.q))
         return LayerKV(k, v, q[:, :, -64:], SCALING, q)
 
-    def run(self, method, layer=1, rope=None):
+    def run(self, method, layer=1, rope=None, depth=0.5):
         """Outputs of one call per new token: a list of [B,Hq,1,D]."""
-        state = method.new_layer(layer, self.prompt, rope)
+        state = method.new_layer(layer, self.prompt._replace(depth=depth), rope)
         new = range(self.tokens, self.tokens + self.steps)
         return [state.attend(*(x[:, :, t : t + 1] for x in (self.q, self.k, self.v)), SCALING) for t in new]
 
@@ -120,6 +123,45 @@ def test_snapkv_holds_its_budget_and_not_the_prefill():
 def test_snapkv_refuses_what_it_cannot_do(parameters, said):
     with pytest.raises(SkvError, match=said):
         SnapKV(**parameters)
+
+
+# PyramidKV
+
+
+@pytest.mark.parametrize("tokens", [40, 101, 150, 4096])
+@pytest.mark.parametrize("layers", [1, 2, 3, 7, 30])
+@pytest.mark.parametrize("beta", [1, 2, 20])
+def test_pyramidkv_gives_every_layer_its_share_of_the_same_total(tokens, layers, beta):
+    method = PyramidKV(budget=100, window=16, beta=beta)
+    budgets = [method.layer_budget(depth_of(place, layers), tokens) for place in range(layers)]
+    assert budgets == sorted(budgets, reverse=True)
+    assert abs(sum(budgets) - layers * 100) <= 1
+    assert max(budgets) <= max(tokens, 100)
+    if tokens == 4096 and layers > 1:
+        assert budgets[-1] == 16 + 84 // beta
+    steps = [high - low for high, low in pairwise(budgets)]
+    assert not steps or max(steps) - min(steps) <= 1, "linear but for rounding"
+
+
+def test_pyramidkv_is_snapkv_with_the_budget_of_its_depth(tiny):
+    stream, method = Stream(300, steps=4), PyramidKV(budget=60, window=8, kernel=3)
+    for depth in (0.0, 0.25, 1.0):
+        budget = method.layer_budget(depth, 300)
+        snap = stream.run(SnapKV(budget=budget, window=8, kernel=3))
+        pyramid = stream.run(method, depth=depth)
+        assert all(torch.equal(a, b) for a, b in zip(snap, pyramid, strict=True))
+    engine = Engine(tiny("llama"))
+    prefill = engine.prefill(random_prompt(300))
+    held = engine.replay(prefill, method).nbytes()
+    assert held == method.prompt_bytes(engine.dims, 300)
+    layers = engine.replay(prefill, method)._caches[0]._layers
+    assert [len(layers[i]._k) for i in range(3)] == [method.layer_budget(depth, 300) for depth in (0.0, 0.5, 1.0)]
+    snap, flat = (engine.generate(random_prompt(300), m(budget=60), 16) for m in (SnapKV, _flat_pyramid))
+    assert snap == flat
+
+
+def _flat_pyramid(budget):
+    return PyramidKV(budget=budget, beta=1)
 
 
 # StreamingLLM

@@ -7,7 +7,8 @@ import torch
 from tiny_models import tiny_model
 
 from shadowkv.errors import SkvError
-from shadowkv.method import LayerKV
+from shadowkv.method import Dims, LayerKV
+from shadowkv.methods.loki import Loki
 from shadowkv.methods.oracle import Oracle
 from shadowkv.registry import methods
 from shadowkv.rope import Rope
@@ -79,6 +80,8 @@ _SMALL = {
     "streaming": {"budget": 40},
     "tova": {"budget": 40},
     "h2o": {"budget": 40},
+    "pyramidkv": {"budget": 40},
+    "loki": {"budget": 40},
 }
 
 
@@ -115,3 +118,52 @@ def test_a_larger_budget_only_adds_to_the_oracles_tokens():
 def test_the_oracle_refuses_what_means_nothing(parameters, said):
     with pytest.raises(SkvError, match=said):
         Oracle(**parameters)
+
+
+# Loki
+
+
+@pytest.mark.parametrize("group", [1, 3, 4])
+@pytest.mark.parametrize("reduce", ["per_q_head", "group_max", "group_mean", "group_sum"])
+@pytest.mark.parametrize("rank", [None, 5])
+def test_loki_ranks_by_the_first_principal_components(group, reduce, rank):
+    """Components by a full SVD of the prompt's centred keys; scores of the keys as they are."""
+    stream, method = Spelled(group, steps=6), Loki(budget=20, rank=rank, reduce=reduce)
+    true, got = stream.true_weights(), stream.weights(method)
+    for kv_head in range(HEADS):
+        keys = stream.k[0, kv_head].double()
+        prompt = keys[:PROMPT]
+        components = torch.linalg.svd(prompt - prompt.mean(0))[2][: rank or DIM // 4]
+        heads = range(kv_head * group, (kv_head + 1) * group)
+        for t in range(6):
+            seen = PROMPT + t + 1
+            queries = stream.q[0, heads, PROMPT + t].double()
+            weights = (((queries @ components.mT) @ (keys[:seen] @ components.mT).mT) * SCALING).softmax(-1)
+            for head, own in zip(heads, weights, strict=True):
+                score = {"group_max": weights.amax(0), "per_q_head": own}.get(reduce, weights.mean(0))
+                kept = score.topk(20).indices
+                expected = torch.zeros(DIM)
+                expected[kept] = true[t, head, kept] / true[t, head, kept].sum()
+                torch.testing.assert_close(got[t, head], expected, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
+def test_loki_with_all_components_is_the_oracle(head_dim):
+    k, v, q = rand(1, 2, 81, head_dim, seed=1), rand(1, 2, 81, head_dim, seed=2), rand(1, 6, 81, head_dim, seed=3)
+    kv = LayerKV(k[:, :, :80], v[:, :, :80], q[:, :, 16:80], SCALING)
+    new = q[:, :, 80:], k[:, :, 80:], v[:, :, 80:]
+    loki, oracle = (m.new_layer(0, kv, None) for m in (Loki(budget=20, rank=head_dim), Oracle(budget=20)))
+    torch.testing.assert_close(loki.attend(*new, SCALING), oracle.attend(*new, SCALING))
+
+
+def test_loki_ranks_alike_if_all_keys_move():
+    """A bias on the keys, as Qwen2 has, moves all scores of a query by the same amount."""
+    stream, method = Spelled(3, steps=3), Loki(budget=20, rank=16)
+    before = stream.weights(method)
+    stream.k = stream.k + 3 * rand(1, HEADS, 1, DIM, seed=9)
+    torch.testing.assert_close(stream.weights(method), before, rtol=1e-3, atol=1e-5)
+
+
+def test_loki_refuses_more_components_than_there_are():
+    with pytest.raises(SkvError, match="exceeds the head size of this model, 64"):
+        Loki(rank=65).check(Dims(layers=2, q_heads=4, kv_heads=2, head_dim=64, element_bytes=2))

@@ -1,8 +1,8 @@
 """H2O: keep the tokens with the most attention so far ("heavy hitters") and the newest ones, drop the rest.
 
 Paper: https://arxiv.org/abs/2306.14048. The authors' code has two ways with the prompt, and so has `evict`:
-- `post_prefill`: scores are column sums of the prompt's full causal attention, then all but the budget is dropped at once
-  (their generation code);
+- `post_prefill`: scores are column sums of the prompt's full causal attention, then all but the budget is dropped
+  at once (their generation code);
 - `greedy`: tokens are dropped one by one while the prompt goes by (the paper's algorithm, their evaluation code).
   A step per prompt token and layer: seconds per 1000 tokens on a CPU.
 Both look at all queries of the prompt, which the prefill therefore keeps. Known differences from the authors' code:

@@ -67,12 +67,12 @@ class SnapKV(LayerwiseMethod):
             f"{self.name}: reduce={self.reduce} is unknown; one of {', '.join(ops.SHARED_REDUCTIONS)}",
         )
 
-    def layer_budget(self, depth: float) -> int:
-        """Prompt tokens that the layer at `depth` keeps (0 the first layer, 1 the last)."""
+    def layer_budget(self, depth: float, tokens: int) -> int:
+        """Of a prompt of `tokens`, how many the layer at `depth` may keep (0: the first layer, 1: the last)."""
         return self.budget
 
     def new_layer(self, layer: int, kv: LayerKV, rope: Rope) -> LayerState:
-        budget = self.layer_budget(kv.depth)
+        budget = self.layer_budget(kv.depth, kv.k.shape[2])
         if kv.k.shape[2] <= budget:
             return _SnapLayer(kv.k, kv.v)
         kept = self.kept_tokens(kv, budget)
