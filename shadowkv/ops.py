@@ -18,7 +18,9 @@ GROUP_REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
 # For methods that keep one set of tokens per KV head.
 SHARED_REDUCTIONS = {name: reduce for name, reduce in GROUP_REDUCTIONS.items() if name != "per_q_head"}
 
-_SCORES_AT_ONCE = 2**25  # fp32 scores of one row of a batch that `received_attention` holds at a time: 128 MiB
+# fp32 scores of one row of a batch that `received_attention` holds at a time: what a CPU has cache for (1 MiB; larger
+# blocks are several times slower), and 256 MiB to keep a GPU busy.
+_SCORES_AT_ONCE = {"cpu": 2**18, "cuda": 2**26}
 
 
 def attend(q: Tensor, segments: Sequence[tuple[Tensor, Tensor]], scaling: float) -> Tensor:
@@ -80,13 +82,15 @@ def token_indices(blocks: Tensor, block_tokens: int) -> Tensor:
 
 def gather_tokens(x: Tensor, index: Tensor) -> Tensor:
     """Rows of each head. x [B,H,n,D], index [B,H,s] -> [B,H,s,D]."""
-    return x.gather(2, index[..., None].expand(*index.shape, x.shape[-1]))
+    # Indexing copies rows, which `gather` does element by element: several times slower on a CPU.
+    batch = torch.arange(x.shape[0], device=x.device)[:, None, None]
+    return x[batch, torch.arange(x.shape[1], device=x.device)[:, None], index]
 
 
 def gather_lists(x: Tensor, index: Tensor) -> Tensor:
     """Tokens of L lists per head. x [B,H,n,D], index [B,H,L,s] -> [B,H*L,s,D]."""
-    spread = x.unsqueeze(2).expand(-1, -1, index.shape[2], -1, -1)
-    return spread.gather(3, index[..., None].expand(*index.shape, x.shape[-1])).flatten(1, 2)
+    batch, heads, lists, count = index.shape
+    return gather_tokens(x, index.flatten(2)).view(batch, heads * lists, count, -1)
 
 
 def attention_scores(q: Tensor, k: Tensor, scaling: float) -> Tensor:
@@ -116,7 +120,7 @@ def received_attention(q: Tensor, k: Tensor, scaling: float) -> Tensor:
     heads, total = k.shape[1], k.shape[2]
     keys, first = k.float(), total - tokens
     received = torch.zeros(batch, heads, q_heads // heads, total, device=k.device)
-    block = max(_SCORES_AT_ONCE // (q_heads * total), 1)
+    block = max(_SCORES_AT_ONCE.get(k.device.type, 2**26) // (q_heads * total), 1)
     for begin in range(first, total, block):
         end = min(begin + block, total)
         rows = q[:, :, begin - first : end - first].float().reshape(batch, heads, -1, head_dim)

@@ -54,7 +54,7 @@ def test_received_attention_is_the_column_sum_of_causal_attention(monkeypatch, q
     scores = scores.masked_fill(torch.ones(queries, 40, dtype=torch.bool).triu(40 - queries + 1), float("-inf"))
     expected = scores.softmax(-1).sum(2).view(2, heads, -1, 40)
     for at_once in (1, 7 * q_heads * 40, 2**25):  # one query at a time, blocks that do not divide, one block
-        monkeypatch.setattr(ops, "_SCORES_AT_ONCE", at_once)
+        monkeypatch.setitem(ops._SCORES_AT_ONCE, "cpu", at_once)
         got = ops.received_attention(q, k, 0.5)
         torch.testing.assert_close(got, expected)
         torch.testing.assert_close(got.sum(-1), torch.full((2, heads, q_heads // heads), float(queries)))
