@@ -326,6 +326,19 @@ def test_h2o_needs_an_engine_that_records_queries(tiny):
     assert tiny("llama").generate(ids, past_key_values=cache, **options)[0, 100:].tolist() == mine
 
 
+@pytest.mark.parametrize("tokens", [30, 100, 400])
+@pytest.mark.parametrize(
+    "method", [H2O(budget=90), SnapKV(budget=90), PyramidKV(budget=90), TOVA(budget=90), StreamingLLM(budget=90)]
+)
+def test_planned_bytes_know_the_budget(tiny, method, tokens):
+    """A cost per prompt token, which is 0 for these methods, would plan for nothing."""
+    engine = Engine(tiny("llama"), record_queries=True)
+    held = engine.replay(engine.prefill(random_prompt(tokens)), method).nbytes()
+    planned = method.prompt_bytes(engine.dims, tokens)
+    assert held.device == pytest.approx(planned.device, rel=0.02)
+    assert planned.device <= (90 * 1.1) * engine.dims.full_bytes_per_token
+
+
 @pytest.mark.parametrize("method", [H2O(budget=40), SnapKV(budget=40), TOVA(budget=40), StreamingLLM(budget=40)])
 def test_left_padded_rows_are_chosen_from_as_they_are_alone(tiny, method):
     model, prompts = tiny("llama"), [random_prompt(n, seed=n) for n in (90, 150)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_models import tiny_model
+from tiny_models import geometry_model
 
 from shadowkv.errors import SkvError
 from shadowkv.method import Dims, LayerKV
@@ -88,7 +88,7 @@ _SMALL = {
 @pytest.mark.parametrize("name", [name for name in methods() if name not in ("full", "oracle")])
 def test_no_method_holds_more_of_the_attention_than_the_oracle(name):
     stream = Spelled(group=3, steps=8)
-    model = tiny_model("llama", hidden_size=96, num_attention_heads=6, num_key_value_heads=2, head_dim=DIM)
+    model = geometry_model(3, DIM)
     true = stream.true_weights()
     chosen = stream.weights(methods()[name](**_SMALL[name]), Rope(model)) > 0
     counts = chosen.sum(-1)
