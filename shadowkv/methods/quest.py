@@ -16,7 +16,7 @@ from torch import Tensor
 
 from shadowkv import ops
 from shadowkv.buffers import TokenBuffer
-from shadowkv.method import Bytes, Dims, LayerKV, LayerState, LayerwiseMethod, Method, require
+from shadowkv.method import Bytes, Dims, LayerKV, LayerState, LayerwiseMethod, Method, StepwiseState, require
 from shadowkv.rope import Rope
 
 
@@ -58,7 +58,7 @@ class Quest(LayerwiseMethod):
         return replace(self, budget=(tokens // self.page + 1) * self.page, dense_layers=0)
 
 
-class _QuestLayer(LayerState):
+class _QuestLayer(StepwiseState):
     def __init__(self, method: Quest, kv: LayerKV, dense: bool) -> None:
         self._page, self._pages_read = method.page, method.budget // method.page
         self._reduce = ops.GROUP_REDUCTIONS[method.reduce]
@@ -75,10 +75,9 @@ class _QuestLayer(LayerState):
             self._k.append(k)
             self._v.append(v)
             return ops.attend(q, [(self._k.view, self._v.view)], scaling)
-        steps = zip(q.split(1, dim=2), k.split(1, dim=2), v.split(1, dim=2), strict=True)
-        return torch.cat([self._step(*step, scaling) for step in steps], dim=2)
+        return super().attend(q, k, v, scaling)
 
-    def _step(self, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
+    def step(self, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
         self._k.append(k)
         self._v.append(v)
         keys, values = self._k.view, self._v.view
