@@ -2,7 +2,7 @@
 
 Paper: https://arxiv.org/abs/2306.14048. The authors' code has two ways with the prompt, and so has `evict`:
 - `post_prefill`: scores are column sums of the prompt's full causal attention, then all but the budget is dropped
-  at once (their generation code);
+  at once (their generation code). A second pass over the prompt's queries and keys, quadratic like the first;
 - `greedy`: tokens are dropped one by one while the prompt goes by (the paper's algorithm, their evaluation code).
   A step per prompt token and layer: seconds per 1000 tokens on a CPU.
 Both look at all queries of the prompt, which the prefill therefore keeps. Known differences from the authors' code:
