@@ -71,6 +71,11 @@ class _Prepared:
         for method in self.methods:
             method.check(self.dims)
 
+    @property
+    def records_queries(self) -> bool:
+        """Whether any method needs all queries of a prompt."""
+        return any(method.needs_prompt_queries for method in self.methods)
+
     @cached_property
     def tokenizer(self) -> Any:
         from shadowkv.loading import load_tokenizer
@@ -118,7 +123,10 @@ def _run(ready: _Prepared, questions: Sequence[Question]) -> list[Record]:
         trust_remote_code=settings.trust_remote_code,
     )
     engine = Engine(
-        loaded.model, prefill_chunk_tokens=settings.prefill_chunk_tokens, reuse_prefix=settings.reuse_prefix
+        loaded.model,
+        prefill_chunk_tokens=settings.prefill_chunk_tokens,
+        reuse_prefix=settings.reuse_prefix,
+        record_queries=ready.records_queries,
     )
     manifest = _manifest(ready.task, engine.prefill_chunk_tokens, loaded, ready.methods)
     path = settings.out or Path("results") / _folder_name(manifest)
@@ -160,12 +168,11 @@ def _plan(ready: _Prepared) -> int:
                             "max_new_tokens": example.max_new_tokens})  # fmt: skip
             update(f"{len(prompts)}/{len(ready.questions)}")
     longest = max(prompt["prompt_tokens"] for prompt in prompts)
-    per_token = {method.label: method.bytes_per_token(ready.dims) for method in ready.methods}
-    memory = {
-        label: {"device_bytes": held.device * longest, "host_bytes": held.host * longest}
-        for label, held in per_token.items()
-    }
-    weights, prefill = weights_bytes(ready.config, ready.dims.element_bytes), ready.dims.full_bytes_per_token * longest
+    planned = {method.label: method.prompt_bytes(ready.dims, longest) for method in ready.methods}
+    memory = {label: {"device_bytes": held.device, "host_bytes": held.host} for label, held in planned.items()}
+    weights = weights_bytes(ready.config, ready.dims.element_bytes)
+    per_token = ready.dims.full_bytes_per_token + (ready.dims.query_bytes_per_token if ready.records_queries else 0)
+    prefill = per_token * longest
     if settings.as_json:
         told = {"model": ready.source.name, "source": ready.source.described, "examples": prompts, "methods": memory}
         costs = {"weights_bytes": weights, "prefill_kv_bytes": prefill, "answers": len(prompts) * len(memory)}

@@ -1,4 +1,4 @@
-"""A growable run of tokens that starts as a read-only view of the prefill and copies it only when it must grow."""
+"""A growable run of tokens that starts as a read-only view of the prefill and copies it only when it must change."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 class TokenBuffer:
-    """Tokens along one axis of a tensor, appended at the end and dropped at the front.
+    """Tokens along one axis of a tensor, appended at the end, dropped at the front or overwritten.
 
     Growth is by a fixed number of tokens, so that what is held stays close to what is used (`nbytes` counts all
     of it) and appending stays cheap.
@@ -36,6 +36,12 @@ class TokenBuffer:
             self._grow(count)
         self._data.narrow(self._axis, self._end, count).copy_(x)
         self._end += count
+
+    def put(self, index: Tensor, x: Tensor) -> None:
+        """Write x over one token per head. Buffer [B,H,n,D], index [B,H,1], x [B,H,1,D]."""
+        if not self._owned:
+            self._data, self._first, self._end, self._owned = self.view.clone(), 0, len(self), True
+        self.view.scatter_(self._axis, index[..., None].expand(x.shape), x)
 
     def drop_front(self, count: int) -> None:
         """Forget the oldest tokens; their space is used again at the next growth."""

@@ -11,7 +11,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicSlidingWindo
 
 from shadowkv.attention import attach, with_handle
 from shadowkv.geometry import dims_of
-from shadowkv.method import Bytes, DecodeCache, Method
+from shadowkv.method import Bytes, DecodeCache, Method, depth_of
 from shadowkv.recording import Recording, RecordingLayer, count_queries
 from shadowkv.rope import Rope
 
@@ -68,12 +68,14 @@ class MethodCache(Cache):
         padding = [0] if skip is None else skip
         self._caches = [method.new_state(rope) for _ in rows]
         layers: list[CacheLayerMixin] = []
+        served = [index for index, recorded in enumerate(recording.recorded) if recorded.window is None]
         for index, recorded in enumerate(recording.recorded):
             if recorded.window is not None:
                 layers.append(_windowed(recorded))
                 continue
+            depth = depth_of(served.index(index), len(served))
             for cache, row, pad in zip(self._caches, rows, padding, strict=True):
-                cache.ingest(index, recorded.layer_kv(row, pad))
+                cache.ingest(index, recorded.layer_kv(row, pad)._replace(depth=depth))
             layers.append(MethodLayer(index, self._caches, recorded.tokens))
         self.layers = layers
 
@@ -99,7 +101,7 @@ class DropInCache(MethodCache):
         attach(model)
         Cache.__init__(self, layers=[])
         self._method, self._rope = method, Rope(model)
-        self._recording: Recording | None = Recording(model)
+        self._recording: Recording | None = Recording(model, method.needs_prompt_queries)
         self._caches = []
         self.layers = self._recording.layers
 

@@ -17,8 +17,8 @@ from shadowkv.attention import attach
 from shadowkv.cache import MethodCache
 from shadowkv.errors import SkvError
 from shadowkv.geometry import dims_of
-from shadowkv.method import Method
-from shadowkv.recording import OBSERVED_QUERIES, Recording
+from shadowkv.method import OBSERVED_QUERIES, Method, require
+from shadowkv.recording import Recording
 from shadowkv.rope import Rope
 
 # Small chunks waste less of a shared prefix; large ones keep a GPU busy.
@@ -41,10 +41,16 @@ class Engine:
 
     prefill_chunk_tokens: grid of the prefill (default 256 on a CPU, 8192 on a GPU).
     reuse_prefix: keep what consecutive prompts share.
+    record_queries: keep the prompt's queries for methods that need them (see `Method.needs_prompt_queries`).
     """
 
     def __init__(
-        self, model: PreTrainedModel, *, prefill_chunk_tokens: int | None = None, reuse_prefix: bool = True
+        self,
+        model: PreTrainedModel,
+        *,
+        prefill_chunk_tokens: int | None = None,
+        reuse_prefix: bool = True,
+        record_queries: bool = False,
     ) -> None:
         attach(model)
         self.model = model
@@ -52,6 +58,7 @@ class Engine:
         self.dims = dims_of(model.config, model.dtype.itemsize)
         self.prefill_chunk_tokens = prefill_chunk_tokens or _CHUNK_TOKENS.get(model.device.type, 8192)
         self._reuse_prefix = reuse_prefix
+        self._record_queries = record_queries
         self._recording: Recording | None = None
         self._recorded_ids: Tensor | None = None
         self._prefill: Prefill | None = None
@@ -81,6 +88,10 @@ class Engine:
         if not prefill.valid:
             raise ValueError("this prefill was replaced by a later one")
         method.check(self.dims)
+        require(
+            self._record_queries or not method.needs_prompt_queries,
+            f"{method.name} needs all queries of the prompt: make the engine with record_queries=True",
+        )
         return MethodCache(prefill.recording, method, self.rope)
 
     @torch.inference_mode()
@@ -159,7 +170,7 @@ class Engine:
 
     def _fresh(self, input_ids: Tensor) -> Recording:
         self._recording = None  # the old buffers go before the new ones come
-        recording = Recording(self.model)
+        recording = Recording(self.model, self._record_queries)
         for layer in recording.recorded:
             layer.reserve(input_ids.shape[1])
         return recording

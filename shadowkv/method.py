@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
+import torch
 from torch import Tensor
 
 from shadowkv.errors import SkvError
@@ -19,6 +20,9 @@ from shadowkv.rope import Rope
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
     from transformers.cache_utils import Cache
+
+
+OBSERVED_QUERIES = 64  # last queries of a prompt that every method is given
 
 
 class Bytes(NamedTuple):
@@ -57,14 +61,26 @@ class Dims:
         """Dense keys and values of one token in all layers."""
         return 2 * self.layers * self.width * self.element_bytes
 
+    @property
+    def query_bytes_per_token(self) -> int:
+        """Queries of one token in all layers, which a prefill keeps where `Method.needs_prompt_queries`."""
+        return self.layers * self.q_heads * self.head_dim * self.element_bytes
+
 
 class LayerKV(NamedTuple):
     """One layer of a dense prefill; read-only."""
 
     k: Tensor  # [B,H,S,D] post-RoPE
     v: Tensor  # [B,H,S,D]
-    q_tail: Tensor  # [B,Hq,min(W_obs,S),D] the last queries, post-RoPE (observation-window methods)
+    q_tail: Tensor  # [B,Hq,min(OBSERVED_QUERIES,S),D] the last queries, post-RoPE (observation-window methods)
     scaling: float  # the model's own softmax scaling
+    q_all: Tensor | None = None  # [B,Hq,S,D] all queries, post-RoPE, where `Method.needs_prompt_queries`
+    depth: float = 0.5  # place among the layers served: 0 the first, 1 the last, 0.5 the only one
+
+
+def depth_of(place: int, layers: int) -> float:
+    """`LayerKV.depth` of the layer at `place` of `layers` served."""
+    return place / (layers - 1) if layers > 1 else 0.5
 
 
 class DecodeCache(ABC):
@@ -100,6 +116,18 @@ class LayerState(ABC):
     def nbytes(self) -> Bytes: ...
 
 
+class StepwiseState(LayerState):
+    """A layer in which every new token changes what is kept or read: T tokens at once are T steps."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
+        steps = zip(q.split(1, dim=2), k.split(1, dim=2), v.split(1, dim=2), strict=True)
+        return torch.cat([self.step(*step, scaling) for step in steps], dim=2)
+
+    @abstractmethod
+    def step(self, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
+        """`attend` for one token."""
+
+
 class LayerwiseCache(DecodeCache):
     """A cache whose layers know nothing of each other; the method builds each one from its `LayerKV`."""
 
@@ -128,6 +156,8 @@ class Method(ABC):
     name: ClassVar[str]
     summary: ClassVar[str]
     paper: ClassVar[str]
+    # Ask for `LayerKV.q_all`. It costs Hq * D elements per prompt token and layer, G/2 of the dense keys and values.
+    needs_prompt_queries: ClassVar[bool] = False
 
     @abstractmethod
     def new_state(self, rope: Rope) -> DecodeCache:
@@ -136,6 +166,10 @@ class Method(ABC):
     @abstractmethod
     def bytes_per_token(self, dims: Dims) -> Bytes:
         """What one more prompt token costs in a batch of one, over all layers (constant terms left out)."""
+
+    def prompt_bytes(self, dims: Dims, tokens: int) -> Bytes:
+        """The planner's memory for a prompt of this length in a batch of one, small constant terms left out."""
+        return Bytes(*(tokens * held for held in self.bytes_per_token(dims)))
 
     def lossless(self, dims: Dims, tokens: int) -> Method | None:
         """The setting that must equal full attention up to `tokens` held tokens, or None if there is none."""

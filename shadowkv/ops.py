@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+# Scores [B,H,G,n] of a group's query heads -> the scores that choose: [B,H,1,n] where the group shares one choice.
+GROUP_REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "per_q_head": lambda scores: scores,
+    "group_max": lambda scores: scores.amax(dim=2, keepdim=True),
+    "group_mean": lambda scores: scores.mean(dim=2, keepdim=True),
+    "group_sum": lambda scores: scores.sum(dim=2, keepdim=True),
+}
+# For methods that keep one set of tokens per KV head.
+SHARED_REDUCTIONS = {name: reduce for name, reduce in GROUP_REDUCTIONS.items() if name != "per_q_head"}
+
+# fp32 scores of one row of a batch that `received_attention` holds at a time: what a CPU has cache for (1 MiB; larger
+# blocks are several times slower), and 256 MiB to keep a GPU busy.
+_SCORES_AT_ONCE = {"cpu": 2**18, "cuda": 2**26}
 
 
 def attend(q: Tensor, segments: Sequence[tuple[Tensor, Tensor]], scaling: float) -> Tensor:
@@ -41,8 +55,23 @@ def top_indices(scores: Tensor, count: int) -> Tensor:
     """
     if count >= scores.shape[-1]:
         return torch.arange(scores.shape[-1], device=scores.device).expand(scores.shape)
-    order = scores.sort(dim=-1, descending=True, stable=True).indices
-    return order[..., :count].sort(dim=-1).values
+    # The i-th index is where the running count of chosen ones first reaches i: no sort, no wait for a GPU.
+    chosen = top_mask(scores, count).cumsum(dim=-1)
+    return torch.searchsorted(chosen, torch.arange(1, count + 1, device=scores.device).repeat(*scores.shape[:-1], 1))
+
+
+def top_mask(scores: Tensor, count: int) -> Tensor:
+    """True at the indices that `top_indices` returns. scores [..., n] -> bool [..., n]."""
+    if not 0 < count < scores.shape[-1]:
+        return torch.full_like(scores, count > 0, dtype=torch.bool)
+    least = scores.topk(count, dim=-1, sorted=False).values.amin(dim=-1, keepdim=True)
+    above, ties = scores > least, scores == least
+    return above | (ties & (ties.cumsum(dim=-1) <= count - above.sum(dim=-1, keepdim=True)))
+
+
+def weakest(scores: Tensor) -> Tensor:
+    """Index of the smallest score, [..., n] -> [..., 1]; of ties the higher index, so that the lower ones stay."""
+    return scores.shape[-1] - 1 - scores.flip(-1).argmin(dim=-1, keepdim=True)
 
 
 def token_indices(blocks: Tensor, block_tokens: int) -> Tensor:
@@ -53,7 +82,53 @@ def token_indices(blocks: Tensor, block_tokens: int) -> Tensor:
 
 def gather_tokens(x: Tensor, index: Tensor) -> Tensor:
     """Rows of each head. x [B,H,n,D], index [B,H,s] -> [B,H,s,D]."""
-    return x.gather(2, index[..., None].expand(*index.shape, x.shape[-1]))
+    # Indexing copies rows, which `gather` does element by element: several times slower on a CPU.
+    batch = torch.arange(x.shape[0], device=x.device)[:, None, None]
+    return x[batch, torch.arange(x.shape[1], device=x.device)[:, None], index]
+
+
+def gather_lists(x: Tensor, index: Tensor) -> Tensor:
+    """Tokens of L lists per head. x [B,H,n,D], index [B,H,L,s] -> [B,H*L,s,D]."""
+    batch, heads, lists, count = index.shape
+    return gather_tokens(x, index.flatten(2)).view(batch, heads * lists, count, -1)
+
+
+def attention_scores(q: Tensor, k: Tensor, scaling: float) -> Tensor:
+    """One query per head against all keys, before the softmax. q [B,Hq,1,D], k [B,H,n,D] -> [B,H,G,n] fp32."""
+    batch, _, _, head_dim = q.shape
+    grouped = q.reshape(batch, k.shape[1], -1, head_dim)
+    return (grouped.float() @ k.float().mT) * scaling
+
+
+def attention_weights(q: Tensor, k: Tensor, scaling: float) -> Tensor:
+    """Softmax of one query per head over all keys. q [B,Hq,1,D], k [B,H,n,D] -> [B,H,G,n] fp32."""
+    return attention_scores(q, k, scaling).softmax(dim=-1)
+
+
+def weighted_values(weights: Tensor, v: Tensor) -> Tensor:
+    """What attention weights make of the values. weights [B,H,G,n], v [B,H,n,D] -> [B,Hq,1,D]."""
+    return (weights.to(v.dtype) @ v).flatten(1, 2).unsqueeze(2)
+
+
+def received_attention(q: Tensor, k: Tensor, scaling: float) -> Tensor:
+    """Attention that each key gets from T queries, summed over the queries: column sums of the causal softmax.
+
+    q [B,Hq,T,D], the queries of the last T keys; k [B,H,n,D] -> [B,H,G,n] fp32, which sums to T per query head.
+    Works on blocks of queries, so that T x n weights never exist at once.
+    """
+    batch, q_heads, tokens, head_dim = q.shape
+    heads, total = k.shape[1], k.shape[2]
+    keys, first = k.float(), total - tokens
+    received = torch.zeros(batch, heads, q_heads // heads, total, device=k.device)
+    block = max(_SCORES_AT_ONCE.get(k.device.type, 2**26) // (q_heads * total), 1)
+    for begin in range(first, total, block):
+        end = min(begin + block, total)
+        rows = q[:, :, begin - first : end - first].float().reshape(batch, heads, -1, head_dim)
+        scores = ((rows @ keys[:, :, :end].mT) * scaling).view(batch, heads, -1, end - begin, end)
+        future = torch.ones(end - begin, end - begin, dtype=torch.bool, device=q.device).triu(1)
+        scores[..., begin:].masked_fill_(future, float("-inf"))
+        received[..., :end] += scores.softmax(dim=-1).sum(dim=-2)
+    return received
 
 
 def chunk_scores(q: Tensor, landmarks: Tensor, scaling: float) -> Tensor:

@@ -1,4 +1,4 @@
-"""The dense cache of a prefill: attention is exact, and all keys, values and the last queries are kept."""
+"""The dense cache of a prefill: attention is exact; all keys and values and the last, or all, queries are kept."""
 
 from __future__ import annotations
 
@@ -11,15 +11,13 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from shadowkv.attention import dense_attention, with_handle
 from shadowkv.geometry import sliding_windows
-from shadowkv.method import LayerKV
-
-OBSERVED_QUERIES = 64  # last queries kept for methods that look at them; also the least a prefill computes anew
+from shadowkv.method import OBSERVED_QUERIES, LayerKV
 
 
 class RecordingLayer(CacheLayerMixin):
-    """Dense attention during prefill; keeps all keys and values and the last queries."""
+    """Dense attention during prefill; keeps all keys and values and the last, or all, queries."""
 
-    def __init__(self, window: int | None) -> None:
+    def __init__(self, window: int | None, record_queries: bool = False) -> None:
         super().__init__()
         self.window = window
         self.is_sliding = window is not None
@@ -27,7 +25,9 @@ class RecordingLayer(CacheLayerMixin):
         self.tokens = 0
         self.scaling = 1.0
         self.padding: list[int] | None = None  # left padding per row, where a mask told
+        self._record_queries = record_queries and window is None  # methods serve no layer with a window
         self._q_tail: Tensor | None = None
+        self._queries: Tensor | None = None
         self._keys: Tensor | None = None
         self._values: Tensor | None = None
         self._reserved_tokens = 0
@@ -59,6 +59,10 @@ class RecordingLayer(CacheLayerMixin):
             self.padding = mask[:, 0, -1].int().argmax(dim=-1).expand(q.shape[0]).tolist()
         recent = q if self._q_tail is None else torch.cat((self._q_tail, q), dim=2)
         self._q_tail = recent[:, :, -OBSERVED_QUERIES:].clone()
+        if self._record_queries:
+            start = self.tokens - q.shape[2]
+            self._queries = queries = self._with_room(self._queries, q, self.tokens)
+            queries[:, :, start : self.tokens] = q
         return dense_attention(q, k, v, mask, scaling)
 
     def layer_kv(self, row: int | None, skip_tokens: int) -> LayerKV:
@@ -68,7 +72,8 @@ class RecordingLayer(CacheLayerMixin):
         assert self._values is not None
         rows = slice(None) if row is None else slice(row, row + 1)
         keys, values = (x[rows, :, skip_tokens : self.tokens] for x in (self._keys, self._values))
-        return LayerKV(keys, values, self._q_tail[rows, :, -keys.shape[2] :], self.scaling)
+        q_all = None if self._queries is None else self._queries[rows, :, skip_tokens : self.tokens]
+        return LayerKV(keys, values, self._q_tail[rows, :, -keys.shape[2] :], self.scaling, q_all)
 
     def rewind(self, tokens: int) -> None:
         """Forget everything after the first `tokens`; the buffers stay and are written over."""
@@ -98,15 +103,16 @@ class RecordingLayer(CacheLayerMixin):
             return held
         grown = new.new_empty((*new.shape[:2], max(tokens, self._reserved_tokens), new.shape[3]))
         if held is not None:
-            grown[:, :, : self.tokens] = held[:, :, : self.tokens]
+            grown[:, :, : held.shape[2]] = held
         return grown
 
 
 class Recording(Cache):
-    """The dense cache of a prefill in progress."""
+    """The dense cache of a prefill in progress; with `record_queries` it is as good for any method."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        super().__init__(layers=[RecordingLayer(window) for window in sliding_windows(model.config)])
+    def __init__(self, model: PreTrainedModel, record_queries: bool = False) -> None:
+        windows = sliding_windows(model.config)
+        super().__init__(layers=[RecordingLayer(window, record_queries) for window in windows])
 
     @property
     def recorded(self) -> list[RecordingLayer]:

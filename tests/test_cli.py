@@ -225,6 +225,20 @@ def test_prompts_beyond_the_context_can_be_made_but_not_run(capsys, tiny_folder)
     assert "cannot be run" in capsys.readouterr().err
 
 
+def test_dry_run_plans_for_budgets_and_for_the_queries_that_a_method_needs(capsys, niah):
+    def plan(*more):
+        assert main([*niah, "--dry-run", "--json", *more]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    plain, observing = plan("-m", "snapkv:budget=64"), plan("-m", "snapkv:budget=64", "-m", "h2o:budget=64")
+    longest = max(example["prompt_tokens"] for example in plain["examples"])
+    per_token = plain["methods"]["full"]["device_bytes"] // longest
+    assert plain["methods"]["snapkv:budget=64"]["device_bytes"] == 64 * per_token
+    assert plain["prefill_kv_bytes"] == longest * per_token
+    assert observing["prefill_kv_bytes"] == 2 * plain["prefill_kv_bytes"]  # two query heads per KV head
+    assert main([*niah, "-q", "-m", "h2o:budget=64"]) == 0
+
+
 def test_predictions_are_the_same_without_prefix_reuse(niah, tmp_path, capsys):
     assert main([*niah, "-q"]) == 0
     other = [*niah[:-1], str(tmp_path / "fresh"), "--no-prefix-reuse", "-q"]

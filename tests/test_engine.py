@@ -61,7 +61,7 @@ def test_full_gives_the_tokens_of_generate(tiny, family):
 def test_lossless_setting_equals_full_attention(tiny, family, name):
     model, ids = tiny(family), random_prompt(PROMPT_TOKENS)
     tokens, expected = stock_logits(model, ids, NEW_TOKENS)
-    engine = Engine(model, prefill_chunk_tokens=128)
+    engine = Engine(model, prefill_chunk_tokens=128, record_queries=True)
     method = methods()[name]().lossless(engine.dims, PROMPT_TOKENS + NEW_TOKENS)
     if method is None:
         pytest.skip(f"{name} declares no lossless setting")
@@ -107,8 +107,8 @@ def test_prefix_reuse_changes_nothing_to_the_bit(tiny):
     model, shared = tiny("gemma3"), random_prompt(250)
     prompts = [torch.cat((shared[:, :n], random_prompt(400 - n, seed=n)), dim=1) for n in (250, 200, 130, 10)]
     reusing, fresh = (
-        Engine(model, prefill_chunk_tokens=32),
-        Engine(model, prefill_chunk_tokens=32, reuse_prefix=False),
+        Engine(model, prefill_chunk_tokens=32, record_queries=True),
+        Engine(model, prefill_chunk_tokens=32, record_queries=True, reuse_prefix=False),
     )
     reused = []
     for ids in prompts:
@@ -117,8 +117,12 @@ def test_prefix_reuse_changes_nothing_to_the_bit(tiny):
         assert b.reused_tokens == 0
         assert torch.equal(a.logits, b.logits)
         for x, y in zip(a.recording.recorded, b.recording.recorded, strict=True):
-            for left, right in zip(x.layer_kv(None, 0)[:3], y.layer_kv(None, 0)[:3], strict=True):
-                assert torch.equal(left, right)
+            left, right = x.layer_kv(None, 0), y.layer_kv(None, 0)
+            for name in ("k", "v", "q_tail"):
+                assert torch.equal(getattr(left, name), getattr(right, name))
+            if x.window is None:
+                assert torch.equal(left.q_all, right.q_all)
+                assert torch.equal(left.q_all[:, :, -64:], left.q_tail)
     assert reused == [0, 192, 128, 0]
 
 
@@ -131,12 +135,30 @@ def test_chunked_prefill_agrees_with_one_pass(tiny, family):
 
 def test_a_growing_prompt_outgrows_the_reserved_buffers(tiny):
     model = tiny("llama")
-    engine = Engine(model, prefill_chunk_tokens=32)
+    engine = Engine(model, prefill_chunk_tokens=32, record_queries=True)
     long = random_prompt(400)
     engine.prefill(long[:, :150])
     grown = engine.prefill(long)
     assert grown.reused_tokens == 128
-    assert torch.equal(grown.logits, Engine(model, prefill_chunk_tokens=32).prefill(long).logits)
+    alone = Engine(model, prefill_chunk_tokens=32, record_queries=True).prefill(long)
+    assert torch.equal(grown.logits, alone.logits)
+    mine, theirs = (x.recording.recorded[1].layer_kv(None, 0).q_all for x in (grown, alone))
+    assert mine.shape[2] == 400
+    assert torch.equal(mine, theirs)
+
+
+def test_queries_are_recorded_only_on_request(tiny):
+    prefill = Engine(tiny("llama")).prefill(random_prompt(100))
+    assert all(layer.layer_kv(None, 0).q_all is None for layer in prefill.recording.recorded)
+
+
+@pytest.mark.parametrize(("family", "depths"), [("llama", [0, 0.5, 1]), ("gemma3", [0.5])])
+def test_methods_are_told_how_deep_a_layer_lies_among_those_they_serve(tiny, family, depths, monkeypatch):
+    seen = []
+    monkeypatch.setattr(Full, "new_layer", lambda self, layer, kv, rope: seen.append(kv.depth))
+    engine = Engine(tiny(family))
+    engine.replay(engine.prefill(random_prompt(10)), Full())
+    assert seen == depths
 
 
 def test_generation_across_a_change_of_frequencies_is_refused(tiny):

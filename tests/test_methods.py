@@ -18,6 +18,30 @@ SMALL = {
         "shadowkv:rank=12,budget=64,outliers=2,window=8",
         "shadowkv:energy=0.9,budget=32,local=0,window=3",
     ],
+    "snapkv": [
+        "snapkv:budget=64,window=16",
+        "snapkv:budget=48,window=32,kernel=7,pooling=max,reduce=group_max",
+    ],
+    "pyramidkv": ["pyramidkv:budget=64,window=16", "pyramidkv:budget=48,window=8,beta=2,pooling=max"],
+    "loki": ["loki:budget=48", "loki:budget=32,rank=3,reduce=group_max", "loki:budget=32,rank=16,reduce=group_sum"],
+    "streaming": [
+        "streaming:budget=64",
+        "streaming:budget=40,sinks=8,rerotate=false",
+        "streaming:budget=16,sinks=0",
+    ],
+    "oracle": [
+        "oracle:budget=32",
+        "oracle:budget=48,reduce=group_max",
+        "oracle:top_p=0.9",
+        "oracle:top_p=0.8,reduce=group_mean",
+    ],
+    "tova": ["tova:budget=64", "tova:budget=9"],
+    "h2o": [
+        "h2o:budget=64",
+        "h2o:budget=48,recent=8",
+        "h2o:budget=40,recent=20,evict=greedy",
+        "h2o:budget=32,recent=32",
+    ],
     "quest": [
         "quest:budget=64,dense_layers=1",
         "quest:budget=48,reduce=group_max",
@@ -29,7 +53,7 @@ CASES = [spec for name in methods() for spec in SMALL.get(name, [name])]
 
 @pytest.fixture
 def engine(tiny):
-    return Engine(tiny("llama"), prefill_chunk_tokens=128)
+    return Engine(tiny("llama"), prefill_chunk_tokens=128, record_queries=True)
 
 
 @pytest.mark.parametrize("spec", CASES)
@@ -179,7 +203,7 @@ def test_degenerate_values_give_finite_answers(engine, spec):
 def test_bf16_models_work(spec):
     from tiny_models import tiny_model
 
-    engine = Engine(tiny_model("llama", dtype=torch.bfloat16), prefill_chunk_tokens=128)
+    engine = Engine(tiny_model("llama", dtype=torch.bfloat16), prefill_chunk_tokens=128, record_queries=True)
     assert len(engine.generate(random_prompt(300), parse_method(spec), 20)[0]) == 20
 
 

@@ -31,6 +31,62 @@ def test_top_indices_are_sorted_and_ties_go_to_the_lower_index():
     assert ops.top_indices(scores, 99).tolist() == [list(range(6))]
 
 
+@pytest.mark.parametrize("count", [0, 1, 7, 39, 40, 50])
+def test_top_indices_are_those_of_a_stable_sort(count):
+    scores = rand(2, 3, 40).mul(2).round()  # many ties
+    scores[0, 0] = 0
+    scores[0, 1, ::2] = float("-inf")
+    expected = scores.sort(dim=-1, descending=True, stable=True).indices[..., :count].sort(dim=-1).values
+    assert torch.equal(ops.top_indices(scores, count), expected)
+    mask = torch.zeros(2, 3, 40, dtype=torch.bool).scatter(2, expected, True)
+    assert torch.equal(ops.top_mask(scores, count), mask)
+
+
+def test_the_weakest_of_ties_is_the_last():
+    assert ops.weakest(torch.tensor([[3.0, 1.0, 2.0, 1.0, 5.0], [0.0, 0.0, 0.0, 0.0, 0.0]])).tolist() == [[3], [4]]
+
+
+@pytest.mark.parametrize(("q_heads", "heads"), [(4, 4), (6, 2), (4, 1)])
+@pytest.mark.parametrize("queries", [1, 13, 40])
+def test_received_attention_is_the_column_sum_of_causal_attention(monkeypatch, q_heads, heads, queries):
+    q, k = rand(2, q_heads, queries, 8), rand(2, heads, 40, 8, seed=1)
+    scores = q @ k.repeat_interleave(q_heads // heads, dim=1).mT * 0.5
+    scores = scores.masked_fill(torch.ones(queries, 40, dtype=torch.bool).triu(40 - queries + 1), float("-inf"))
+    expected = scores.softmax(-1).sum(2).view(2, heads, -1, 40)
+    for at_once in (1, 7 * q_heads * 40, 2**25):  # one query at a time, blocks that do not divide, one block
+        monkeypatch.setitem(ops._SCORES_AT_ONCE, "cpu", at_once)
+        got = ops.received_attention(q, k, 0.5)
+        torch.testing.assert_close(got, expected)
+        torch.testing.assert_close(got.sum(-1), torch.full((2, heads, q_heads // heads), float(queries)))
+
+
+def test_weights_and_values_make_attention():
+    q, k, v = rand(2, 6, 1, 8), rand(2, 2, 30, 8, seed=1), rand(2, 2, 30, 8, seed=2)
+    got = ops.weighted_values(ops.attention_weights(q, k, 0.3), v)
+    torch.testing.assert_close(got, ops.attend(q, [(k, v)], 0.3))
+
+
+def test_lists_gather_for_each_head_their_own():
+    x, index = rand(2, 2, 30, 4), torch.randint(30, (2, 2, 3, 5), generator=torch.Generator().manual_seed(0))
+    got = ops.gather_lists(x, index).view(2, 2, 3, 5, 4)
+    for b, h, one in [(0, 0, 0), (1, 0, 2), (0, 1, 1)]:
+        assert torch.equal(got[b, h, one], x[b, h, index[b, h, one]])
+
+
+def test_a_buffer_overwrites_its_own_copy_only():
+    start = rand(1, 2, 6, 4)
+    kept, new, index = start.clone(), rand(1, 2, 1, 4, seed=1), torch.tensor([[[3], [5]]])
+    buffer = TokenBuffer(start, axis=2)
+    buffer.put(index, new)
+    assert torch.equal(start, kept)
+    assert torch.equal(ops.gather_tokens(buffer.view, index), new)
+    assert buffer.nbytes() == start.numel() * 4
+    buffer.append(new)
+    buffer.put(torch.tensor([[[6], [6]]]), 2 * new)
+    assert torch.equal(buffer.view[:, :, 6:], 2 * new)
+    assert torch.equal(buffer.view[:, 0, [0, 1, 2, 4, 5]], kept[:, 0, [0, 1, 2, 4, 5]])
+
+
 @pytest.mark.parametrize("page", [1, 4])
 def test_page_bounds_bound_and_are_exact_for_single_tokens(page):
     q, k = rand(2, 4, 1, 8), rand(2, 2, 32, 8, seed=1)

@@ -39,7 +39,7 @@ def test_full_attention_finds_the_needle_and_equals_generate(loaded, example):
 
 @pytest.mark.parametrize("name", methods())
 def test_lossless_settings_follow_full_attention(loaded, example, name):
-    engine = Engine(loaded.model)
+    engine = Engine(loaded.model, record_queries=True)
     prefill = engine.prefill(torch.tensor([example.input_ids]))
     method = methods()[name]().lossless(engine.dims, 1024 + 32)
     if method is None:

@@ -65,6 +65,13 @@ def tiny_model(family: str, seed: int = 0, dtype: torch.dtype = torch.float32, *
     return model.eval().requires_grad_(False)
 
 
+def geometry_model(group: int, head_dim: int, **more: Any) -> PreTrainedModel:
+    """A tiny Llama of two KV heads with `group` query heads each."""
+    heads = 2 * group
+    shape = {"num_attention_heads": heads, "num_key_value_heads": 2, "head_dim": head_dim, "hidden_size": 16 * heads}
+    return tiny_model("llama", **shape, **more)
+
+
 def random_prompt(tokens: int, seed: int = 0, batch: int = 1) -> torch.Tensor:
     """Token ids [batch, tokens] without special tokens."""
     generator = torch.Generator().manual_seed(seed)

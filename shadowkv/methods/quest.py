@@ -8,7 +8,6 @@ token is always read and counts towards the budget.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -17,16 +16,8 @@ from torch import Tensor
 
 from shadowkv import ops
 from shadowkv.buffers import TokenBuffer
-from shadowkv.method import Bytes, Dims, LayerKV, LayerState, LayerwiseMethod, Method, require
+from shadowkv.method import Bytes, Dims, LayerKV, LayerState, LayerwiseMethod, Method, StepwiseState, require
 from shadowkv.rope import Rope
-
-# Bounds [B,H,G,P] -> the scores that choose pages, [B,H,1,P] where a group shares its choice.
-_REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "per_q_head": lambda bounds: bounds,
-    "group_max": lambda bounds: bounds.amax(dim=2, keepdim=True),
-    "group_mean": lambda bounds: bounds.mean(dim=2, keepdim=True),
-    "group_sum": lambda bounds: bounds.sum(dim=2, keepdim=True),
-}
 
 
 @dataclass(frozen=True)
@@ -51,8 +42,8 @@ class Quest(LayerwiseMethod):
             f"quest: budget={self.budget} is smaller than one page of {self.page} tokens",
         )
         require(
-            self.reduce in _REDUCTIONS,
-            f"quest: reduce={self.reduce} is unknown; one of {', '.join(_REDUCTIONS)}",
+            self.reduce in ops.GROUP_REDUCTIONS,
+            f"quest: reduce={self.reduce} is unknown; one of {', '.join(ops.GROUP_REDUCTIONS)}",
         )
 
     def new_layer(self, layer: int, kv: LayerKV, rope: Rope) -> LayerState:
@@ -67,10 +58,10 @@ class Quest(LayerwiseMethod):
         return replace(self, budget=(tokens // self.page + 1) * self.page, dense_layers=0)
 
 
-class _QuestLayer(LayerState):
+class _QuestLayer(StepwiseState):
     def __init__(self, method: Quest, kv: LayerKV, dense: bool) -> None:
         self._page, self._pages_read = method.page, method.budget // method.page
-        self._reduce = _REDUCTIONS[method.reduce]
+        self._reduce = ops.GROUP_REDUCTIONS[method.reduce]
         self._dense = dense
         self._k, self._v = TokenBuffer(kv.k, axis=2), TokenBuffer(kv.v, axis=2)
         batch, heads, tokens, head_dim = kv.k.shape
@@ -84,10 +75,9 @@ class _QuestLayer(LayerState):
             self._k.append(k)
             self._v.append(v)
             return ops.attend(q, [(self._k.view, self._v.view)], scaling)
-        steps = zip(q.split(1, dim=2), k.split(1, dim=2), v.split(1, dim=2), strict=True)
-        return torch.cat([self._step(*step, scaling) for step in steps], dim=2)
+        return super().attend(q, k, v, scaling)
 
-    def _step(self, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
+    def step(self, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
         self._k.append(k)
         self._v.append(v)
         keys, values = self._k.view, self._v.view
@@ -113,17 +103,9 @@ class _QuestLayer(LayerState):
 
 def _attend_pages(q: Tensor, keys: Tensor, values: Tensor, index: Tensor, tail: slice, scaling: float) -> Tensor:
     """Attention over chosen tokens and the tail. index [B,H,L,s] with L lists per KV head: 1, or one per query."""
-    heads, lists = index.shape[1], index.shape[2]
-    flat = index.flatten(1, 2)
+    lists = index.shape[2]
 
-    def chosen(x: Tensor) -> Tensor:
-        spread = x.unsqueeze(2).expand(-1, -1, lists, -1, -1)
-        return spread.gather(3, index[..., None].expand(*index.shape, x.shape[-1])).flatten(1, 2)
+    def with_tail(x: Tensor) -> Tensor:
+        return torch.cat((ops.gather_lists(x, index), x[:, :, tail].repeat_interleave(lists, dim=1)), dim=2)
 
-    def shared(x: Tensor) -> Tensor:
-        return x[:, :, tail].repeat_interleave(lists, dim=1)
-
-    assert flat.shape[1] == heads * lists
-    k = torch.cat((chosen(keys), shared(keys)), dim=2)
-    v = torch.cat((chosen(values), shared(values)), dim=2)
-    return ops.attend(q, [(k, v)], scaling)
+    return ops.attend(q, [(with_tail(keys), with_tail(values))], scaling)

@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from shadowkv import low_rank, ops
 from shadowkv.buffers import TokenBuffer
-from shadowkv.method import Bytes, Dims, LayerKV, LayerState, LayerwiseMethod, Method, require
+from shadowkv.method import Bytes, Dims, LayerKV, LayerState, LayerwiseMethod, Method, StepwiseState, require
 from shadowkv.rope import Rope
 
 _OUTLIERS_PER_BUDGET_TOKEN = 24 / 1024  # the authors' density
@@ -89,7 +89,7 @@ class ShadowKV(LayerwiseMethod):
         return replace(self, rank=dims.width, energy=0.0, budget=budget, outliers=2, window=16)
 
 
-class _ShadowLayer(LayerState):
+class _ShadowLayer(StepwiseState):
     """Tokens [0, context) are chunks: factors and landmarks here, values on the host. The rest is the exact tail."""
 
     def __init__(self, method: ShadowKV, layer: int, kv: LayerKV, rope: Rope) -> None:
@@ -121,11 +121,7 @@ class _ShadowLayer(LayerState):
         self._tail_k = TokenBuffer(kv.k[:, :, self._context_tokens :], axis=2)
         self._tail_v = TokenBuffer(kv.v[:, :, self._context_tokens :], axis=2)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
-        steps = zip(q.split(1, dim=2), k.split(1, dim=2), v.split(1, dim=2), strict=True)
-        return torch.cat([self._step(*step, scaling) for step in steps], dim=2)
-
-    def _step(self, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
+    def step(self, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
         self._tail_k.append(k)
         self._tail_v.append(v)
         self._tokens += 1

@@ -1,0 +1,42 @@
+"""PyramidKV: SnapKV with more tokens for the first layers and fewer for the last ones, as many in all.
+
+Paper: https://arxiv.org/abs/2406.02069. Known differences from the authors' code, beside those of SnapKV:
+- budgets are rounded layer by layer and not by an integer step, so that their mean is `budget`;
+- depth counts the layers that a method serves, so sliding-window layers have no part in the pyramid.
+As theirs, a prompt shorter than the first layer's budget makes the pyramid flatter, so that nothing goes unused.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from shadowkv.method import Bytes, Dims, depth_of, require
+from shadowkv.methods.snapkv import SnapKV
+
+
+@dataclass(frozen=True)
+class PyramidKV(SnapKV):
+    """budget: prompt tokens kept, the mean over layers · window, kernel, pooling, reduce: as for snapkv ·
+    beta: how steep, the last layer keeping 1/beta of the mean beside its window (1: snapkv)."""
+
+    name: ClassVar[str] = "pyramidkv"
+    summary: ClassVar[str] = "snapkv with budgets that fall from the first layer to the last"
+    paper: ClassVar[str] = "2406.02069"
+
+    beta: int = 20
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.beta >= 1, f"pyramidkv: beta must be at least 1, got {self.beta}")
+
+    def layer_budget(self, depth: float, tokens: int) -> int:
+        mean = self.budget - self.window
+        first = min(2 * mean - mean // self.beta, max(tokens - self.window, mean))
+        last = 2 * mean - first
+        return self.window + round(first - depth * (first - last))
+
+    def prompt_bytes(self, dims: Dims, tokens: int) -> Bytes:
+        depths = [depth_of(place, dims.layers) for place in range(dims.layers)]
+        kept = sum(min(tokens, self.layer_budget(depth, tokens)) for depth in depths)
+        return Bytes(kept * dims.full_bytes_per_token // dims.layers, 0)

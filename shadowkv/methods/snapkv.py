@@ -1,0 +1,111 @@
+"""SnapKV: keep the prompt tokens that its last queries attend to, and drop the rest once.
+
+Paper: https://arxiv.org/abs/2404.14469. Known differences from the authors' code:
+- one selection per KV head, by default from the mean over its query heads (theirs repeats keys and values for every
+  query head first, selects per query head and so stores a group's tokens once per query head);
+- a prompt of exactly `budget` tokens is kept whole.
+As theirs: the defaults, scores pooled with zeros beyond both ends (which lowers those of the tokens right before the
+window), and a later turn sees only what the first one's queries selected.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from shadowkv import ops
+from shadowkv.buffers import TokenBuffer
+from shadowkv.method import OBSERVED_QUERIES, Bytes, Dims, LayerKV, LayerState, LayerwiseMethod, Method, require
+from shadowkv.rope import Rope
+
+# Scores [B,Hq,n] and a kernel -> each score with its neighbours, [B,Hq,n].
+_POOLINGS: dict[str, Callable[[Tensor, int], Tensor]] = {
+    "avg": lambda scores, kernel: F.avg_pool1d(scores, kernel, stride=1, padding=kernel // 2),
+    "max": lambda scores, kernel: F.max_pool1d(scores, kernel, stride=1, padding=kernel // 2),
+}
+
+
+@dataclass(frozen=True)
+class SnapKV(LayerwiseMethod):
+    """budget: prompt tokens kept, the window included · window: last queries observed, whose tokens are kept ·
+    kernel: tokens pooled, odd (1: off) · pooling: avg or max · reduce: group_max, group_mean or group_sum."""
+
+    name: ClassVar[str] = "snapkv"
+    summary: ClassVar[str] = "drops prompt tokens once, keeps those its last queries attend to"
+    paper: ClassVar[str] = "2404.14469"
+
+    budget: int = 2048
+    window: int = 32
+    kernel: int = 5
+    pooling: str = "avg"
+    reduce: str = "group_mean"
+
+    def __post_init__(self) -> None:
+        require(
+            1 <= self.window <= OBSERVED_QUERIES,
+            f"{self.name}: window must be 1 to {OBSERVED_QUERIES} queries, got {self.window}",
+        )
+        require(
+            self.budget > self.window,
+            f"{self.name}: budget={self.budget} must be larger than window={self.window}, which it includes",
+        )
+        require(
+            self.kernel >= 1 and self.kernel % 2 == 1,
+            f"{self.name}: kernel must be odd and at least 1, got {self.kernel}",
+        )
+        require(
+            self.pooling in _POOLINGS,
+            f"{self.name}: pooling={self.pooling} is unknown; one of {', '.join(_POOLINGS)}",
+        )
+        require(
+            self.reduce in ops.SHARED_REDUCTIONS,
+            f"{self.name}: reduce={self.reduce} is unknown; one of {', '.join(ops.SHARED_REDUCTIONS)}",
+        )
+
+    def layer_budget(self, depth: float, tokens: int) -> int:
+        """Of a prompt of `tokens`, how many the layer at `depth` may keep (0: the first layer, 1: the last)."""
+        return self.budget
+
+    def new_layer(self, layer: int, kv: LayerKV, rope: Rope) -> LayerState:
+        budget = self.layer_budget(kv.depth, kv.k.shape[2])
+        if kv.k.shape[2] <= budget:
+            return _SnapLayer(kv.k, kv.v)
+        kept = self.kept_tokens(kv, budget)
+        return _SnapLayer(ops.gather_tokens(kv.k, kept), ops.gather_tokens(kv.v, kept))
+
+    def kept_tokens(self, kv: LayerKV, budget: int) -> Tensor:
+        """Ascending positions of the tokens to keep of a prompt longer than `budget`: [B,H,budget]."""
+        batch, heads, tokens, _ = kv.k.shape
+        older = tokens - self.window
+        received = ops.received_attention(kv.q_tail[:, :, -self.window :], kv.k, kv.scaling)[..., :older]
+        pooled = _POOLINGS[self.pooling](received.flatten(1, 2), self.kernel).view_as(received)
+        scores = ops.SHARED_REDUCTIONS[self.reduce](pooled).squeeze(2)
+        window = torch.arange(older, tokens, device=kv.k.device).expand(batch, heads, -1)
+        return torch.cat((ops.top_indices(scores, budget - self.window), window), dim=2)
+
+    def bytes_per_token(self, dims: Dims) -> Bytes:
+        return Bytes(0, 0)
+
+    def prompt_bytes(self, dims: Dims, tokens: int) -> Bytes:
+        return Bytes(min(tokens, self.budget) * dims.full_bytes_per_token, 0)
+
+    def lossless(self, dims: Dims, tokens: int) -> Method:
+        return replace(self, budget=max(tokens, self.window + 1))
+
+
+class _SnapLayer(LayerState):
+    def __init__(self, k: Tensor, v: Tensor) -> None:
+        self._k, self._v = TokenBuffer(k, axis=2), TokenBuffer(v, axis=2)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
+        self._k.append(k)
+        self._v.append(v)
+        return ops.attend(q, [(self._k.view, self._v.view)], scaling)
+
+    def nbytes(self) -> Bytes:
+        return Bytes(self._k.nbytes() + self._v.nbytes(), 0)
