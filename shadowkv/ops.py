@@ -52,8 +52,9 @@ def token_indices(blocks: Tensor, block_tokens: int) -> Tensor:
 
 
 def gather_tokens(x: Tensor, index: Tensor) -> Tensor:
-    """Rows of each head. x [B,H,n,D], index [B,H,s] -> [B,H,s,D]."""
-    return x.gather(2, index[..., None].expand(*index.shape, x.shape[-1]))
+    """Rows of each head. x [B,H,n,D], index [B,H,s] -> [B,H,s,D] where the index is, wherever x is."""
+    rows = x.gather(2, index.to(x.device)[..., None].expand(*index.shape, x.shape[-1]))
+    return rows.to(index.device, non_blocking=True)
 
 
 def chunk_scores(q: Tensor, landmarks: Tensor, scaling: float) -> Tensor:

@@ -34,8 +34,8 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 
 def unpack(packed: Tensor, bits: int) -> Tensor:
     """The inverse of `pack`."""
-    shifted: Tensor = packed[..., None] >> _shifts(bits, packed.device)
-    return (shifted & (2**bits - 1)).flatten(-2)
+    codes: Tensor = (packed[..., None] >> _shifts(bits, packed.device)) & (2**bits - 1)
+    return codes.flatten(-2)
 
 
 def _shifts(bits: int, device: torch.device) -> Tensor:

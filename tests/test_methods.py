@@ -18,6 +18,8 @@ SMALL = {
     "shadowkv": [
         "shadowkv:rank=12,budget=64,outliers=2,window=8",
         "shadowkv:energy=0.9,budget=32,local=0,window=3",
+        "shadowkv:rank=12,budget=64,outliers=2,window=8,values=int8",
+        "shadowkv:rank=12,budget=64,outliers=2,window=8,values=fp8",
     ],
     "quest": [
         "quest:budget=64,dense_layers=1",
