@@ -75,6 +75,8 @@ class MethodCache(Cache):
             for cache, row, pad in zip(self._caches, rows, padding, strict=True):
                 cache.ingest(index, recorded.layer_kv(row, pad))
             layers.append(MethodLayer(index, self._caches, recorded.tokens))
+        for cache in self._caches:
+            cache.complete()
         self.layers = layers
 
     def nbytes(self) -> Bytes:

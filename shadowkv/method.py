@@ -74,6 +74,9 @@ class DecodeCache(ABC):
     def ingest(self, layer: int, kv: LayerKV) -> None:
         """Take over one layer of the prefill. May keep references to `kv`, must not write to it."""
 
+    def complete(self) -> None:  # noqa: B027 - most caches need only one layer at a time
+        """Every layer has been ingested: what depends on several layers is decided here, before any `attend`."""
+
     @abstractmethod
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
         """Append T new tokens and attend causally to everything this method kept.

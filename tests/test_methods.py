@@ -14,6 +14,7 @@ from shadowkv.registry import methods, parse_method
 
 # Settings small enough to leave things out at 300 tokens. A method not listed is tested at its defaults.
 SMALL = {
+    "duo": ["duo:sinks=4,recent=24", "duo:sinks=0,recent=16,retrieval=0.2", "duo:sinks=33,recent=1,retrieval=0.0"],
     "kivi": ["kivi:group=8,residual=32", "kivi:bits=4,group=16,residual=64", "kivi:bits=8,group=2,residual=2"],
     "shadowkv": [
         "shadowkv:rank=12,budget=64,outliers=2,window=8",
