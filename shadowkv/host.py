@@ -57,7 +57,7 @@ class HostTokens:
     def __init__(self, x: Tensor, coding: str = "native") -> None:
         self._coding = CODINGS[coding]
         self._dtype = x.dtype
-        self._parts = tuple(TokenBuffer(_to_host(part), axis=2) for part in self._coding.encode(x))
+        self._parts = tuple(TokenBuffer(to_host(part), axis=2) for part in self._coding.encode(x))
 
     def append(self, x: Tensor) -> None:
         """Add x [B,H,T,D], from any device."""
@@ -76,7 +76,7 @@ class HostTokens:
         return sum(part.nbytes() for part in self._parts)
 
 
-def _to_host(x: Tensor) -> Tensor:
+def to_host(x: Tensor) -> Tensor:
     """x where the host can hold it: pinned memory beside a GPU, in place on a CPU."""
     if x.device.type == "cpu":
         return x

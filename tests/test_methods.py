@@ -26,6 +26,7 @@ SMALL = {
         "quest:budget=64,dense_layers=1",
         "quest:budget=48,reduce=group_max",
         "quest:budget=32,reduce=group_sum",
+        "quest:budget=32,offload=true",
     ],
 }
 CASES = [spec for name in methods() for spec in SMALL.get(name, [name])]
