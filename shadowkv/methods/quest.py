@@ -121,10 +121,10 @@ class _QuestLayer(LayerState):
 
 def _attend_tokens(q: Tensor, keys: Tensor, values: Tensor, index: Tensor, scaling: float) -> Tensor:
     """Attention over chosen tokens. index [B,H,L,s] has L lists per KV head: 1, or one per query head."""
-    lists = index.shape[2]
+    batch, heads, lists, count = index.shape
 
     def chosen(x: Tensor) -> Tensor:
         # To `attend`, every list is a KV head of its own.
-        return ops.gather_tokens(x, index.flatten(2)).unflatten(2, (lists, -1)).flatten(1, 2)
+        return ops.gather_tokens(x, index.flatten(2)).view(batch, heads * lists, count, x.shape[-1])
 
     return ops.attend(q, [(chosen(keys), chosen(values))], scaling)
