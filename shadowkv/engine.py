@@ -81,7 +81,7 @@ class Engine:
         if not prefill.valid:
             raise ValueError("this prefill was replaced by a later one")
         method.check(self.dims)
-        return MethodCache(prefill.recording, method, self.rope)
+        return MethodCache(self.model, prefill.recording, method, self.rope)
 
     @torch.inference_mode()
     def extend(self, cache: MethodCache, input_ids: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ after RoPE, as transformers hands them over; a batch is uniform (ragged batches 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
@@ -67,6 +68,10 @@ class LayerKV(NamedTuple):
     scaling: float  # the model's own softmax scaling
 
 
+# guess(layer) -> [B,Hq,T,D]: the queries, after RoPE, that a layer would make of its predecessor's input.
+Guess = Callable[[int], Tensor]
+
+
 class DecodeCache(ABC):
     """What one method keeps of one prompt, over all layers that it serves."""
 
@@ -76,6 +81,9 @@ class DecodeCache(ABC):
 
     def complete(self) -> None:  # noqa: B027 - most caches need only one layer at a time
         """Every layer has been ingested: what depends on several layers is decided here, before any `attend`."""
+
+    def foresee(self, guess: Guess) -> None:  # noqa: B027 - only methods that speculate ask
+        """Take the guesser of a method that `speculates`: usable within `attend`, for the layer that it serves."""
 
     @abstractmethod
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
@@ -131,6 +139,7 @@ class Method(ABC):
     name: ClassVar[str]
     summary: ClassVar[str]
     paper: ClassVar[str]
+    speculates: ClassVar[bool] = False  # its caches are given a `Guess`
 
     @abstractmethod
     def new_state(self, rope: Rope) -> DecodeCache:

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+# Scores of a group's query heads [B,H,G,n] -> the scores that choose, [B,H,1,n] where the group shares its choice.
+GROUP_REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "per_q_head": lambda scores: scores,
+    "group_max": lambda scores: scores.amax(dim=2, keepdim=True),
+    "group_mean": lambda scores: scores.mean(dim=2, keepdim=True),
+    "group_sum": lambda scores: scores.sum(dim=2, keepdim=True),
+}
 
 
 def attend(q: Tensor, segments: Sequence[tuple[Tensor, Tensor]], scaling: float) -> Tensor:

@@ -15,6 +15,11 @@ from shadowkv.registry import methods, parse_method
 # Settings small enough to leave things out at 300 tokens. A method not listed is tested at its defaults.
 SMALL = {
     "duo": ["duo:sinks=4,recent=24", "duo:sinks=0,recent=16,retrieval=0.2", "duo:sinks=33,recent=1,retrieval=0.0"],
+    "infinigen": [
+        "infinigen:budget=40,dense_layers=1",
+        "infinigen:budget=32,alpha=1.5,ratio=0.5,dense_layers=1,reduce=group_max",
+        "infinigen:budget=300,alpha=0,ratio=0.1",
+    ],
     "kivi": ["kivi:group=8,residual=32", "kivi:bits=4,group=16,residual=64", "kivi:bits=8,group=2,residual=2"],
     "shadowkv": [
         "shadowkv:rank=12,budget=64,outliers=2,window=8",

@@ -9,7 +9,6 @@ ShadowKV paper compares against it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -21,14 +20,6 @@ from shadowkv.buffers import TokenBuffer
 from shadowkv.host import to_host
 from shadowkv.method import Bytes, Dims, LayerKV, LayerState, LayerwiseMethod, Method, require
 from shadowkv.rope import Rope
-
-# Bounds [B,H,G,P] -> the scores that choose pages, [B,H,1,P] where a group shares its choice.
-_REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "per_q_head": lambda bounds: bounds,
-    "group_max": lambda bounds: bounds.amax(dim=2, keepdim=True),
-    "group_mean": lambda bounds: bounds.mean(dim=2, keepdim=True),
-    "group_sum": lambda bounds: bounds.sum(dim=2, keepdim=True),
-}
 
 
 @dataclass(frozen=True)
@@ -54,8 +45,8 @@ class Quest(LayerwiseMethod):
             f"quest: budget={self.budget} is smaller than one page of {self.page} tokens",
         )
         require(
-            self.reduce in _REDUCTIONS,
-            f"quest: reduce={self.reduce} is unknown; one of {', '.join(_REDUCTIONS)}",
+            self.reduce in ops.GROUP_REDUCTIONS,
+            f"quest: reduce={self.reduce} is unknown; one of {', '.join(ops.GROUP_REDUCTIONS)}",
         )
 
     def new_layer(self, layer: int, kv: LayerKV, rope: Rope) -> LayerState:
@@ -74,7 +65,7 @@ class Quest(LayerwiseMethod):
 class _QuestLayer(LayerState):
     def __init__(self, method: Quest, kv: LayerKV, dense: bool) -> None:
         self._page, self._pages_read = method.page, method.budget // method.page
-        self._reduce = _REDUCTIONS[method.reduce]
+        self._reduce = ops.GROUP_REDUCTIONS[method.reduce]
         self._dense = dense
         self._offload = method.offload and not dense
         self._k = TokenBuffer(kv.k, axis=2)
