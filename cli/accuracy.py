@@ -134,7 +134,9 @@ def plan(make_task: MakeTask, settings: Settings) -> int:
         label: {"device_bytes": held.device * longest, "host_bytes": held.host * longest}
         for label, held in per_token.items()
     }
-    weights, prefill = weights_bytes(ready.config, ready.dims.element_bytes), ready.dims.full_bytes_per_token * longest
+    weights = weights_bytes(ready.config, ready.dims.element_bytes)
+    snapshots = len({method.prefill for method in ready.methods})
+    prefill = ready.dims.full_bytes_per_token * longest * snapshots
     if settings.as_json:
         told = {"model": ready.source.name, "source": ready.source.described, "examples": prompts, "methods": memory}
         costs = {"weights_bytes": weights, "prefill_kv_bytes": prefill, "answers": len(prompts) * len(memory)}
@@ -149,7 +151,7 @@ def plan(make_task: MakeTask, settings: Settings) -> int:
         f"planned KV memory at {longest} tokens",
         ["method", "device MiB", "host MiB"],
         [[label, *(f"{held / 2**20:.1f}" for held in both.values())] for label, both in memory.items()],
-        f"Weights {weights / 2**30:.2f} GiB, dense prefill {prefill / 2**30:.2f} GiB. Nothing was run.",
+        f"Weights {weights / 2**30:.2f} GiB, prefill {prefill / 2**30:.2f} GiB. Nothing was run.",
     )
     return 0
 

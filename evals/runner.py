@@ -17,6 +17,7 @@ from shadowkv.engine import Engine, Prefill
 from shadowkv.errors import SkvError
 from shadowkv.loading import LoadedModel
 from shadowkv.method import Method
+from shadowkv.prefills import SparsePrefill
 
 # What a single answer may fail with without taking the run down; anything else is a bug and ends it.
 _FAILURES = (RuntimeError, MemoryError, SkvError)
@@ -49,19 +50,21 @@ def run_accuracy(
         todo = [method for method in methods if not folder.has(_key(example, method))]
         if not todo:
             continue
-        for record in _answers(engine, loaded, task, example, todo):
-            folder.append(record)
-            done += 1
-            on_step(Step(done, total, record))
+        for prefill in dict.fromkeys(method.prefill for method in todo):
+            alike = [method for method in todo if method.prefill == prefill]
+            for record in _answers(engine, loaded, task, example, alike):
+                folder.append(record)
+                done += 1
+                on_step(Step(done, total, record))
 
 
 def _answers(
     engine: Engine, loaded: LoadedModel, task: Task, example: Example, methods: Sequence[Method]
 ) -> Iterable[Record]:
-    """One record per method, from one prefill; each is made when it is asked for."""
+    """One record per method, from the one prefill they share; each is made when it is asked for."""
     blank = _blank(example)
     try:
-        prefill, blank = _prefill(engine, example, blank)
+        prefill, blank = _prefill(engine, example, methods[0].prefill, blank)
     except _FAILURES as failure:
         return [_failed(replace(blank, method=method.label), failure) for method in methods]
     return (_answer(engine, loaded, task, prefill, method, blank) for method in methods)
@@ -99,9 +102,9 @@ def _blank(example: Example) -> Record:
     )
 
 
-def _prefill(engine: Engine, example: Example, blank: Record) -> tuple[Prefill, Record]:
+def _prefill(engine: Engine, example: Example, sparse: SparsePrefill | None, blank: Record) -> tuple[Prefill, Record]:
     started = time.perf_counter()
-    prefill = engine.prefill(torch.tensor([example.input_ids]))
+    prefill = engine.prefill(torch.tensor([example.input_ids]), sparse)
     seconds = _now(engine) - started
     return prefill, replace(blank, prefill_s=seconds, reused_tokens=prefill.reused_tokens)
 

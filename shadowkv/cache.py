@@ -108,7 +108,7 @@ class DropInCache(MethodCache):
         attach(model)
         Cache.__init__(self, layers=[])
         self._method, self._rope = method, Rope(model)
-        self._recording: Recording | None = Recording(model)
+        self._recording: Recording | None = Recording(model, method.prefill)
         self._caches = []
         self._foresight = Foresight(model, self) if method.speculates else None
         self.layers = self._recording.layers

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
     from transformers.cache_utils import Cache
 
+    from shadowkv.prefills import SparsePrefill
+
 
 class Bytes(NamedTuple):
     """Memory held, in bytes, on the device that computes and on the host."""
@@ -133,13 +135,38 @@ class LayerwiseCache(DecodeCache):
 
 
 @dataclass(frozen=True)
-class Method(ABC):
-    """A KV-cache method: its hyper-parameters and nothing else."""
+class Setting:
+    """Named hyper-parameters and nothing else."""
 
     name: ClassVar[str]
     summary: ClassVar[str]
     paper: ClassVar[str]
-    speculates: ClassVar[bool] = False  # its caches are given a `Guess`
+
+    def params(self) -> dict[str, Any]:
+        """Every hyper-parameter with its value."""
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
+    @property
+    def label(self) -> str:
+        """Canonical spelling: the name and what differs from the defaults, sorted; `parse_method` reads it."""
+        changed = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
+        listed = ",".join(f"{key}={format_value(value)}" for key, value in sorted(changed.items()))
+        return f"{self.name}:{listed}" if listed else self.name
+
+
+@dataclass(frozen=True)
+class Method(Setting, ABC):
+    """A KV-cache method."""
+
+    @property
+    def speculates(self) -> bool:
+        """Whether its caches are to be given a `Guess`."""
+        return False
+
+    @property
+    def prefill(self) -> SparsePrefill | None:
+        """How the prompt is computed before this method takes it over; None is densely."""
+        return None
 
     @abstractmethod
     def new_state(self, rope: Rope) -> DecodeCache:
@@ -153,7 +180,7 @@ class Method(ABC):
         """The setting that must equal full attention up to `tokens` held tokens, or None if there is none."""
         return None
 
-    def check(self, dims: Dims) -> None:  # noqa: B027 - most methods fit every geometry
+    def check(self, dims: Dims) -> None:
         """Raise `SkvError` if these parameters cannot work on a model of this geometry."""
 
     def new_cache(self, model: PreTrainedModel) -> Cache:
@@ -164,17 +191,6 @@ class Method(ABC):
         from shadowkv.cache import DropInCache
 
         return DropInCache(model, self)
-
-    def params(self) -> dict[str, Any]:
-        """Every hyper-parameter with its value."""
-        return {f.name: getattr(self, f.name) for f in fields(self)}
-
-    @property
-    def label(self) -> str:
-        """Canonical spelling: the name and what differs from the defaults, sorted; `parse_method` reads it."""
-        changed = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
-        listed = ",".join(f"{key}={format_value(value)}" for key, value in sorted(changed.items()))
-        return f"{self.name}:{listed}" if listed else self.name
 
 
 class LayerwiseMethod(Method):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -10,17 +12,23 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from shadowkv.attention import dense_attention, with_handle
+from shadowkv.errors import SkvError
 from shadowkv.geometry import sliding_windows
 from shadowkv.method import LayerKV
+from shadowkv.prefills import SparsePrefill
 
 OBSERVED_QUERIES = 64  # last queries kept for methods that look at them; also the least a prefill computes anew
 
+# (q [B,Hq,T,D], k and v [B,H,n,D], scaling) -> [B,Hq,T,D], the queries being of the last T tokens.
+SparseAttention = Callable[[Tensor, Tensor, Tensor, float], Tensor]
+
 
 class RecordingLayer(CacheLayerMixin):
-    """Dense attention during prefill; keeps all keys and values and the last queries."""
+    """Attention during prefill, dense unless told otherwise; keeps all keys and values and the last queries."""
 
-    def __init__(self, window: int | None) -> None:
+    def __init__(self, window: int | None, sparse: SparseAttention | None = None) -> None:
         super().__init__()
+        self._sparse = sparse
         self.window = window
         self.is_sliding = window is not None
         self.sliding_window = window  # read by transformers where is_sliding is set
@@ -59,7 +67,13 @@ class RecordingLayer(CacheLayerMixin):
             self.padding = mask[:, 0, -1].int().argmax(dim=-1).expand(q.shape[0]).tolist()
         recent = q if self._q_tail is None else torch.cat((self._q_tail, q), dim=2)
         self._q_tail = recent[:, :, -OBSERVED_QUERIES:].clone()
-        return dense_attention(q, k, v, mask, scaling)
+        if self._sparse is None:
+            return dense_attention(q, k, v, mask, scaling)
+        if self.padding is not None and any(self.padding):
+            raise SkvError(
+                "a sparse prefill takes prompts of one length: leave out the padding, or one prompt at a time"
+            )
+        return self._sparse(q, k, v, scaling)
 
     def layer_kv(self, row: int | None, skip_tokens: int) -> LayerKV:
         """What was recorded, as views; of one row without its `skip_tokens` of left padding, or of all rows."""
@@ -103,10 +117,12 @@ class RecordingLayer(CacheLayerMixin):
 
 
 class Recording(Cache):
-    """The dense cache of a prefill in progress."""
+    """The cache of a prefill in progress: dense or, in the layers without a window, by `sparse`."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        super().__init__(layers=[RecordingLayer(window) for window in sliding_windows(model.config)])
+    def __init__(self, model: PreTrainedModel, sparse: SparsePrefill | None = None) -> None:
+        windows = sliding_windows(model.config)
+        chosen = [partial(sparse.attention, i) if sparse and w is None else None for i, w in enumerate(windows)]
+        super().__init__(layers=[RecordingLayer(*each) for each in zip(windows, chosen, strict=True)])
 
     @property
     def recorded(self) -> list[RecordingLayer]:

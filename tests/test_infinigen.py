@@ -134,7 +134,10 @@ class _Spy(Full):
     """Full attention that compares what it is told with what it sees."""
 
     name = "spy"
-    speculates = True
+
+    @property
+    def speculates(self):
+        return True
 
     def new_state(self, rope):
         return _SpyCache(LayerwiseCache(Full(), rope))

@@ -38,7 +38,6 @@ class InfiniGen(Method):
     name: ClassVar[str] = "infinigen"
     summary: ClassVar[str] = "full cache on the host, reads what the previous layer's input lets expect"
     paper: ClassVar[str] = "2406.19707"
-    speculates: ClassVar[bool] = True
 
     budget: int = 2048
     alpha: float = 5.0
@@ -61,6 +60,10 @@ class InfiniGen(Method):
     def columns(self, head_dim: int) -> int:
         """Channels of the partial keys."""
         return max(round(self.ratio * head_dim), 1)
+
+    @property
+    def speculates(self) -> bool:
+        return True
 
     def new_state(self, rope: Rope) -> DecodeCache:
         return _InfiniGenCache(self, rope)
