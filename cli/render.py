@@ -94,7 +94,7 @@ def print_summary(title: str, rows: Sequence[Row], notes: Sequence[str]) -> None
     for note in notes:
         shown.print(f"[yellow]{escape(note)}[/]")
     shown.print(
-        "[dim]agree: tokens 2..n equal to full attention's (the first is dense under every method) · device, host: KV "
+        "[dim]agree: tokens 2..n equal to full attention's (the first is always the prefill's) · device, host: KV "
         "memory · prefill: once per prompt for all methods[/]"
     )
 

@@ -45,7 +45,7 @@ def summarise(records: Sequence[Record]) -> list[Row]:
 
 
 def agreement(tokens: Sequence[int], reference: Sequence[int]) -> float | None:
-    """Share of the reference's tokens 2..n that stand at the same place; the first is dense under every method."""
+    """Share of the reference's tokens 2..n that stand at the same place; the first is always the prefill's."""
     if len(reference) < 2:
         return None
     pairs = zip(reference[1:], [*tokens[1:], *[None] * len(reference)], strict=False)
@@ -96,7 +96,7 @@ def markdown(manifest: Manifest, rows: Sequence[Row]) -> str:
     lines += [
         "",
         "Score: mean over scored answers. Agreement: share of tokens 2..n equal to full attention's; the first token "
-        "comes from dense logits under every method. Prefill: median, once per prompt for all methods.",
+        "comes from the prefill under every method. Prefill: median, once per prompt for all methods.",
         "",
         f"`{session.command}`",
         "",

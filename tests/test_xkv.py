@@ -51,9 +51,7 @@ def test_factors_are_the_truncated_svd_of_the_layers_side_by_side(family, head_d
         for group, members, share in ((0, [0, 1], rank), (1, [2], rank // 2)):
             factors = cache._groups[group][which]
             expected, tail = truncated_svd([x[i] for i in members], share)
-            got = torch.cat(
-                [factors.rebuild(p, heads, head_dim).transpose(1, 2).flatten(2) for p in range(len(members))], 2
-            )
+            got = torch.cat([factors.rebuild(p, heads).transpose(1, 2).flatten(2) for p in range(len(members))], 2)
             assert factors.coefficients.shape == (1, TOKENS, share)
             torch.testing.assert_close(got[0].double(), expected, rtol=1e-3, atol=1e-3)
             # Eckart-Young: the squared error is what the dropped singular values held.
@@ -69,9 +67,9 @@ def test_layers_that_are_alike_cost_one_layer():
     for layer in (0, 1):
         cache.ingest(layer, kv)
     cache.complete()
-    torch.testing.assert_close(cache._groups[0].values.rebuild(1, 2, 16), kv.v, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(cache._groups[0].values.rebuild(1, 2), kv.v, rtol=1e-3, atol=1e-4)
     positions = torch.arange(TOKENS)
-    keys = rope.rotate(1, cache._groups[0].keys.rebuild(1, 2, 16), positions, TOKENS)
+    keys = rope.rotate(1, cache._groups[0].keys.rebuild(1, 2), positions, TOKENS)
     torch.testing.assert_close(keys, kv.k, rtol=1e-3, atol=1e-4)
 
 

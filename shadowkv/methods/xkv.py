@@ -3,9 +3,9 @@
 Paper: https://arxiv.org/abs/2503.18893. Known differences from the authors' code:
 - keys and values are centred before the factorisation, which is by the Gram matrix in fp64 instead of an SVD;
 - groups are of consecutive layers that the method serves; a last, smaller group has its ranks scaled down with it;
-- a step rebuilds all keys and values of a layer and attends to them: no budget and no fused kernel, so decoding is
-  slower than full attention, while the bytes held are those of the factors. Selective reconstruction (xKV-SR) is not
-  part of this method;
+- a step rebuilds all keys of a layer; values are never rebuilt, since attention can weigh their coefficients. There is
+  no budget and no fused kernel, so decoding is slower than full attention, while the bytes held are those of the
+  factors. Selective reconstruction (xKV-SR) is not part of this method;
 - generated tokens are kept exact, as theirs are.
 """
 
@@ -71,12 +71,28 @@ class _Factors(NamedTuple):
     coefficients: Tensor  # [B,n,r], shared by the layers
     vectors: Tensor  # [B,r,layers*W]
     mean: Tensor  # [B,1,layers*W]
+    layers: int
 
-    def rebuild(self, place: int, heads: int, head_dim: int) -> Tensor:
+    @property
+    def nbytes(self) -> int:
+        return sum(x.numel() * x.element_size() for x in (self.coefficients, self.vectors, self.mean))
+
+    def rebuild(self, place: int, heads: int) -> Tensor:
         """What the layer at `place` of the group had, [B,H,n,D]."""
-        own = slice(place * heads * head_dim, (place + 1) * heads * head_dim)
-        x = self.coefficients @ self.vectors[:, :, own] + self.mean[:, :, own]
-        return x.view(*x.shape[:2], heads, head_dim).transpose(1, 2)
+        vectors, mean = self._of(place, heads)
+        return self.coefficients[:, None] @ vectors + mean
+
+    def weigh(self, weights: Tensor, place: int) -> Tensor:
+        """weights @ rebuild(place), without rebuilding. weights [B,H,m,n] -> [B,H,m,D]."""
+        vectors, mean = self._of(place, weights.shape[1])
+        return (weights @ self.coefficients[:, None]) @ vectors + weights.sum(dim=-1, keepdim=True) * mean
+
+    def _of(self, place: int, heads: int) -> tuple[Tensor, Tensor]:
+        """Vectors [B,H,r,D] and mean [B,H,1,D] of one layer."""
+        width = self.vectors.shape[2] // self.layers
+        own = slice(place * width, (place + 1) * width)
+        vectors, mean = (x[:, :, own].unflatten(2, (heads, -1)).transpose(1, 2) for x in (self.vectors, self.mean))
+        return vectors, mean
 
 
 class _Group(NamedTuple):
@@ -128,20 +144,19 @@ class _XKVCache(DecodeCache):
         group, place, new_k, new_v = self._members[layer]
         new_k.append(k)
         new_v.append(v)
-        heads, head_dim = k.shape[1], k.shape[3]
-        keys = group.keys.rebuild(place, heads, head_dim)
+        keys = group.keys.rebuild(place, k.shape[1])
         prompt_tokens = keys.shape[2]
         positions = torch.arange(prompt_tokens, device=keys.device)
         keys = self._rope.rotate(layer, keys, positions, prompt_tokens + len(new_k))
-        values = group.values.rebuild(place, heads, head_dim)
-        return ops.attend(q, [(keys, values), (new_k.view, new_v.view)], scaling)
+        of_prompt, of_new = ops.attention_weights(q, (keys, new_k.view), scaling)
+        return (group.values.weigh(of_prompt, place) + of_new @ new_v.view).view_as(q)
 
     def _pre_rope(self, layer: int, k: Tensor) -> Tensor:
         positions = torch.arange(k.shape[2], device=k.device)
         return self._rope.unrotate(layer, k, positions, k.shape[2])
 
     def nbytes(self) -> Bytes:
-        factors = sum(x.numel() * x.element_size() for group in self._groups for part in group for x in part)
+        factors = sum(part.nbytes for group in self._groups for part in group)
         new = sum(member.new_k.nbytes() + member.new_v.nbytes() for member in self._members.values())
         return Bytes(factors + new, 0)
 
@@ -155,4 +170,4 @@ def _factors(layers: list[Tensor], rank: int, dtype: torch.dtype) -> _Factors:
     """The best factors of the layers side by side. layers [B,H,n,D] each."""
     side_by_side = torch.cat([x.float().transpose(1, 2).flatten(2) for x in layers], dim=2)
     basis = low_rank.fit(side_by_side, rank)
-    return _Factors(basis.project(side_by_side).to(dtype), *(x.to(dtype) for x in basis))
+    return _Factors(basis.project(side_by_side).to(dtype), *(x.to(dtype) for x in basis), len(layers))
