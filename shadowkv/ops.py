@@ -46,7 +46,8 @@ def attention_weights(q: Tensor, keys: Sequence[Tensor], scaling: float) -> tupl
         by_query = scores.view(batch, heads, -1, tokens, scores.shape[-1])
         future = torch.ones(tokens, tokens, dtype=torch.bool, device=q.device).triu(1)
         by_query[..., -tokens:].masked_fill_(future, float("-inf"))
-    return scores.softmax(dim=-1).to(q.dtype).split([k.shape[2] for k in keys], dim=-1)
+    weights: tuple[Tensor, ...] = scores.softmax(dim=-1).to(q.dtype).split([k.shape[2] for k in keys], dim=-1)
+    return weights
 
 
 def top_indices(scores: Tensor, count: int) -> Tensor:

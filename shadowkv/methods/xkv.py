@@ -170,4 +170,5 @@ def _factors(layers: list[Tensor], rank: int, dtype: torch.dtype) -> _Factors:
     """The best factors of the layers side by side. layers [B,H,n,D] each."""
     side_by_side = torch.cat([x.float().transpose(1, 2).flatten(2) for x in layers], dim=2)
     basis = low_rank.fit(side_by_side, rank)
-    return _Factors(basis.project(side_by_side).to(dtype), *(x.to(dtype) for x in basis), len(layers))
+    coefficients = basis.project(side_by_side).to(dtype)
+    return _Factors(coefficients, basis.vectors.to(dtype), basis.mean.to(dtype), len(layers))
