@@ -171,8 +171,9 @@ def _plan(ready: _Prepared) -> int:
     planned = {method.label: method.prompt_bytes(ready.dims, longest) for method in ready.methods}
     memory = {label: {"device_bytes": held.device, "host_bytes": held.host} for label, held in planned.items()}
     weights = weights_bytes(ready.config, ready.dims.element_bytes)
-    per_token = ready.dims.full_bytes_per_token + (ready.dims.query_bytes_per_token if ready.records_queries else 0)
-    prefill = per_token * longest
+    queries = ready.dims.query_bytes_per_token if ready.records_queries else 0
+    snapshots = len({method.prefill for method in ready.methods})
+    prefill = (ready.dims.full_bytes_per_token + queries) * longest * snapshots
     if settings.as_json:
         told = {"model": ready.source.name, "source": ready.source.described, "examples": prompts, "methods": memory}
         costs = {"weights_bytes": weights, "prefill_kv_bytes": prefill, "answers": len(prompts) * len(memory)}
@@ -197,7 +198,7 @@ def _plan(ready: _Prepared) -> int:
         f"planned KV memory at {longest} tokens",
         ["method", "device MiB", "host MiB"],
         [[label, *(f"{held / 2**20:.1f}" for held in both.values())] for label, both in memory.items()],
-        f"Weights {weights / 2**30:.2f} GiB, dense prefill {prefill / 2**30:.2f} GiB. Nothing was run.",
+        f"Weights {weights / 2**30:.2f} GiB, prefill {prefill / 2**30:.2f} GiB. Nothing was run.",
     )
     if longest > ready.context_tokens:
         said = (

@@ -101,5 +101,6 @@ def methods(
             ]
             for r in rows
         ],
-        "Spell them as -m shadowkv:rank=64,budget=256; repeat -m to compare.",
+        "Spell them as -m shadowkv:rank=64,budget=256; repeat -m to compare. Any of them can start from a sparse "
+        "prefill: -m shadowkv+minference.",
     )

@@ -84,7 +84,7 @@ def cost_table(rows: Sequence[Row]) -> Table:
         )
     caption = (
         "Score: mean over scored answers, of each task and then over tasks, with a 95 % bootstrap interval over "
-        "samples. Agreement: share of tokens 2..n equal to full attention's; the first token comes from dense logits "
+        "samples. Agreement: share of tokens 2..n equal to full attention's; the first token comes from the prefill "
         "under every method. Prefill: median, once per prompt for all methods."
     )
     return Table("Score and cost", head, lines, caption)

@@ -18,6 +18,7 @@ from shadowkv.engine import Engine, Prefill
 from shadowkv.errors import SkvError
 from shadowkv.loading import LoadedModel
 from shadowkv.method import Method
+from shadowkv.prefills import SparsePrefill
 
 T = TypeVar("T")
 # What a single answer may fail with without taking the run down; anything else is a bug and ends it.
@@ -48,10 +49,13 @@ def run_accuracy(
     done = total - sum(map(len, missing.values()))
     on_step(Step(done, total, None))
     for example in one_ahead(task.examples(loaded.tokenizer, todo)):
-        for record in _answers(engine, loaded, task, example, missing[example.question]):
-            folder.append(record)
-            done += 1
-            on_step(Step(done, total, record))
+        open_methods = missing[example.question]
+        for prefill in dict.fromkeys(method.prefill for method in open_methods):
+            alike = [method for method in open_methods if method.prefill == prefill]
+            for record in _answers(engine, loaded, task, example, alike):
+                folder.append(record)
+                done += 1
+                on_step(Step(done, total, record))
 
 
 def one_ahead(items: Iterator[T]) -> Iterator[T]:
@@ -66,10 +70,10 @@ def one_ahead(items: Iterator[T]) -> Iterator[T]:
 def _answers(
     engine: Engine, loaded: LoadedModel, task: Task, example: Example, methods: Sequence[Method]
 ) -> Iterable[Record]:
-    """One record per method, from one prefill; each is made when it is asked for."""
+    """One record per method, from the one prefill they share; each is made when it is asked for."""
     blank = _blank(example)
     try:
-        prefill, blank = _prefill(engine, example, blank)
+        prefill, blank = _prefill(engine, example, methods[0].prefill, blank)
     except _FAILURES as failure:
         return [_failed(replace(blank, method=method.label), failure) for method in methods]
     return (_answer(engine, loaded, task, example, prefill, method, blank) for method in methods)
@@ -107,9 +111,9 @@ def _blank(example: Example) -> Record:
     )
 
 
-def _prefill(engine: Engine, example: Example, blank: Record) -> tuple[Prefill, Record]:
+def _prefill(engine: Engine, example: Example, sparse: SparsePrefill | None, blank: Record) -> tuple[Prefill, Record]:
     started = time.perf_counter()
-    prefill = engine.prefill(torch.tensor([example.input_ids]))
+    prefill = engine.prefill(torch.tensor([example.input_ids]), sparse)
     seconds = _now(engine) - started
     return prefill, replace(blank, prefill_s=seconds, reused_tokens=prefill.reused_tokens)
 

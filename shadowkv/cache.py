@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -10,6 +11,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicSlidingWindowLayer
 
 from shadowkv.attention import attach, with_handle
+from shadowkv.foresight import Foresight
 from shadowkv.geometry import dims_of
 from shadowkv.method import Bytes, DecodeCache, Method, depth_of
 from shadowkv.recording import Recording, RecordingLayer, count_queries
@@ -57,10 +59,11 @@ class MethodLayer(CacheLayerMixin):
 class MethodCache(Cache):
     """A prompt as one method keeps it, ready for new tokens; sliding-window layers stay dense in their window."""
 
-    def __init__(self, recording: Recording, method: Method, rope: Rope, skip: list[int] | None = None) -> None:
+    def __init__(self, model: PreTrainedModel, recording: Recording, method: Method, rope: Rope) -> None:
         super().__init__(layers=[])
         self._caches: list[DecodeCache] = []
-        self.begin(recording, method, rope, skip)
+        self._foresight = Foresight(model, self) if method.speculates else None
+        self.begin(recording, method, rope, None)
 
     def begin(self, recording: Recording, method: Method, rope: Rope, skip: list[int] | None) -> None:
         """Hand every recorded layer to `method`. `skip` is the left padding per row, None for none."""
@@ -77,6 +80,10 @@ class MethodCache(Cache):
             for cache, row, pad in zip(self._caches, rows, padding, strict=True):
                 cache.ingest(index, recorded.layer_kv(row, pad)._replace(depth=depth))
             layers.append(MethodLayer(index, self._caches, recorded.tokens))
+        for cache, row in zip(self._caches, rows, strict=True):
+            cache.complete()
+            if self._foresight is not None:
+                cache.foresee(partial(_guess, self._foresight, slice(None) if row is None else slice(row, row + 1)))
         self.layers = layers
 
     def nbytes(self) -> Bytes:
@@ -90,6 +97,8 @@ class MethodCache(Cache):
         """Let go of everything held; the cache cannot be used afterwards."""
         for cache in self._caches:
             cache.close()
+        if self._foresight is not None:
+            self._foresight.close()
         self._caches, self.layers = [], []
 
 
@@ -101,8 +110,9 @@ class DropInCache(MethodCache):
         attach(model)
         Cache.__init__(self, layers=[])
         self._method, self._rope = method, Rope(model)
-        self._recording: Recording | None = Recording(model, method.needs_prompt_queries)
+        self._recording: Recording | None = Recording(model, method.prefill, method.needs_prompt_queries)
         self._caches = []
+        self._foresight = Foresight(model, self) if method.speculates else None
         self.layers = self._recording.layers
 
     def __bool__(self) -> bool:
@@ -117,6 +127,10 @@ class DropInCache(MethodCache):
             self.begin(self._recording, self._method, self._rope, self._recording.padding)
             self._recording = None
         return cast("tuple[Tensor, Tensor]", super().update(key_states, value_states, layer_idx, *args, **kwargs))
+
+
+def _guess(foresight: Foresight, rows: slice, layer: int) -> Tensor:
+    return foresight.query(layer, seen_by=layer - 1)[rows]
 
 
 def _windowed(recorded: RecordingLayer) -> DynamicSlidingWindowLayer:

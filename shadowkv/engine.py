@@ -7,7 +7,9 @@ the numbers are the same to the bit with or without that reuse.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Collection
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -18,6 +20,7 @@ from shadowkv.cache import MethodCache
 from shadowkv.errors import SkvError
 from shadowkv.geometry import dims_of
 from shadowkv.method import OBSERVED_QUERIES, Method, require
+from shadowkv.prefills import SparsePrefill
 from shadowkv.recording import Recording
 from shadowkv.rope import Rope
 
@@ -25,15 +28,25 @@ from shadowkv.rope import Rope
 _CHUNK_TOKENS = {"cpu": 256, "cuda": 8192}
 
 
+@dataclass(eq=False)
 class Prefill:
-    """The dense prefill of one batch of equally long prompts; valid until the engine's next prefill."""
+    """The prefill of one batch of equally long prompts; valid until the engine's next one of its kind."""
 
-    def __init__(self, recording: Recording, logits: Tensor, prompt_tokens: int, reused_tokens: int) -> None:
-        self.recording = recording
-        self.logits = logits  # [B,vocab] of the last position: the first new token is always dense
-        self.prompt_tokens = prompt_tokens
-        self.reused_tokens = reused_tokens
-        self.valid = True
+    recording: Recording
+    logits: Tensor  # [B,vocab] of the last position: the first new token is always the prefill's own
+    prompt_tokens: int
+    reused_tokens: int
+    sparse: SparsePrefill | None
+    valid: bool = True
+
+
+@dataclass(eq=False)
+class _Kept:
+    """What stays of the latest prefill of one kind, dense or sparse."""
+
+    recording: Recording | None = None
+    ids: Tensor | None = None  # those that the recording holds; None while it holds nothing that can be reused
+    prefill: Prefill | None = None
 
 
 class Engine:
@@ -59,40 +72,41 @@ class Engine:
         self.prefill_chunk_tokens = prefill_chunk_tokens or _CHUNK_TOKENS.get(model.device.type, 8192)
         self._reuse_prefix = reuse_prefix
         self._record_queries = record_queries
-        self._recording: Recording | None = None
-        self._recorded_ids: Tensor | None = None
-        self._prefill: Prefill | None = None
+        self._kept: dict[SparsePrefill | None, _Kept] = defaultdict(_Kept)
 
     @torch.inference_mode()
-    def prefill(self, input_ids: Tensor) -> Prefill:
-        """Compute the prompt densely. input_ids [B,S] without padding."""
+    def prefill(self, input_ids: Tensor, sparse: SparsePrefill | None = None) -> Prefill:
+        """Compute the prompt, densely or by `sparse`; each keeps a snapshot of its own. input_ids [B,S] unpadded."""
         if input_ids.dim() != 2 or not input_ids.numel():
             raise SkvError(f"a prompt must be token ids of shape [batch, tokens], got {list(input_ids.shape)}")
         input_ids = input_ids.to(self.model.device)
         ends = self._grid(input_ids.shape[1])
-        recording, start = self._recording_for(input_ids, ends)
-        self._recorded_ids = None  # an interrupted prefill leaves nothing to reuse
+        kept = self._kept[sparse]
+        recording, start = self._recording_for(kept, input_ids, ends, sparse)
+        kept.ids = None  # an interrupted prefill leaves nothing to reuse
         logits = None
         for begin, end in zip([0, *ends], ends, strict=False):
             if end > start:
                 chunk = input_ids[:, begin:end]
                 logits = self.model(chunk, past_key_values=recording, use_cache=True, logits_to_keep=1).logits
         assert logits is not None
-        self._recording, self._recorded_ids = recording, input_ids
-        self._prefill = Prefill(recording, logits[:, -1].float(), input_ids.shape[1], start)
-        return self._prefill
+        kept.recording, kept.ids = recording, input_ids
+        kept.prefill = Prefill(recording, logits[:, -1].float(), input_ids.shape[1], start, sparse)
+        return kept.prefill
 
     @torch.inference_mode()
     def replay(self, prefill: Prefill, method: Method) -> MethodCache:
         """The prompt as `method` keeps it. The prefill itself stays untouched."""
         if not prefill.valid:
             raise ValueError("this prefill was replaced by a later one")
+        if prefill.sparse != method.prefill:
+            raise ValueError(f"{method.label} wants another prefill than this one")
         method.check(self.dims)
         require(
             self._record_queries or not method.needs_prompt_queries,
             f"{method.name} needs all queries of the prompt: make the engine with record_queries=True",
         )
-        return MethodCache(prefill.recording, method, self.rope)
+        return MethodCache(self.model, prefill.recording, method, self.rope)
 
     @torch.inference_mode()
     def extend(self, cache: MethodCache, input_ids: Tensor) -> Tensor:
@@ -137,7 +151,7 @@ class Engine:
         self, input_ids: Tensor, method: Method, max_new_tokens: int, stop_ids: Collection[int] = ()
     ) -> list[list[int]]:
         """Prefill, replay and decode in one call."""
-        prefill = self.prefill(input_ids)
+        prefill = self.prefill(input_ids, method.prefill)
         return self.decode(self.replay(prefill, method), prefill.logits, max_new_tokens, stop_ids)
 
     def _grid(self, tokens: int) -> list[int]:
@@ -148,29 +162,31 @@ class Engine:
             first = max(first, self.rope.crossing + 1)
         return [*range(first, tokens, self.prefill_chunk_tokens), tokens]
 
-    def _recording_for(self, input_ids: Tensor, ends: list[int]) -> tuple[Recording, int]:
+    def _recording_for(
+        self, kept: _Kept, input_ids: Tensor, ends: list[int], sparse: SparsePrefill | None
+    ) -> tuple[Recording, int]:
         """A recording that holds the chunks shared with the previous prompt, and how many tokens that is."""
-        if self._prefill is not None:
-            self._prefill.valid = False
-        if self._recording is None or self._recorded_ids is None or not self._reuse_prefix:
-            return self._fresh(input_ids), 0
-        old = self._recorded_ids
+        if kept.prefill is not None:
+            kept.prefill.valid = False
+        if kept.recording is None or kept.ids is None or not self._reuse_prefix:
+            return self._fresh(kept, input_ids, sparse), 0
+        old = kept.ids
         if old.shape[0] != input_ids.shape[0]:
-            return self._fresh(input_ids), 0
+            return self._fresh(kept, input_ids, sparse), 0
         # Methods may ask for the last queries, so at least those are computed anew.
         limit = min(old.shape[1], input_ids.shape[1] - OBSERVED_QUERIES)
         if limit <= 0:
-            return self._fresh(input_ids), 0
+            return self._fresh(kept, input_ids, sparse), 0
         same = (old[:, :limit] == input_ids[:, :limit]).all(dim=0)
         shared = limit if bool(same.all()) else int(same.int().argmin())
         start = max((end for end in ends if end <= shared and end in self._grid(old.shape[1])), default=0)
-        for layer in self._recording.recorded:
+        for layer in kept.recording.recorded:
             layer.rewind(start)
-        return self._recording, start
+        return kept.recording, start
 
-    def _fresh(self, input_ids: Tensor) -> Recording:
-        self._recording = None  # the old buffers go before the new ones come
-        recording = Recording(self.model, self._record_queries)
+    def _fresh(self, kept: _Kept, input_ids: Tensor, sparse: SparsePrefill | None) -> Recording:
+        kept.recording = kept.prefill = None  # the old buffers go before the new ones come
+        recording = Recording(self.model, sparse, self._record_queries)
         for layer in recording.recorded:
             layer.reserve(input_ids.shape[1])
         return recording

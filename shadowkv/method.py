@@ -8,6 +8,7 @@ after RoPE, as transformers hands them over; a batch is uniform (ragged batches 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
@@ -20,6 +21,8 @@ from shadowkv.rope import Rope
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
     from transformers.cache_utils import Cache
+
+    from shadowkv.prefills import SparsePrefill
 
 
 OBSERVED_QUERIES = 64  # last queries of a prompt that every method is given
@@ -83,12 +86,22 @@ def depth_of(place: int, layers: int) -> float:
     return place / (layers - 1) if layers > 1 else 0.5
 
 
+# guess(layer) -> [B,Hq,T,D]: the queries, after RoPE, that a layer would make of its predecessor's input.
+Guess = Callable[[int], Tensor]
+
+
 class DecodeCache(ABC):
     """What one method keeps of one prompt, over all layers that it serves."""
 
     @abstractmethod
     def ingest(self, layer: int, kv: LayerKV) -> None:
         """Take over one layer of the prefill. May keep references to `kv`, must not write to it."""
+
+    def complete(self) -> None:  # noqa: B027 - most caches need only one layer at a time
+        """Every layer has been ingested: what depends on several layers is decided here, before any `attend`."""
+
+    def foresee(self, guess: Guess) -> None:  # noqa: B027 - only methods that speculate ask
+        """Take the guesser of a method that `speculates`: usable within `attend`, for the layer that it serves."""
 
     @abstractmethod
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
@@ -150,14 +163,43 @@ class LayerwiseCache(DecodeCache):
 
 
 @dataclass(frozen=True)
-class Method(ABC):
-    """A KV-cache method: its hyper-parameters and nothing else."""
+class Setting:
+    """Named hyper-parameters and nothing else."""
 
     name: ClassVar[str]
     summary: ClassVar[str]
     paper: ClassVar[str]
-    # Ask for `LayerKV.q_all`. It costs Hq * D elements per prompt token and layer, G/2 of the dense keys and values.
-    needs_prompt_queries: ClassVar[bool] = False
+
+    def params(self) -> dict[str, Any]:
+        """Every hyper-parameter with its value."""
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
+    @property
+    def label(self) -> str:
+        """Canonical spelling: the name and what differs from the defaults, sorted; `parse_method` reads it."""
+        changed = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
+        listed = ",".join(f"{key}={format_value(value)}" for key, value in sorted(changed.items()))
+        return f"{self.name}:{listed}" if listed else self.name
+
+
+@dataclass(frozen=True)
+class Method(Setting, ABC):
+    """A KV-cache method."""
+
+    @property
+    def needs_prompt_queries(self) -> bool:
+        """Whether it needs `LayerKV.q_all`: Hq * D elements per prompt token and layer, G/2 of the keys and values."""
+        return False
+
+    @property
+    def speculates(self) -> bool:
+        """Whether its caches are to be given a `Guess`."""
+        return False
+
+    @property
+    def prefill(self) -> SparsePrefill | None:
+        """How the prompt is computed before this method takes it over; None is densely."""
+        return None
 
     @abstractmethod
     def new_state(self, rope: Rope) -> DecodeCache:
@@ -175,7 +217,7 @@ class Method(ABC):
         """The setting that must equal full attention up to `tokens` held tokens, or None if there is none."""
         return None
 
-    def check(self, dims: Dims) -> None:  # noqa: B027 - most methods fit every geometry
+    def check(self, dims: Dims) -> None:
         """Raise `SkvError` if these parameters cannot work on a model of this geometry."""
 
     def new_cache(self, model: PreTrainedModel) -> Cache:
@@ -186,17 +228,6 @@ class Method(ABC):
         from shadowkv.cache import DropInCache
 
         return DropInCache(model, self)
-
-    def params(self) -> dict[str, Any]:
-        """Every hyper-parameter with its value."""
-        return {f.name: getattr(self, f.name) for f in fields(self)}
-
-    @property
-    def label(self) -> str:
-        """Canonical spelling: the name and what differs from the defaults, sorted; `parse_method` reads it."""
-        changed = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
-        listed = ",".join(f"{key}={format_value(value)}" for key, value in sorted(changed.items()))
-        return f"{self.name}:{listed}" if listed else self.name
 
 
 class LayerwiseMethod(Method):

@@ -37,15 +37,23 @@ def attend(q: Tensor, segments: Sequence[tuple[Tensor, Tensor]], scaling: float)
     if len(segments) == 1 and tokens == 1:
         k, v = segments[0]
         return F.scaled_dot_product_attention(grouped, k, v, scale=scaling).view_as(q)
-    sizes = [k.shape[2] for k, _ in segments]
-    scores = torch.cat([grouped @ k.mT for k, _ in segments], dim=-1).float() * scaling
+    weights = segment_weights(q, [k for k, _ in segments], scaling)
+    parts = [w @ v for w, (_, v) in zip(weights, segments, strict=True)]
+    return torch.stack(parts).sum(dim=0).view_as(q) if len(parts) > 1 else parts[0].view_as(q)
+
+
+def segment_weights(q: Tensor, keys: Sequence[Tensor], scaling: float) -> tuple[Tensor, ...]:
+    """What `attend` weighs values by: the share of each segment in one softmax, [B,H,G*T,n_i] for k [B,H,n_i,D]."""
+    batch, _q_heads, tokens, head_dim = q.shape
+    heads = keys[0].shape[1]
+    grouped = q.reshape(batch, heads, -1, head_dim)
+    scores = torch.cat([grouped @ k.mT for k in keys], dim=-1).float() * scaling
     if tokens > 1:
         by_query = scores.view(batch, heads, -1, tokens, scores.shape[-1])
         future = torch.ones(tokens, tokens, dtype=torch.bool, device=q.device).triu(1)
         by_query[..., -tokens:].masked_fill_(future, float("-inf"))
-    weights = scores.softmax(dim=-1).to(q.dtype).split(sizes, dim=-1)
-    parts = [w @ v for w, (_, v) in zip(weights, segments, strict=True)]
-    return torch.stack(parts).sum(dim=0).view_as(q) if len(parts) > 1 else parts[0].view_as(q)
+    weights: tuple[Tensor, ...] = scores.softmax(dim=-1).to(q.dtype).split([k.shape[2] for k in keys], dim=-1)
+    return weights
 
 
 def top_indices(scores: Tensor, count: int) -> Tensor:
@@ -81,10 +89,11 @@ def token_indices(blocks: Tensor, block_tokens: int) -> Tensor:
 
 
 def gather_tokens(x: Tensor, index: Tensor) -> Tensor:
-    """Rows of each head. x [B,H,n,D], index [B,H,s] -> [B,H,s,D]."""
+    """Rows of each head. x [B,H,n,D], index [B,H,s] -> [B,H,s,D] where the index is, wherever x is."""
     # Indexing copies rows, which `gather` does element by element: several times slower on a CPU.
     batch = torch.arange(x.shape[0], device=x.device)[:, None, None]
-    return x[batch, torch.arange(x.shape[1], device=x.device)[:, None], index]
+    heads = torch.arange(x.shape[1], device=x.device)[:, None]
+    return x[batch, heads, index.to(x.device)].to(index.device, non_blocking=True)
 
 
 def gather_lists(x: Tensor, index: Tensor) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -10,15 +12,21 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from shadowkv.attention import dense_attention, with_handle
+from shadowkv.errors import SkvError
 from shadowkv.geometry import sliding_windows
 from shadowkv.method import OBSERVED_QUERIES, LayerKV
+from shadowkv.prefills import SparsePrefill
+
+# (q [B,Hq,T,D], k and v [B,H,n,D], scaling) -> [B,Hq,T,D], the queries being of the last T tokens.
+SparseAttention = Callable[[Tensor, Tensor, Tensor, float], Tensor]
 
 
 class RecordingLayer(CacheLayerMixin):
-    """Dense attention during prefill; keeps all keys and values and the last, or all, queries."""
+    """Attention during prefill, dense unless told otherwise; keeps keys and values and the last, or all, queries."""
 
-    def __init__(self, window: int | None, record_queries: bool = False) -> None:
+    def __init__(self, window: int | None, sparse: SparseAttention | None = None, record_queries: bool = False) -> None:
         super().__init__()
+        self._sparse = sparse
         self.window = window
         self.is_sliding = window is not None
         self.sliding_window = window  # read by transformers where is_sliding is set
@@ -63,7 +71,13 @@ class RecordingLayer(CacheLayerMixin):
             start = self.tokens - q.shape[2]
             self._queries = queries = self._with_room(self._queries, q, self.tokens)
             queries[:, :, start : self.tokens] = q
-        return dense_attention(q, k, v, mask, scaling)
+        if self._sparse is None:
+            return dense_attention(q, k, v, mask, scaling)
+        if self.padding is not None and any(self.padding):
+            raise SkvError(
+                "a sparse prefill takes prompts of one length: leave out the padding, or one prompt at a time"
+            )
+        return self._sparse(q, k, v, scaling)
 
     def layer_kv(self, row: int | None, skip_tokens: int) -> LayerKV:
         """What was recorded, as views; of one row without its `skip_tokens` of left padding, or of all rows."""
@@ -108,11 +122,17 @@ class RecordingLayer(CacheLayerMixin):
 
 
 class Recording(Cache):
-    """The dense cache of a prefill in progress; with `record_queries` it is as good for any method."""
+    """The cache of a prefill in progress: dense or, in the layers without a window, by `sparse`.
 
-    def __init__(self, model: PreTrainedModel, record_queries: bool = False) -> None:
+    With `record_queries` it is as good for any method.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, sparse: SparsePrefill | None = None, record_queries: bool = False
+    ) -> None:
         windows = sliding_windows(model.config)
-        super().__init__(layers=[RecordingLayer(window, record_queries) for window in windows])
+        chosen = [partial(sparse.attention, i) if sparse and w is None else None for i, w in enumerate(windows)]
+        super().__init__(layers=[RecordingLayer(w, by, record_queries) for w, by in zip(windows, chosen, strict=True)])
 
     @property
     def recorded(self) -> list[RecordingLayer]:

@@ -5,14 +5,20 @@ from __future__ import annotations
 import importlib
 import inspect
 import pkgutil
+import re
 import types
+from collections.abc import Mapping
 from dataclasses import fields
 from functools import cache
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from shadowkv.errors import SkvError
-from shadowkv.method import Method
+from shadowkv.method import Method, Setting
 from shadowkv.names import did_you_mean
+from shadowkv.prefills import SparsePrefill, WithPrefill
+
+S = TypeVar("S", bound=Setting)
+_PLUS = re.compile(r"\+(?=[A-Za-z])")  # not the one of 1e+5
 
 
 @cache
@@ -28,12 +34,31 @@ def methods() -> dict[str, type[Method]]:
     return dict(sorted(found.items(), key=lambda item: (item[0] != "full", item[0])))
 
 
+@cache
+def prefills() -> dict[str, type[SparsePrefill]]:
+    """Every way to compute a prompt other than densely, by name."""
+    from shadowkv.minference import MInference
+
+    return {cls.name: cls for cls in (MInference,)}
+
+
 def parse_method(spec: str) -> Method:
-    """Read `"shadowkv:rank=64,budget=256"`; raises `SkvError` on an unknown name, key or value."""
+    """Read `"shadowkv:rank=64,budget=256"`, or `"shadowkv:rank=64+minference"` for one with a sparse prefill.
+
+    Raises `SkvError` on an unknown name, key or value.
+    """
+    name, *rest = _PLUS.split(spec.strip())
+    method = _parse("method", methods(), name)
+    if len(rest) > 1:
+        raise SkvError(f"'{spec.strip()}' names more than one prefill")
+    return WithPrefill(method, _parse("prefill", prefills(), rest[0])) if rest else method
+
+
+def _parse(kind: str, known: Mapping[str, type[S]], spec: str) -> S:
+    """Read `name:key=value,key=value`."""
     name, _, listed = spec.strip().partition(":")
-    known = methods()
     if name not in known:
-        raise SkvError(f"unknown method '{name}'{did_you_mean(name, known)}; methods: {', '.join(known)}")
+        raise SkvError(f"unknown {kind} '{name}'{did_you_mean(name, known)}; {kind}s: {', '.join(known)}")
     cls = known[name]
     types_by_key = get_type_hints(cls)
     keys = [f.name for f in fields(cls)]
@@ -42,11 +67,11 @@ def parse_method(spec: str) -> Method:
         key, equals, text = (part.strip() for part in item.partition("="))
         valid = f"parameters of {name}: {', '.join(keys) or 'none'}"
         if key not in keys:
-            raise SkvError(f"unknown parameter '{key}' of method {name}{did_you_mean(key, keys)}; {valid}")
+            raise SkvError(f"unknown parameter '{key}' of {kind} {name}{did_you_mean(key, keys)}; {valid}")
         if not equals or not text:
-            raise SkvError(f"'{item}' of method {name} is not of the form key=value; {valid}")
+            raise SkvError(f"'{item}' of {kind} {name} is not of the form key=value; {valid}")
         if key in values:
-            raise SkvError(f"parameter '{key}' of method {name} is given twice")
+            raise SkvError(f"parameter '{key}' of {kind} {name} is given twice")
         values[key] = _parse_value(types_by_key[key], text, f"{name}:{key}")
     return cls(**values)
 

@@ -14,9 +14,18 @@ from shadowkv.registry import methods, parse_method
 
 # Settings small enough to leave things out at 300 tokens. A method not listed is tested at its defaults.
 SMALL = {
+    "duo": ["duo:sinks=4,recent=24", "duo:sinks=0,recent=16,retrieval=0.2", "duo:sinks=33,recent=1,retrieval=0.0"],
+    "infinigen": [
+        "infinigen:budget=40,dense_layers=1",
+        "infinigen:budget=32,alpha=1.5,ratio=0.5,dense_layers=1,reduce=group_max",
+        "infinigen:budget=300,alpha=0,ratio=0.1",
+    ],
+    "kivi": ["kivi:group=8,residual=32", "kivi:bits=4,group=16,residual=64", "kivi:bits=8,group=2,residual=2"],
     "shadowkv": [
         "shadowkv:rank=12,budget=64,outliers=2,window=8",
         "shadowkv:energy=0.9,budget=32,local=0,window=3",
+        "shadowkv:rank=12,budget=64,outliers=2,window=8,values=int8",
+        "shadowkv:rank=12,budget=64,outliers=2,window=8,values=fp8",
     ],
     "snapkv": [
         "snapkv:budget=64,window=16",
@@ -46,7 +55,9 @@ SMALL = {
         "quest:budget=64,dense_layers=1",
         "quest:budget=48,reduce=group_max",
         "quest:budget=32,reduce=group_sum",
+        "quest:budget=32,offload=true",
     ],
+    "xkv": ["xkv:group=2,rank_k=20,rank_v=24", "xkv:rank_k=48,rank_v=60", "xkv:group=1,rank_k=10,rank_v=12"],
 }
 CASES = [spec for name in methods() for spec in SMALL.get(name, [name])]
 

@@ -78,3 +78,16 @@ def test_the_first_layers_are_dense():
     torch.testing.assert_close(outs[0], dense)
     torch.testing.assert_close(outs[1], dense)
     assert not torch.allclose(outs[2], dense)
+
+
+def test_offloading_moves_bytes_and_nothing_else():
+    k, v, q = rand(1, 2, 64, 8), rand(1, 2, 64, 8, seed=1), rand(1, 4, 5, 8, seed=2)
+    kv, turn = LayerKV(k, v, q[:, :, :0], 0.3), (q, k[:, :, :5], v[:, :, :5], 0.3)
+    here, there = (Quest(budget=32, offload=offload) for offload in (False, True))
+    outs = [method.new_layer(5, kv, rope=None).attend(*turn) for method in (here, there)]
+    assert torch.equal(*outs)
+    before, after = (method.new_layer(5, kv, rope=None).nbytes() for method in (here, there))
+    assert after.host == v.numel() * 4
+    assert after.device == before.device - after.host
+    dense = there.new_layer(1, kv, rope=None).nbytes()
+    assert dense.host == 0

@@ -41,7 +41,6 @@ class H2O(LayerwiseMethod):
     name: ClassVar[str] = "h2o"
     summary: ClassVar[str] = "drops the token with the least attention so far, outside a window of the newest"
     paper: ClassVar[str] = "2306.14048"
-    needs_prompt_queries: ClassVar[bool] = True
 
     budget: int = 2048
     recent: int | None = None
@@ -54,6 +53,10 @@ class H2O(LayerwiseMethod):
             f"h2o: recent={self.recent} must be 1 to budget={self.budget}, which includes it",
         )
         require(self.evict in _EVICTIONS, f"h2o: evict={self.evict} is unknown; one of {', '.join(_EVICTIONS)}")
+
+    @property
+    def needs_prompt_queries(self) -> bool:
+        return True
 
     @property
     def recent_tokens(self) -> int:

@@ -3,7 +3,8 @@
 Paper: https://arxiv.org/abs/2406.10774. Known differences from the authors' code: pages are scored by a true upper
 bound, without padding a partial page; the layers left dense are the first ones of any model (theirs counts down
 from 32); grouped-query models work, with the reduction over a group as a parameter; the page that holds the newest
-token is always read and counts towards the budget.
+token is always read and counts towards the budget; values can be kept on the host (`offload`), which is how the
+ShadowKV paper compares against it.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from shadowkv import ops
 from shadowkv.buffers import TokenBuffer
+from shadowkv.host import to_host
 from shadowkv.method import Bytes, Dims, LayerKV, LayerState, LayerwiseMethod, Method, StepwiseState, require
 from shadowkv.rope import Rope
 
@@ -23,7 +25,7 @@ from shadowkv.rope import Rope
 @dataclass(frozen=True)
 class Quest(LayerwiseMethod):
     """budget: tokens read per step · page: tokens per page · dense_layers: first layers left full ·
-    reduce: per_q_head, group_max, group_mean or group_sum."""
+    reduce: per_q_head, group_max, group_mean or group_sum · offload: values of the other layers on the host."""
 
     name: ClassVar[str] = "quest"
     summary: ClassVar[str] = "full cache, reads the pages with the largest bound on q k"
@@ -33,6 +35,7 @@ class Quest(LayerwiseMethod):
     page: int = 16
     dense_layers: int = 2
     reduce: str = "per_q_head"
+    offload: bool = False
 
     def __post_init__(self) -> None:
         require(self.page >= 1, f"quest: page must be at least 1, got {self.page}")
@@ -52,7 +55,8 @@ class Quest(LayerwiseMethod):
     def bytes_per_token(self, dims: Dims) -> Bytes:
         paged_layers = sum(layer >= self.dense_layers for layer in dims.layer_ids)
         extremes = 2 * dims.width * dims.element_bytes * paged_layers // self.page
-        return Bytes(dims.full_bytes_per_token + extremes, 0)
+        host = dims.width * dims.element_bytes * paged_layers if self.offload else 0
+        return Bytes(dims.full_bytes_per_token + extremes - host, host)
 
     def lossless(self, dims: Dims, tokens: int) -> Method:
         return replace(self, budget=(tokens // self.page + 1) * self.page, dense_layers=0)
@@ -63,7 +67,9 @@ class _QuestLayer(StepwiseState):
         self._page, self._pages_read = method.page, method.budget // method.page
         self._reduce = ops.GROUP_REDUCTIONS[method.reduce]
         self._dense = dense
-        self._k, self._v = TokenBuffer(kv.k, axis=2), TokenBuffer(kv.v, axis=2)
+        self._offload = method.offload and not dense
+        self._k = TokenBuffer(kv.k, axis=2)
+        self._v = TokenBuffer(to_host(kv.v) if self._offload else kv.v, axis=2)
         batch, heads, tokens, head_dim = kv.k.shape
         full_pages = 0 if dense else tokens // self._page
         paged = kv.k[:, :, : full_pages * self._page].reshape(batch, heads, full_pages, self._page, head_dim)
@@ -85,12 +91,12 @@ class _QuestLayer(StepwiseState):
         current = (tokens - 1) // self._page  # the page of the newest token, read in any case
         others = self._pages_read - 1
         if others >= current:
-            out = ops.attend(q, [(keys, values)], scaling)
+            out = ops.attend(q, [(keys, values.to(keys.device))], scaling)
         else:
             bounds = self._reduce(ops.page_bounds(q, self._low.view[:, :, :current], self._high.view[:, :, :current]))
             index = ops.token_indices(ops.top_indices(bounds, others), self._page)
-            tail = slice(current * self._page, tokens)
-            out = _attend_pages(q, keys, values, index, tail, scaling)
+            newest = torch.arange(current * self._page, tokens, device=q.device).expand(*index.shape[:3], -1)
+            out = _attend_tokens(q, keys, values, torch.cat((index, newest), dim=3), scaling)
         if tokens % self._page == 0:
             newest = keys[:, :, -self._page :]
             self._low.append(newest.amin(dim=2, keepdim=True))
@@ -98,14 +104,17 @@ class _QuestLayer(StepwiseState):
         return out
 
     def nbytes(self) -> Bytes:
-        return Bytes(sum(buffer.nbytes() for buffer in (self._k, self._v, self._low, self._high)), 0)
+        device = sum(buffer.nbytes() for buffer in (self._k, self._low, self._high))
+        values = self._v.nbytes()
+        return Bytes(device, values) if self._offload else Bytes(device + values, 0)
 
 
-def _attend_pages(q: Tensor, keys: Tensor, values: Tensor, index: Tensor, tail: slice, scaling: float) -> Tensor:
-    """Attention over chosen tokens and the tail. index [B,H,L,s] with L lists per KV head: 1, or one per query."""
-    lists = index.shape[2]
+def _attend_tokens(q: Tensor, keys: Tensor, values: Tensor, index: Tensor, scaling: float) -> Tensor:
+    """Attention over chosen tokens. index [B,H,L,s] has L lists per KV head: 1, or one per query head."""
+    batch, heads, lists, count = index.shape
 
-    def with_tail(x: Tensor) -> Tensor:
-        return torch.cat((ops.gather_lists(x, index), x[:, :, tail].repeat_interleave(lists, dim=1)), dim=2)
+    def chosen(x: Tensor) -> Tensor:
+        # To `attend`, every list is a KV head of its own.
+        return ops.gather_tokens(x, index.flatten(2)).view(batch, heads * lists, count, x.shape[-1])
 
-    return ops.attend(q, [(with_tail(keys), with_tail(values))], scaling)
+    return ops.attend(q, [(chosen(keys), chosen(values))], scaling)

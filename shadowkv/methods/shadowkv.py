@@ -8,6 +8,7 @@ Paper: https://arxiv.org/abs/2410.21465. Known differences from the authors' cod
 - keys are centred before the factorisation, which is by the Gram matrix in fp64 instead of a full SVD;
 - generated tokens never run out of room: the newest `window` stay exact, older ones become chunks, projected on
   the prompt's basis. They are not searched for outliers;
+- values can be kept in 8 bits on the host (`values`), which halves what a step fetches; theirs are bf16;
 - several new tokens at once (a second turn) each choose their own chunks, as they would one by one.
 """
 
@@ -22,6 +23,7 @@ from torch.nn import functional as F
 
 from shadowkv import low_rank, ops
 from shadowkv.buffers import TokenBuffer
+from shadowkv.host import CODINGS, HostTokens
 from shadowkv.method import Bytes, Dims, LayerKV, LayerState, LayerwiseMethod, Method, StepwiseState, require
 from shadowkv.rope import Rope
 
@@ -33,7 +35,7 @@ class ShadowKV(LayerwiseMethod):
     """rank: directions kept of a layer's keys · budget: tokens rebuilt per step · chunk: tokens per landmark ·
     local: newest prompt chunks kept exact · outliers: badly summarised chunks kept exact (auto: 24 per 1024 of
     budget) · energy: choose the rank per layer by this share of the squared norm, instead of rank (0: off) ·
-    window: newest generated tokens kept exact."""
+    window: newest generated tokens kept exact · values: native, int8 or fp8 on the host."""
 
     name: ClassVar[str] = "shadowkv"
     summary: ClassVar[str] = "low-rank keys on the device, values on the host, landmark-selected chunks rebuilt"
@@ -46,6 +48,7 @@ class ShadowKV(LayerwiseMethod):
     outliers: int | None = None
     energy: float = 0.0
     window: int = 128
+    values: str = "native"
 
     def __post_init__(self) -> None:
         require(self.chunk >= 1, f"shadowkv: chunk must be at least 1, got {self.chunk}")
@@ -61,6 +64,10 @@ class ShadowKV(LayerwiseMethod):
         require(
             not self.energy or self.rank == ShadowKV.rank,
             "shadowkv: give either rank or energy, not both",
+        )
+        require(
+            self.values in CODINGS,
+            f"shadowkv: values={self.values} is unknown; one of {', '.join(CODINGS)}",
         )
 
     @property
@@ -82,11 +89,12 @@ class ShadowKV(LayerwiseMethod):
         # With `energy` the rank depends on the prompt; the full width is its upper bound.
         rank = dims.width if self.energy else self.rank
         per_layer = (rank + dims.width / self.chunk) * dims.element_bytes + dims.kv_heads * 4 / self.chunk
-        return Bytes(round(dims.layers * per_layer), dims.layers * dims.width * dims.element_bytes)
+        value_bytes = CODINGS[self.values].token_bytes(dims.head_dim, dims.element_bytes)
+        return Bytes(round(dims.layers * per_layer), dims.layers * dims.kv_heads * value_bytes)
 
     def lossless(self, dims: Dims, tokens: int) -> Method:
         budget = -(-tokens // self.chunk) * self.chunk
-        return replace(self, rank=dims.width, energy=0.0, budget=budget, outliers=2, window=16)
+        return replace(self, rank=dims.width, energy=0.0, budget=budget, outliers=2, window=16, values="native")
 
 
 class _ShadowLayer(StepwiseState):
@@ -107,7 +115,7 @@ class _ShadowLayer(StepwiseState):
         coefficients = basis.project(pre_rope[:, : self._context_tokens]).to(kv.k.dtype)
         self._coefficients = TokenBuffer(coefficients, axis=1)
         self._basis = low_rank.Basis(*(x.to(kv.k.dtype) for x in basis))
-        self._values = TokenBuffer(_to_host(values), axis=2)
+        self._values = HostTokens(values, method.values)
 
         chunked = keys.reshape(batch, heads, chunks, method.chunk, head_dim)
         landmarks = chunked.float().mean(dim=3)
@@ -140,9 +148,7 @@ class _ShadowLayer(StepwiseState):
         index = ops.token_indices(chunks, self._chunk)
         k = ops.rebuild(self._coefficients.view, *self._basis, index)
         k = self._rope.rotate(self._layer, k, index, self._tokens)
-        host = self._values.view
-        v = ops.gather_tokens(host, index.to(host.device)).to(k.device, non_blocking=True)
-        return k, v
+        return k, self._values.gather(index)
 
     def _chunk_oldest_tail(self) -> None:
         """Move the oldest chunk of the tail into the context, as if the prompt had ended after it."""
@@ -150,7 +156,7 @@ class _ShadowLayer(StepwiseState):
         values = self._tail_v.view[:, :, : self._chunk]
         coefficients = self._basis.project(self._pre_rope(keys, first=self._context_tokens))
         self._coefficients.append(coefficients.to(keys.dtype))
-        self._values.append(values.to(self._values.view.device))
+        self._values.append(values)
         self._landmarks.append(keys.float().mean(dim=2, keepdim=True).to(keys.dtype))
         number = self._context_tokens // self._chunk
         self._landmark_chunks.append(torch.full((*keys.shape[:2], 1), number, dtype=torch.int32, device=keys.device))
@@ -181,11 +187,3 @@ def _complement(chosen: Tensor, total: int) -> Tensor:
     batch, heads, count = chosen.shape
     kept = torch.ones(batch, heads, total, dtype=torch.bool, device=chosen.device).scatter_(2, chosen, False)
     return kept.nonzero()[:, 2].view(batch, heads, total - count)
-
-
-def _to_host(values: Tensor) -> Tensor:
-    """Values where the host can hold them: pinned memory beside a GPU, in place on a CPU."""
-    if values.device.type == "cpu":
-        return values
-    host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
-    return host.copy_(values)

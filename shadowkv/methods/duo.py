@@ -1,0 +1,219 @@
+"""DuoAttention: some KV heads keep the whole context, the others only its first tokens and the newest ones.
+
+Paper: https://arxiv.org/abs/2410.10819. Known differences from the authors' code:
+- their gates are trained once per model. `heads=FILE` reads such a table (theirs: `full_attention_heads.tsv`);
+  without one, heads are scored on the prompt itself, without training: by how much of the last queries' attention
+  falls outside the sinks and the recent tokens. A KV head is worth what its best query head is worth;
+- ties go to the earlier head; theirs are broken by noise;
+- heads keep their order and weights stay untouched; theirs are permuted at load;
+- the prefill is dense in all heads, however long; theirs is in one pass, and streams in the chunked demo.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from shadowkv import ops
+from shadowkv.buffers import TokenBuffer
+from shadowkv.errors import SkvError
+from shadowkv.method import Bytes, DecodeCache, Dims, LayerKV, LayerState, Method, require
+from shadowkv.rope import Rope
+
+
+@dataclass(frozen=True)
+class Duo(Method):
+    """retrieval: share of all KV heads that keep everything · sinks: first tokens kept by the other heads ·
+    recent: newest tokens kept by the other heads · heads: file of gates, layers x KV heads, JSON or columns (auto:
+    judged on the prompt)."""
+
+    name: ClassVar[str] = "duo"
+    summary: ClassVar[str] = "retrieval heads keep everything, the others sinks and the newest tokens"
+    paper: ClassVar[str] = "2410.10819"
+
+    retrieval: float = 0.5
+    sinks: int = 128
+    recent: int = 256
+    heads: str | None = None
+
+    def __post_init__(self) -> None:
+        require(0 <= self.retrieval <= 1, f"duo: retrieval={self.retrieval} is not in [0, 1]")
+        require(self.sinks >= 0, f"duo: sinks must not be negative, got {self.sinks}")
+        require(self.recent >= 1, f"duo: recent must be at least 1, got {self.recent}")
+
+    def check(self, dims: Dims) -> None:
+        gates = self.gates()
+        if gates is None:
+            return
+        require(
+            len(gates) == dims.layers and all(len(row) == dims.kv_heads for row in gates),
+            f"duo: {self.heads} must hold {dims.layers} rows (layers) of {dims.kv_heads} gates (KV heads)",
+        )
+
+    def gates(self) -> list[list[float]] | None:
+        """The table of `heads`, layers x KV heads, or None where the prompt decides."""
+        return None if self.heads is None else _read_gates(self.heads)
+
+    def new_state(self, rope: Rope) -> DecodeCache:
+        return _DuoCache(self)
+
+    def bytes_per_token(self, dims: Dims) -> Bytes:
+        heads = self.retrieval_heads(dims.layers * dims.kv_heads)
+        return Bytes(2 * heads * dims.head_dim * dims.element_bytes, 0)
+
+    def retrieval_heads(self, heads: int) -> int:
+        """How many of `heads` KV heads, over all layers, keep everything."""
+        return round(self.retrieval * heads)
+
+    def lossless(self, dims: Dims, tokens: int) -> Method:
+        # Half of the heads stream, with room for every token.
+        return replace(self, heads=None, recent=max(tokens, 1))
+
+
+class _DuoCache(DecodeCache):
+    def __init__(self, method: Duo) -> None:
+        self._method = method
+        self._prompt: dict[int, LayerKV] = {}
+        self._layers: dict[int, LayerState] = {}
+
+    def ingest(self, layer: int, kv: LayerKV) -> None:
+        self._prompt[layer] = kv
+
+    def complete(self) -> None:
+        """Choose the best heads of all layers together, in each row of the batch, and let the others' tokens go."""
+        layers = list(self._prompt.values())
+        if not layers:
+            return
+        batch, heads = layers[0].k.shape[:2]
+        gates = self._method.gates()
+        if gates is None:
+            scores = torch.stack([far_mass(kv, self._method.sinks, self._method.recent) for kv in layers], dim=1)
+        else:
+            scores = torch.tensor(gates, device=layers[0].k.device).expand(batch, -1, -1)
+        count = self._method.retrieval_heads(len(layers) * heads)
+        best = ops.top_indices(scores.flatten(1), count)
+        retrieval = torch.zeros_like(scores.flatten(1), dtype=torch.bool).scatter_(1, best, True).view_as(scores)
+        for index, (layer, kv) in enumerate(self._prompt.items()):
+            self._layers[layer] = _DuoLayer(self._method, kv, retrieval[:, index])
+        self._prompt.clear()
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
+        return self._layers[layer].attend(q, k, v, scaling)
+
+    def nbytes(self) -> Bytes:
+        return sum((state.nbytes() for state in self._layers.values()), Bytes(0, 0))
+
+    def close(self) -> None:
+        self._prompt.clear()
+        self._layers.clear()
+
+
+class _DuoLayer(LayerState):
+    """Heads of one kind share buffers; [B,H] is flattened, so that rows of a batch may differ in their retrieval heads.
+
+    To a buffer of P such heads each one looks like a row of a batch with a single KV head, [P,1,n,D].
+    """
+
+    def __init__(self, method: Duo, kv: LayerKV, retrieval: Tensor) -> None:
+        flat = retrieval.flatten()
+        self._kinds: list[tuple[Tensor, LayerState]] = []
+        full, streaming = flat.nonzero()[:, 0], (~flat).nonzero()[:, 0]
+        if len(full):
+            self._kinds.append((full, _RetrievalHeads(_take(kv.k, full), _take(kv.v, full))))
+        if len(streaming):
+            heads = _StreamingHeads(method, _take(kv.k, streaming), _take(kv.v, streaming))
+            self._kinds.append((streaming, heads))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
+        groups = q.shape[1] // k.shape[1]
+        by_head = q.reshape(-1, groups, *q.shape[2:])
+        out = torch.empty_like(by_head)
+        for index, heads in self._kinds:
+            out[index] = heads.attend(by_head[index], _take(k, index), _take(v, index), scaling)
+        return out.view_as(q)
+
+    def nbytes(self) -> Bytes:
+        indices = sum(index.numel() * index.element_size() for index, _ in self._kinds)
+        return sum((heads.nbytes() for _, heads in self._kinds), Bytes(indices, 0))
+
+
+class _RetrievalHeads(LayerState):
+    def __init__(self, k: Tensor, v: Tensor) -> None:
+        self._k, self._v = TokenBuffer(k, axis=2), TokenBuffer(v, axis=2)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
+        self._k.append(k)
+        self._v.append(v)
+        return ops.attend(q, [(self._k.view, self._v.view)], scaling)
+
+    def nbytes(self) -> Bytes:
+        return Bytes(self._k.nbytes() + self._v.nbytes(), 0)
+
+
+class _StreamingHeads(LayerState):
+    def __init__(self, method: Duo, k: Tensor, v: Tensor) -> None:
+        self._sinks, self._recent = method.sinks, method.recent
+        first, last = slice(0, method.sinks), slice(max(method.sinks, k.shape[2] - method.recent), None)
+        # Copies, because slices of the whole prompt would keep it alive.
+        self._first_k, self._first_v = (TokenBuffer(x[:, :, first].clone(), axis=2) for x in (k, v))
+        self._last_k, self._last_v = (TokenBuffer(x[:, :, last].clone(), axis=2) for x in (k, v))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
+        steps = zip(q.split(1, dim=2), k.split(1, dim=2), v.split(1, dim=2), strict=True)
+        return torch.cat([self._step(*step, scaling) for step in steps], dim=2)
+
+    def _step(self, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
+        for first, last, new in ((self._first_k, self._last_k, k), (self._first_v, self._last_v, v)):
+            last.append(new)
+            if len(last) > self._recent:
+                if len(first) < self._sinks:  # the prompt was shorter than the sinks
+                    first.append(last.view[:, :, :1])
+                last.drop_front(1)
+        return ops.attend(
+            q, [(self._first_k.view, self._first_v.view), (self._last_k.view, self._last_v.view)], scaling
+        )
+
+    def nbytes(self) -> Bytes:
+        buffers = (self._first_k, self._first_v, self._last_k, self._last_v)
+        return Bytes(sum(buffer.nbytes() for buffer in buffers), 0)
+
+
+def far_mass(kv: LayerKV, sinks: int, recent: int) -> Tensor:
+    """Attention of the last queries to what a streaming head would not keep. [B,H] fp32, the most in each group."""
+    batch, heads, tokens, head_dim = kv.k.shape
+    observed = kv.q_tail.shape[2]
+    grouped = kv.q_tail.reshape(batch, heads, -1, observed, head_dim)
+    key = torch.arange(tokens, device=kv.k.device)
+    query = torch.arange(tokens - observed, tokens, device=kv.k.device)[:, None]
+    far = (key >= sinks) & (query - key >= recent)
+    mass = []
+    for head in range(heads):  # one at a time: [B,G,observed,tokens] is large enough
+        scores = (grouped[:, head] @ kv.k[:, head, None].mT).float() * kv.scaling
+        weights = scores.masked_fill(key > query, float("-inf")).softmax(dim=-1)
+        mass.append((weights * far).sum(dim=-1).mean(dim=-1).amax(dim=1))
+    return torch.stack(mass, dim=1)
+
+
+def _take(x: Tensor, index: Tensor) -> Tensor:
+    """The heads `index` of the flattened [B,H]. x [B,H,n,D] -> [P,1,n,D]."""
+    return x.flatten(0, 1)[index].unsqueeze(1)
+
+
+def _read_gates(path: str) -> list[list[float]]:
+    try:
+        text = Path(path).expanduser().read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise SkvError(f"duo: cannot read heads={path}: {error}") from error
+    try:
+        rows = json.loads(text) if path.endswith(".json") else [line.split() for line in text.splitlines() if line]
+        gates = [[float(gate) for gate in row] for row in rows]
+    except (ValueError, TypeError) as error:
+        raise SkvError(f"duo: heads={path} is not a table of numbers, layers x KV heads") from error
+    require(all(math.isfinite(gate) for row in gates for gate in row), f"duo: heads={path} holds numbers not finite")
+    return gates

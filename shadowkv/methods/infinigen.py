@@ -1,0 +1,167 @@
+"""InfiniGen: keys and values on the host; each layer's attention is guessed from what the layer before it saw.
+
+Paper: https://arxiv.org/abs/2406.19707. Known differences from the authors' code:
+- the skew is made per request from the prompt's last queries, after RoPE; theirs is made offline from a calibration
+  text and folded into the weights (OPT) or applied from a file (Llama);
+- host keys stay as they are, since selected tokens are read with the true query: only the partial keys are skewed;
+- the guess applies the guessed layer's own norm to the earlier layer's input (theirs has the earlier layer's norm);
+- it is made when the guessed layer starts, from the same numbers: nothing is fetched ahead, so times are not theirs;
+- every head has its own maximum for the threshold (their Llama code takes that of head 0), and how many tokens are
+  fetched is decided per row of a batch;
+- grouped-query models work: one skew per KV head, and the reduction over a group as a parameter;
+- the newest token is always read and counts towards the budget; nothing is ever evicted from the host.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from shadowkv import ops
+from shadowkv.buffers import TokenBuffer
+from shadowkv.host import HostTokens
+from shadowkv.method import Bytes, DecodeCache, Dims, Guess, LayerKV, LayerwiseCache, Method, require
+from shadowkv.methods.full import Full
+from shadowkv.rope import Rope
+
+
+@dataclass(frozen=True)
+class InfiniGen(Method):
+    """budget: most tokens read per step · alpha: read tokens whose guessed score is within this of the best ·
+    ratio: share of the skewed key channels that the guess looks at · dense_layers: first layers left full, on the
+    device · reduce: per_q_head, group_max, group_mean or group_sum."""
+
+    name: ClassVar[str] = "infinigen"
+    summary: ClassVar[str] = "full cache on the host, reads what the previous layer's input lets expect"
+    paper: ClassVar[str] = "2406.19707"
+
+    budget: int = 2048
+    alpha: float = 5.0
+    ratio: float = 0.2
+    dense_layers: int = 2
+    reduce: str = "per_q_head"
+
+    def __post_init__(self) -> None:
+        require(
+            self.budget >= 2, f"infinigen: budget must be at least 2, the newest token and another, got {self.budget}"
+        )
+        require(self.alpha >= 0, f"infinigen: alpha must not be negative, got {self.alpha}")
+        require(0 < self.ratio <= 1, f"infinigen: ratio={self.ratio} is not in (0, 1]")
+        require(self.dense_layers >= 1, "infinigen: dense_layers must be at least 1, nothing foretells the first layer")
+        require(
+            self.reduce in ops.GROUP_REDUCTIONS,
+            f"infinigen: reduce={self.reduce} is unknown; one of {', '.join(ops.GROUP_REDUCTIONS)}",
+        )
+
+    def columns(self, head_dim: int) -> int:
+        """Channels of the partial keys."""
+        return max(round(self.ratio * head_dim), 1)
+
+    @property
+    def speculates(self) -> bool:
+        return True
+
+    def new_state(self, rope: Rope) -> DecodeCache:
+        return _InfiniGenCache(self, rope)
+
+    def bytes_per_token(self, dims: Dims) -> Bytes:
+        guessed = sum(layer >= self.dense_layers for layer in dims.layer_ids)
+        dense_bytes = 2 * dims.width * dims.element_bytes
+        partial_bytes = dims.kv_heads * self.columns(dims.head_dim) * dims.element_bytes
+        return Bytes((dims.layers - guessed) * dense_bytes + guessed * partial_bytes, guessed * dense_bytes)
+
+    def lossless(self, dims: Dims, tokens: int) -> Method:
+        return replace(self, budget=tokens + 1, alpha=math.inf, dense_layers=1)
+
+
+class _InfiniGenCache(DecodeCache):
+    def __init__(self, method: InfiniGen, rope: Rope) -> None:
+        self._method = method
+        self._dense = LayerwiseCache(Full(), rope)
+        self._guessed: dict[int, list[_GuessedRow]] = {}
+        self._guess: Guess | None = None
+
+    def ingest(self, layer: int, kv: LayerKV) -> None:
+        if layer < self._method.dense_layers:
+            self._dense.ingest(layer, kv)
+            return
+        rows = zip(kv.k.split(1), kv.v.split(1), kv.q_tail.split(1), strict=True)
+        self._guessed[layer] = [_GuessedRow(self._method, k, v, q_tail) for k, v, q_tail in rows]
+
+    def foresee(self, guess: Guess) -> None:
+        self._guess = guess
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
+        if layer not in self._guessed:
+            return self._dense.attend(layer, q, k, v, scaling)
+        assert self._guess is not None
+        batch = zip(self._guessed[layer], *(x.split(1) for x in (q, k, v, self._guess(layer))), strict=True)
+        return torch.cat([row.attend(*new, scaling) for row, *new in batch])
+
+    def nbytes(self) -> Bytes:
+        return sum((row.nbytes() for rows in self._guessed.values() for row in rows), self._dense.nbytes())
+
+    def close(self) -> None:
+        self._dense.close()
+        self._guessed.clear()
+
+
+class _GuessedRow:
+    """One layer of one prompt: rows of a batch differ in how many tokens they read."""
+
+    def __init__(self, method: InfiniGen, k: Tensor, v: Tensor, q_tail: Tensor) -> None:
+        self._alpha, self._cap = method.alpha, method.budget - 1
+        self._reduce = ops.GROUP_REDUCTIONS[method.reduce]
+        self._skew = skew(q_tail, k.shape[1], method.columns(k.shape[3])).to(k.dtype)
+        self._partial = TokenBuffer(k @ self._skew, axis=2)
+        self._k, self._v = HostTokens(k), HostTokens(v)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, guess: Tensor, scaling: float) -> Tensor:
+        steps = zip(q.split(1, dim=2), k.split(1, dim=2), v.split(1, dim=2), guess.split(1, dim=2), strict=True)
+        return torch.cat([self._step(*step, scaling) for step in steps], dim=2)
+
+    def _step(self, q: Tensor, k: Tensor, v: Tensor, guess: Tensor, scaling: float) -> Tensor:
+        chosen = self._choose(guess, scaling)
+        batch, heads, lists, count = chosen.shape
+
+        def fetch(host: HostTokens) -> Tensor:
+            # To `attend`, every list is a KV head of its own.
+            return host.gather(chosen.flatten(2)).view(batch, heads * lists, count, q.shape[3])
+
+        newest = k.repeat_interleave(lists, dim=1), v.repeat_interleave(lists, dim=1)
+        out = ops.attend(q, [(fetch(self._k), fetch(self._v)), newest], scaling)
+        self._k.append(k)
+        self._v.append(v)
+        self._partial.append(k @ self._skew)
+        return out
+
+    def _choose(self, guess: Tensor, scaling: float) -> Tensor:
+        """The tokens to read, for each list of a KV head. guess [1,Hq,1,D] -> [1,H,L,s]."""
+        partial = self._partial.view
+        grouped = guess.reshape(1, partial.shape[1], -1, guess.shape[3])
+        scores = ((grouped @ self._skew) @ partial.mT).float() * scaling
+        near = scores > scores.amax(dim=-1, keepdim=True) - self._alpha
+        count = int(near.sum(dim=-1).double().mean())
+        return ops.top_indices(self._reduce(scores), min(max(count, 1), self._cap))
+
+    def nbytes(self) -> Bytes:
+        skew_bytes = self._skew.numel() * self._skew.element_size()
+        return Bytes(self._partial.nbytes() + skew_bytes, self._k.nbytes() + self._v.nbytes())
+
+
+def skew(queries: Tensor, heads: int, columns: int) -> Tensor:
+    """The `columns` orthonormal directions, per KV head, along which its queries are largest. fp32 [B,H,D,columns].
+
+    queries [B,Hq,n,D]. They are right singular vectors of the queries of a group, ranked by the sum of |q a|. All of
+    them together are a rotation, which changes no product of a query and a key.
+    """
+    batch, _, _, head_dim = queries.shape
+    stacked = queries.reshape(batch, heads, -1, head_dim).double()
+    vectors: Tensor = torch.linalg.eigh(stacked.mT @ stacked).eigenvectors
+    size = (stacked @ vectors).abs().sum(dim=2).float()
+    best = ops.top_indices(size, columns)
+    return vectors.gather(3, best[:, :, None].expand(-1, -1, head_dim, -1)).float()
