@@ -104,7 +104,7 @@ class Engine:
         method.check(self.dims)
         require(
             self._record_queries or not method.needs_prompt_queries,
-            f"{method.name} needs all queries of the prompt: make the engine with record_queries=True",
+            f"{method.label} needs all queries of the prompt: make the engine with record_queries=True",
         )
         return MethodCache(self.model, prefill.recording, method, self.rope)
 

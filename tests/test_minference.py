@@ -99,7 +99,7 @@ def test_all_columns_are_a_dense_prefill(tiny, family):
 @pytest.mark.parametrize("inner", methods())
 def test_it_combines_with_every_method_and_dense_ones_keep_their_snapshot(inner):
     model, ids = tiny_model("llama", head_dim=64), random_prompt(300)
-    engine = Engine(model, prefill_chunk_tokens=128)
+    engine = Engine(model, prefill_chunk_tokens=128, record_queries=True)
     method = methods()[inner]().lossless(engine.dims, 400) or methods()[inner]()
     both = WithPrefill(method, MInference(vertical=1, slash=1))
     dense = engine.prefill(ids)

@@ -85,7 +85,8 @@ _SMALL = {
 }
 
 
-@pytest.mark.parametrize("name", [name for name in methods() if name not in ("full", "oracle")])
+# Those whose layers choose tokens by themselves; kivi and xkv leave none out, duo and infinigen need all layers.
+@pytest.mark.parametrize("name", _SMALL)
 def test_no_method_holds_more_of_the_attention_than_the_oracle(name):
     stream = Spelled(group=3, steps=8)
     model = geometry_model(3, DIM)
