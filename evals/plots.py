@@ -75,7 +75,9 @@ def write_task_bars(path: Path, records: Sequence[Record], title: str, tasks: Se
         x = np.arange(len(tasks)) + (place - (len(labels) - 1) / 2) * width
         spread = np.nan_to_num(np.stack((y - low, high - y)), nan=0.0).clip(min=0)
         colour = _COLOURS[place % len(_COLOURS)]
-        axis.bar(x, np.nan_to_num(y), width, yerr=spread, label=label, color=colour, error_kw={"lw": 0.9, "ecolor": "0.5"}, alpha=0.85)
+        axis.bar(x, y, width, yerr=spread, label=label, color=colour, ecolor="0.5", error_kw={"lw": 0.9}, alpha=0.85)
+        for at in x[np.isnan(y)]:
+            axis.text(at, 1, "–", ha="center", fontsize=7, color=colour)  # without a score is not a score of 0
     axis.set_xticks(range(len(tasks)), tasks, rotation=45, ha="right")
     _finish(axis)
     return save(figure, path)
