@@ -32,6 +32,7 @@ class Settings:
 
     model: str
     methods: tuple[str, ...]
+    budget: str | None
     out: Path | None
     device: str
     dtype: str
@@ -50,14 +51,14 @@ class _Prepared:
     def __init__(self, make_task: MakeTask, settings: Settings) -> None:
         import torch
 
+        from cli.choosing import choose, parse_budgets, parse_specs
         from cli.render import quieten_libraries
         from shadowkv.geometry import dims_of
         from shadowkv.loading import context_tokens, load_config, pick_device, pick_dtype
-        from shadowkv.registry import parse_method
         from shadowkv.resolving import resolve
 
         quieten_libraries()
-        chosen = [parse_method(spec) for spec in settings.methods]
+        specs, budgets = parse_specs(settings.methods), parse_budgets(settings.budget)
         _check_options(settings)
         self.settings = settings
         self.source: ModelSource = resolve(settings.model, dummy=settings.dummy)
@@ -67,9 +68,7 @@ class _Prepared:
         self.device = pick_device(settings.device)
         self.dtype = pick_dtype(self.device, settings.dtype)
         self.dims: Dims = dims_of(self.config, getattr(torch, self.dtype).itemsize)
-        self.methods: list[Method] = list(dict.fromkeys(chosen or _default_methods(self.source, self.dims)))
-        for method in self.methods:
-            method.check(self.dims)
+        self.methods, self.unsupported = choose(specs, budgets, self.source, self.dims)
 
     @property
     def records_queries(self) -> bool:
@@ -96,13 +95,15 @@ def run(make_task: MakeTask, settings: Settings) -> int:
     for reason in dict.fromkeys(left_out.values()):
         names = ", ".join(name for name, why in left_out.items() if why == reason)
         print(f"skv: left out: {names}: {one_line(reason)}", file=sys.stderr)
+    for label, reason in ready.unsupported.items():
+        print(f"skv: unsupported: {label}: {one_line(reason)}", file=sys.stderr)
     if settings.dry_run:
         return _plan(ready)
     unscored = _run(ready, questions)
     for record in unscored if not settings.quiet else []:
         said = f"{record.method} @ {record.length} {record.task} {record.sample}: {record.error}"
         print(f"skv: unscored: {one_line(said)}", file=sys.stderr)
-    return 1 if unscored or left_out else 0
+    return 1 if unscored or left_out or ready.unsupported else 0
 
 
 def _run(ready: _Prepared, questions: Sequence[Question]) -> list[Record]:
@@ -145,6 +146,7 @@ def _run(ready: _Prepared, questions: Sequence[Question]) -> list[Record]:
             "tables": [asdict(table) for table in report.tables],
             "unscored": len(unscored),
             "left_out": ready.task.left_out(),
+            "unsupported": ready.unsupported,
         }
         print(json.dumps({**summary, **rest}, indent=1))
     elif not settings.quiet:
@@ -230,15 +232,6 @@ def check_writable(out: Path) -> None:
         raise SkvError(f"cannot write to {out}: {there} is not a folder")
     if not os.access(there, os.W_OK | os.X_OK):
         raise SkvError(f"cannot write to {out}: no permission to write in {there}")
-
-
-def _default_methods(source: ModelSource, dims: Dims) -> list[Method]:
-    """Full attention, and the two others at the settings suggested for the model."""
-    from shadowkv.registry import parse_method
-
-    rank = source.preset.rank if source.preset else min(160, dims.width)
-    budget = source.preset.budget if source.preset else 2048
-    return [parse_method(s) for s in ("full", f"shadowkv:rank={rank},budget={budget}", f"quest:budget={budget}")]
 
 
 def _manifest(task: Task, prefill_chunk_tokens: int, loaded: LoadedModel, methods: list[Method]) -> Manifest:

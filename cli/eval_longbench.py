@@ -24,6 +24,7 @@ EPILOG = (
 def longbench(
     model: options.Model,
     method: options.Methods = None,
+    budget: options.Budget = None,
     tasks: Annotated[str, typer.Option(help="all, or a list such as hotpotqa,gov_report,lcc.")] = "all",
     e: Annotated[bool, typer.Option("--e", help="LongBench-E: 13 tasks, scores by length class.")] = False,
     v2: Annotated[bool, typer.Option("--v2", help="LongBench v2: 503 questions with four choices.")] = False,
@@ -82,6 +83,7 @@ def longbench(
     settings = accuracy.Settings(
         model=model,
         methods=tuple(method or ()),
+        budget=budget,
         out=out,
         device=device,
         dtype=dtype,

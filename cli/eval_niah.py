@@ -24,6 +24,7 @@ EPILOG = (
 def niah(
     model: options.Model,
     method: options.Methods = None,
+    budget: options.Budget = None,
     lengths: Annotated[str, typer.Option(help="Prompt lengths in tokens; k = 1024.")] = "1k,2k,4k",
     depths: Annotated[str, typer.Option(help="How many depths, or a list of percentages: 5 or 0,25,100.")] = "5",
     haystack: Annotated[str, typer.Option(help="essays, synthetic, or a .txt, .json or .jsonl file.")] = "essays",
@@ -67,6 +68,7 @@ def niah(
     settings = accuracy.Settings(
         model=model,
         methods=tuple(method or ()),
+        budget=budget,
         out=out,
         device=device,
         dtype=dtype,

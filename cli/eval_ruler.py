@@ -36,6 +36,7 @@ Seed = Annotated[int, typer.Option(help="Seed of all prompts.")]
 def ruler(
     model: options.Model,
     method: options.Methods = None,
+    budget: options.Budget = None,
     lengths: Lengths = "auto",
     tasks: Tasks = "all",
     samples: Samples = None,
@@ -77,6 +78,7 @@ def ruler(
     settings = accuracy.Settings(
         model=model,
         methods=tuple(method or ()),
+        budget=budget,
         out=out,
         device=device,
         dtype=dtype,

@@ -10,7 +10,14 @@ import typer
 Model = Annotated[str, typer.Option(help="Preset (skv models), folder, Hub id or .gguf file.")]
 Methods = Annotated[
     list[str] | None,
-    typer.Option("--method", "-m", help="Method such as shadowkv:rank=64,budget=256; repeatable (skv methods)."),
+    typer.Option(
+        "--method",
+        "-m",
+        help="Method such as shadowkv:rank=64,budget=256, or all, or a set such as @paper; repeatable.",
+    ),
+]
+Budget = Annotated[
+    str | None, typer.Option(help="Tokens that every method attends to in all, so that they compare: 512 or 256,512.")
 ]
 Out = Annotated[Path | None, typer.Option(help="Run folder; the same command continues it.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from rich import box
 from rich.console import Console
@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
-from evals.tables import mib, number, tokens
+from evals.tables import kib, mib, number, tokens
 
 if TYPE_CHECKING:
     from evals.report import Report
@@ -76,8 +76,9 @@ def print_summary(title: str, report: Report, notes: Sequence[str]) -> None:
     for note in notes:
         shown.print(f"[yellow]{escape(note)}[/]")
     shown.print(
-        "[dim]score: mean of the tasks' means · agree: tokens 2..n equal to full attention's (the first is dense under "
-        "every method) · device, host: KV memory · prefill: once per prompt for all methods[/]"
+        "[dim]score: mean of the tasks' means · agree: tokens 2..n equal to full attention's (the first is the "
+        "prefill's) · tokens read: per step, mean over layers · device, host: KV memory · prefill: once per prompt for "
+        "all methods[/]"
     )
 
 
@@ -103,47 +104,53 @@ def _print_figures(figures: Figures) -> None:
 
 
 def _print_costs(title: str, rows: Sequence[Row]) -> None:
-    """Score first, then what it cost. A narrow terminal gets the median of the decode times only."""
+    """Score first, then what it cost. A narrow terminal gets the medians of decode times, and no build or bus."""
 
     def made(*, dense: bool) -> Table:
         table = _table(title, dense=dense)
         table.add_column("method", style="bold", overflow="fold")
-        decode = "decode\nms p50" if dense else "decode ms/token\np10/p50/p90"
-        for column in (
-            "length",
-            "score",
-            "scored",
-            "agree",
-            "device\nMiB",
-            "host\nMiB",
-            "prefill\ns",
-            "build\ns",
-            decode,
-        ):
-            table.add_column(column, justify="right", no_wrap=True)
+        shown = [column for column in _COSTS if column.dense in (None, dense)]
+        for column in shown:
+            table.add_column(column.head, justify="right", no_wrap=True)
         for row, last in zip(rows, [None, *rows], strict=False):
             if last is not None and row.method != last.method:
                 table.add_section()
             repeated = last is not None and row.method == last.method
-            table.add_row("" if repeated else escape(row.method), *_cells(row, dense=dense))
+            table.add_row("" if repeated else escape(row.method), *(column.cell(row) for column in shown))
         return table
 
     _print_fitting(made)
 
 
-def _cells(row: Row, *, dense: bool) -> list[str]:
-    times = (row.decode_ms_p50,) if dense else (row.decode_ms_p10, row.decode_ms_p50, row.decode_ms_p90)
-    return [
-        tokens(row.length),
-        number(row.score, ".2f"),
-        f"{row.scored}/{row.total}" if row.scored == row.total else f"[red]{row.scored}/{row.total}[/]",
-        number(row.agreement, ".2f"),
-        mib(row.device_bytes),
-        mib(row.host_bytes),
-        number(row.prefill_s, ".2f"),
-        number(row.build_s, ".3f"),
-        "/".join(number(x, ".1f") for x in times),
-    ]
+class _Cost(NamedTuple):
+    head: str
+    cell: Callable[[Row], str]
+    dense: bool | None = None  # shown only where columns are scarce (True) or plenty (False)
+
+
+def _scored(row: Row) -> str:
+    counts = f"{row.scored}/{row.total}"
+    return counts if row.scored == row.total else f"[red]{counts}[/]"
+
+
+def _decode_times(row: Row) -> str:
+    return "/".join(number(x, ".1f") for x in (row.decode_ms_p10, row.decode_ms_p50, row.decode_ms_p90))
+
+
+_COSTS = (
+    _Cost("length", lambda row: tokens(row.length)),
+    _Cost("score", lambda row: number(row.score, ".2f")),
+    _Cost("scored", _scored),
+    _Cost("agree", lambda row: number(row.agreement, ".2f")),
+    _Cost("tokens\nread", lambda row: number(row.attended_tokens, ".0f")),
+    _Cost("device\nMiB", lambda row: mib(row.device_bytes)),
+    _Cost("host\nMiB", lambda row: mib(row.host_bytes)),
+    _Cost("bus KiB\n/token", lambda row: kib(row.bus_bytes), dense=False),
+    _Cost("prefill\ns", lambda row: number(row.prefill_s, ".2f")),
+    _Cost("build\ns", lambda row: number(row.build_s, ".3f"), dense=False),
+    _Cost("decode ms\np10/p50/p90", _decode_times, dense=False),
+    _Cost("decode\nms p50", lambda row: number(row.decode_ms_p50, ".1f"), dense=True),
+)
 
 
 def _table(title: str, caption: str = "", *, dense: bool) -> Table:

@@ -13,7 +13,7 @@ from evals.niah.report import niah_tables, write_niah_plots
 from evals.results import Record, read_run
 from evals.ruler.report import ruler_tables, write_ruler_plots
 from evals.summary import Row, summarise, task_scores
-from evals.tables import Table, mib, number
+from evals.tables import Table, kib, mib, number
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,8 @@ def title(manifest: Manifest) -> str:
 def cost_table(rows: Sequence[Row]) -> Table:
     """Methods x lengths: score first, then what it cost."""
     head = [
-        *("method", "length", "score", "95 %", "scored", "agreement", "KV device MiB", "KV host MiB"),
+        *("method", "length", "score", "95 %", "scored", "agreement", "attended", "KV device MiB", "KV host MiB"),
+        "bus KiB/token",
         *("prefill s", "build s", "decode ms/token p10 / p50 / p90"),
     ]
     lines = []
@@ -78,14 +79,16 @@ def cost_table(rows: Sequence[Row]) -> Table:
             [
                 *(row.method, str(row.length), number(row.score, ".2f")),
                 *(interval(row.score_low, row.score_high), f"{row.scored}/{row.total}"),
-                *(number(row.agreement, ".2f"), mib(row.device_bytes), mib(row.host_bytes)),
+                *(number(row.agreement, ".2f"), number(row.attended_tokens, ".0f")),
+                *(mib(row.device_bytes), mib(row.host_bytes), kib(row.bus_bytes)),
                 *(number(row.prefill_s, ".2f"), number(row.build_s, ".3f"), times),
             ]
         )
     caption = (
         "Score: mean over scored answers, of each task and then over tasks, with a 95 % bootstrap interval over "
         "samples. Agreement: share of tokens 2..n equal to full attention's; the first token comes from the prefill "
-        "under every method. Prefill: median, once per prompt for all methods."
+        "under every method. Attended: tokens per decode step, mean over layers and heads, at most. Bus: bytes that a "
+        "decoded token moves between host and device. Prefill: median, once per prompt for all methods."
     )
     return Table("Score and cost", head, lines, caption)
 

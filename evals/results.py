@@ -53,6 +53,8 @@ class Record:
     host_bytes: int
     prompt_sha256: str
     meta: dict[str, Any] = field(default_factory=dict)
+    attended_tokens: float | None = None  # per decode step, mean over layers and heads; None in older records
+    bus_bytes: int | None = None  # between host and device, per decoded token; None in older records
 
     @property
     def key(self) -> Key:

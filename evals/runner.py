@@ -127,7 +127,12 @@ def _answer(
     method: Method,
     blank: Record,
 ) -> Record:
-    blank = replace(blank, method=method.label)
+    blank = replace(
+        blank,
+        method=method.label,
+        attended_tokens=method.attended_tokens(engine.dims, prefill.prompt_tokens),
+        bus_bytes=method.bus_bytes(engine.dims, prefill.prompt_tokens),
+    )
     limit, stop_ids = example.max_new_tokens, loaded.stop_ids.union(example.stop_ids)
     try:
         started = time.perf_counter()

@@ -27,8 +27,10 @@ class Row:
     scored: int
     total: int
     agreement: float | None  # share of tokens 2..n equal to full attention's, mean over examples
+    attended_tokens: float | None  # per decode step, mean over layers, heads and examples
     device_bytes: float | None
     host_bytes: float | None
+    bus_bytes: float | None  # between host and device, per decoded token
     prefill_s: float | None  # median, of the prompts computed without a reused prefix where there are any
     build_s: float | None
     decode_ms_p10: float | None
@@ -120,8 +122,10 @@ def _row(label: str, length: int, records: list[Record], references: dict[tuple[
         scored=len(good),
         total=len(records),
         agreement=_mean(agreements),
+        attended_tokens=_mean([r.attended_tokens for r in good]),
         device_bytes=_mean([r.device_bytes for r in good]),
         host_bytes=_mean([r.host_bytes for r in good]),
+        bus_bytes=_mean([r.bus_bytes for r in good]),
         prefill_s=_percentile(cold, 50),
         build_s=_percentile([r.build_s for r in good], 50),
         decode_ms_p10=p10,

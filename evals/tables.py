@@ -35,6 +35,11 @@ def mib(value: float | None) -> str:
     return "–" if value is None else f"{value / 2**20:.1f}"
 
 
+def kib(value: float | None) -> str:
+    """Bytes in KiB."""
+    return "–" if value is None else f"{value / 2**10:.0f}"
+
+
 def percent(value: float | None, digits: int = 1) -> str:
     """A share as a percentage, without the sign."""
     return "–" if value is None else f"{100 * value:.{digits}f}"

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -212,6 +212,25 @@ class Method(Setting, ABC):
     def prompt_bytes(self, dims: Dims, tokens: int) -> Bytes:
         """The planner's memory for a prompt of this length in a batch of one, small constant terms left out."""
         return Bytes(*(tokens * held for held in self.bytes_per_token(dims)))
+
+    def attended_tokens(self, dims: Dims, tokens: int) -> float:
+        """Tokens that a decode step attends to after a prompt of `tokens`, mean over layers and KV heads.
+
+        The largest number, where it depends on the text.
+        """
+        return tokens
+
+    def bus_bytes(self, dims: Dims, tokens: int) -> int:
+        """Bytes that one decoded token moves between host and device, over all layers, in a batch of one."""
+        return 0
+
+    def with_budget(self, tokens: int) -> Method | None:
+        """This method attending to `tokens` tokens in all, in every layer that chooses; None if it does not choose.
+
+        Raises `SkvError` if its parameters leave no room for a choice among so few.
+        """
+        changed: Any = self
+        return cast("Method", replace(changed, budget=tokens)) if "budget" in self.params() else None
 
     def lossless(self, dims: Dims, tokens: int) -> Method | None:
         """The setting that must equal full attention up to `tokens` held tokens, or None if there is none."""

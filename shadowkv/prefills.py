@@ -59,6 +59,16 @@ class WithPrefill(Method):
     def prompt_bytes(self, dims: Dims, tokens: int) -> Bytes:
         return self.method.prompt_bytes(dims, tokens)
 
+    def attended_tokens(self, dims: Dims, tokens: int) -> float:
+        return self.method.attended_tokens(dims, tokens)
+
+    def bus_bytes(self, dims: Dims, tokens: int) -> int:
+        return self.method.bus_bytes(dims, tokens)
+
+    def with_budget(self, tokens: int) -> Method | None:
+        inner = self.method.with_budget(tokens)
+        return inner and replace(self, method=inner)
+
     def lossless(self, dims: Dims, tokens: int) -> Method | None:
         inner = self.method.lossless(dims, tokens)
         return inner and replace(self, method=inner, sparse=self.sparse.lossless(tokens))

@@ -165,6 +165,53 @@ def test_debug_shows_the_traceback_wherever_it_stands():
             main(argv)
 
 
+def methods_of_plan(capsys, *argv):
+    assert main([*argv, "--dry-run", "--json"]) == 0
+    return list(json.loads(capsys.readouterr().out)["methods"])
+
+
+def test_sets_name_many_methods_with_parameters_that_fit_the_model(capsys, tiny_folder):
+    argv = ["eval", "niah", "--model", str(tiny_folder), "--haystack", "synthetic", "--lengths", "512", "--depths", "1"]
+    paper = methods_of_plan(capsys, *argv, "-m", "@paper")
+    assert [label.partition(":")[0] for label in paper] == [
+        "full", "shadowkv", "quest", "infinigen", "loki", "snapkv", "streaming",
+    ]  # fmt: skip
+    assert "shadowkv:rank=32" in paper
+    assert "did you mean '@paper'" in mistake(capsys, *argv, "-m", "@papr")
+    preset = [*argv[:2], "--model", "smollm2-135m", "--dummy", *argv[4:]]
+    assert "shadowkv:budget=256,rank=64" in methods_of_plan(capsys, *preset, "-m", "@paper")
+
+
+def test_one_budget_is_given_to_every_method_that_chooses(capsys, tiny_folder):
+    argv = ["eval", "niah", "--model", str(tiny_folder), "--haystack", "synthetic", "--lengths", "512", "--depths", "1"]
+    chosen = ["-m", "full", "-m", "quest", "-m", "shadowkv:rank=8", "-m", "kivi:group=16"]
+    assert methods_of_plan(capsys, *argv, *chosen, "--budget", "128,256") == [
+        "full", "quest:budget=128", "quest:budget=256", "shadowkv:budget=80,rank=8", "shadowkv:budget=192,rank=8",
+        "kivi:group=16",
+    ]  # fmt: skip
+    assert "has a budget of its own" in mistake(capsys, *argv, "-m", "quest:budget=64", "--budget", "128")
+    assert "is not a budget" in mistake(capsys, *argv, "--budget", "many")
+
+
+def test_a_method_that_cannot_run_here_is_named_and_the_others_run(capsys, tiny_folder, tmp_path):
+    argv = ["eval", "niah", "--model", str(tiny_folder), "--haystack", "synthetic", "--lengths", "512", "--depths", "1"]
+    argv += ["-m", "full", "-m", "shadowkv:rank=4000", "--out", str(tmp_path / "run")]
+    assert main(argv) == 1
+    assert "skv: unsupported: shadowkv:rank=4000: shadowkv: rank=4000 exceeds" in capsys.readouterr().err
+    assert {r.method for r in read_run(tmp_path / "run")[1]} == {"full"}
+
+
+def test_tables_show_what_a_method_reads_and_moves(capsys, niah, tmp_path):
+    assert main(niah) == 0
+    said = capsys.readouterr().out
+    assert "tokens" in said
+    assert "bus KiB" in said
+    by_method = {r.method: r for r in read_run(tmp_path / "run")[1] if r.length == 768}
+    assert by_method["full"].attended_tokens == by_method["full"].prompt_tokens
+    assert by_method["quest:budget=64"].attended_tokens < by_method["full"].attended_tokens
+    assert by_method["shadowkv:budget=64,rank=8"].bus_bytes > 0 == by_method["full"].bus_bytes
+
+
 def test_a_run_writes_everything_and_prints_a_table(capsys, niah, tmp_path):
     assert main(niah) == 0
     said = capsys.readouterr()

@@ -74,6 +74,15 @@ class InfiniGen(Method):
         partial_bytes = dims.kv_heads * self.columns(dims.head_dim) * dims.element_bytes
         return Bytes((dims.layers - guessed) * dense_bytes + guessed * partial_bytes, guessed * dense_bytes)
 
+    def attended_tokens(self, dims: Dims, tokens: int) -> float:
+        guessed = sum(layer >= self.dense_layers for layer in dims.layer_ids)
+        return (guessed * min(tokens, self.budget) + (dims.layers - guessed) * tokens) / dims.layers
+
+    def bus_bytes(self, dims: Dims, tokens: int) -> int:
+        guessed = sum(layer >= self.dense_layers for layer in dims.layer_ids)
+        lists = dims.q_heads if self.reduce == "per_q_head" else dims.kv_heads
+        return 2 * guessed * lists * min(tokens, self.budget) * dims.head_dim * dims.element_bytes
+
     def lossless(self, dims: Dims, tokens: int) -> Method:
         return replace(self, budget=tokens + 1, alpha=math.inf, dense_layers=1)
 

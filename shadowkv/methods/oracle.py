@@ -48,6 +48,12 @@ class Oracle(LayerwiseMethod):
     def bytes_per_token(self, dims: Dims) -> Bytes:
         return Bytes(dims.full_bytes_per_token, 0)
 
+    def attended_tokens(self, dims: Dims, tokens: int) -> float:
+        return tokens if self.top_p else min(tokens, self.budget)
+
+    def with_budget(self, tokens: int) -> Method | None:
+        return None if self.top_p else replace(self, budget=tokens)
+
     def lossless(self, dims: Dims, tokens: int) -> Method:
         return replace(self, budget=tokens, top_p=0.0)
 

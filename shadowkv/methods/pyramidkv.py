@@ -36,7 +36,9 @@ class PyramidKV(SnapKV):
         last = 2 * mean - first
         return self.window + round(first - depth * (first - last))
 
-    def prompt_bytes(self, dims: Dims, tokens: int) -> Bytes:
+    def attended_tokens(self, dims: Dims, tokens: int) -> float:
         depths = [depth_of(place, dims.layers) for place in range(dims.layers)]
-        kept = sum(min(tokens, self.layer_budget(depth, tokens)) for depth in depths)
-        return Bytes(kept * dims.full_bytes_per_token // dims.layers, 0)
+        return sum(min(tokens, self.layer_budget(depth, tokens)) for depth in depths) / dims.layers
+
+    def prompt_bytes(self, dims: Dims, tokens: int) -> Bytes:
+        return Bytes(round(self.attended_tokens(dims, tokens) * dims.full_bytes_per_token), 0)

@@ -23,6 +23,7 @@ from torch.nn import functional as F
 
 from shadowkv import low_rank, ops
 from shadowkv.buffers import TokenBuffer
+from shadowkv.errors import SkvError
 from shadowkv.host import CODINGS, HostTokens
 from shadowkv.method import Bytes, Dims, LayerKV, LayerState, LayerwiseMethod, Method, StepwiseState, require
 from shadowkv.rope import Rope
@@ -91,6 +92,23 @@ class ShadowKV(LayerwiseMethod):
         per_layer = (rank + dims.width / self.chunk) * dims.element_bytes + dims.kv_heads * 4 / self.chunk
         value_bytes = CODINGS[self.values].token_bytes(dims.head_dim, dims.element_bytes)
         return Bytes(round(dims.layers * per_layer), dims.layers * dims.kv_heads * value_bytes)
+
+    def attended_tokens(self, dims: Dims, tokens: int) -> float:
+        chunks = self.budget // self.chunk + self.outlier_chunks + self.local
+        return min(tokens, chunks * self.chunk + tokens % self.chunk)
+
+    def bus_bytes(self, dims: Dims, tokens: int) -> int:
+        read = min(tokens, self.budget // self.chunk * self.chunk)
+        coding = CODINGS[self.values].token_bytes(dims.head_dim, dims.element_bytes)
+        return dims.layers * dims.kv_heads * read * coding
+
+    def with_budget(self, tokens: int) -> Method:
+        # The outliers grow with the budget, so the largest one that leaves room for them is searched for.
+        for budget in range(tokens // self.chunk * self.chunk, 0, -self.chunk):
+            setting = replace(self, budget=budget)
+            if budget + (setting.outlier_chunks + self.local) * self.chunk <= tokens:
+                return setting
+        raise SkvError(f"shadowkv: {tokens} tokens leave no room beside outliers and {self.local} local chunks")
 
     def lossless(self, dims: Dims, tokens: int) -> Method:
         budget = -(-tokens // self.chunk) * self.chunk

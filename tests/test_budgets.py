@@ -1,0 +1,99 @@
+"""Fair comparisons: what a method says it attends to is what it attends to, and one budget can be given to all."""
+
+from __future__ import annotations
+
+import pytest
+from test_methods import CASES
+from test_selection import _SMALL, DIM, HEADS, PROMPT, Spelled
+from tiny_models import geometry_model
+
+from shadowkv.errors import SkvError
+from shadowkv.geometry import dims_of
+from shadowkv.method import Dims
+from shadowkv.registry import methods, parse_method
+from shadowkv.rope import Rope
+
+DIMS = Dims(layers=4, q_heads=6, kv_heads=2, head_dim=64, element_bytes=4)
+
+
+@pytest.mark.parametrize("name", _SMALL)
+@pytest.mark.parametrize("budget", [None, 96])
+def test_attended_tokens_are_counted_right(name, budget):
+    """By values that spell their positions, in a layer that chooses; the new token comes on top where it is kept."""
+    stream, model = Spelled(group=3, steps=1), geometry_model(3, DIM)
+    method = methods()[name](**_SMALL[name])
+    if budget is not None:
+        method = method.with_budget(budget)
+    chosen = (stream.weights(method, Rope(model)) > 0).sum(-1)
+    assert chosen.max() == chosen.min(), "every head attends to as many"
+    dims = dims_of(model.config, 4)
+    choosing = Dims(1, HEADS * 3, HEADS, DIM, dims.element_bytes, served=(2,))
+    expected = method.attended_tokens(choosing, PROMPT)
+    if name == "quest":  # its newest page is not full
+        assert expected - method.page < chosen[0, 0] <= expected
+    elif name == "pyramidkv":
+        assert method.attended_tokens(DIMS, PROMPT) == pytest.approx(method.budget, abs=1)
+    else:
+        assert 0 <= chosen[0, 0] - expected <= 1
+    if budget is not None and name != "pyramidkv":
+        assert budget - 16 <= expected <= budget
+
+
+@pytest.mark.parametrize("spec", CASES)
+def test_a_budget_for_all_bounds_what_is_attended_to(spec):
+    method = parse_method(spec)
+    equal = method.with_budget(128)
+    if equal is None:
+        assert "budget" not in method.params() or method.params().get("top_p")
+        return
+    assert type(equal) is type(method)
+    dims = Dims(4, 6, 2, 64, 4, served=(10, 11, 12, 13))  # beyond the first layers, which some leave dense
+    assert 128 - 16 <= equal.attended_tokens(dims, 4000) <= 128
+    assert equal.attended_tokens(dims, 40) <= 40
+    assert parse_method(f"{spec}+minference").with_budget(128).method == equal
+    changed = {key for key, value in equal.params().items() if method.params()[key] != value}
+    assert changed <= {"budget"}
+
+
+def test_shadowkv_counts_outliers_and_local_chunks_in():
+    method = parse_method("shadowkv").with_budget(512)
+    assert method.budget + (method.outlier_chunks + method.local) * method.chunk <= 512
+    assert method.budget == 400
+    with pytest.raises(SkvError, match="leave no room beside"):
+        parse_method("shadowkv:local=20").with_budget(128)
+
+
+@pytest.mark.parametrize(
+    ("spec", "values"),
+    [
+        ("full", 0),
+        ("quest:budget=64", 0),
+        ("quest:budget=64,offload=true,dense_layers=1", 3 * 6 * 64),
+        ("quest:budget=64,offload=true,reduce=group_max,dense_layers=1", 3 * 2 * 64),
+        ("shadowkv:budget=64,rank=8", 4 * 2 * 64),
+        ("infinigen:budget=50,dense_layers=1", 2 * 3 * 6 * 50),
+    ],
+)
+def test_bytes_over_the_bus(spec, values):
+    """Values (and keys) of one head and token have 64 elements of 4 bytes."""
+    assert parse_method(spec).bus_bytes(DIMS, 1000) == values * 64 * 4
+
+
+def test_what_is_fetched_is_what_was_said(monkeypatch):
+    """Count the elements that a step of ShadowKV and of Quest with offloaded values really take from the host."""
+    from shadowkv.host import HostTokens
+
+    fetched = []
+    real = HostTokens.gather
+
+    def counting(self, index):
+        out = real(self, index)
+        fetched.append(out.numel())
+        return out
+
+    monkeypatch.setattr(HostTokens, "gather", counting)
+    stream, model = Spelled(group=3, steps=1), geometry_model(3, DIM)
+    method = methods()["shadowkv"](**_SMALL["shadowkv"])
+    stream.weights(method, Rope(model))
+    one_layer = Dims(1, HEADS * 3, HEADS, DIM, 4, served=(2,))
+    assert sum(fetched) * 4 == method.bus_bytes(one_layer, PROMPT)
