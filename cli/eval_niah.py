@@ -17,6 +17,7 @@ EPILOG = (
     "skv eval niah --model smollm2-135m -m full -m shadowkv:rank=64,budget=256 -m quest:budget=256 --lengths 4k "
     "--depths 10\n\n"
     "skv eval niah --model llama3.1-8b --lengths 16k,64k,128k --depths 10 --rounds 3 --device cuda\n\n"
+    "skv eval niah --model smollm2-135m -m @eviction --budget 512 --turns 5 --lengths 4k\n\n"
     "skv eval niah --model ./my-model --haystack book.txt --depths 0,50,100 --dry-run"
 )
 
@@ -32,6 +33,10 @@ def niah(
     rounds: Annotated[int, typer.Option(help="Different needles and haystack starts per cell.")] = 1,
     seed: Annotated[int, typer.Option(help="Seed of needles and haystack starts.")] = 0,
     samples: Annotated[int | None, typer.Option(help="At most this many prompts, the first ones of the grid.")] = None,
+    turns: Annotated[int, typer.Option(help="Needles per text, asked for one after the other in the same cache.")] = 1,
+    first_query_in_prefill: Annotated[
+        bool, typer.Option("--first-query-in-prefill", help="With --turns: the prompt contains the first question.")
+    ] = False,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 16,
     out: options.Out = None,
     device: options.Device = "auto",
@@ -49,12 +54,17 @@ def niah(
     Each prompt is computed once and answered by every method. Scores are 1 if the answer contains the needle's
     number, else 0. Interrupt at will: the same command continues.
     """
+    from functools import partial
+
     from cli import accuracy
     from evals.lengths import parse_lengths
     from evals.niah.task import Niah, parse_depths
+    from evals.niah.turns import MultiTurnNiah
 
     def task(context_tokens: int) -> Niah:
-        return Niah(
+        several = {"turns": turns, "first_query_in_prefill": first_query_in_prefill}
+        make = Niah if turns == 1 and not first_query_in_prefill else partial(MultiTurnNiah, **several)
+        return make(
             lengths=parse_lengths(lengths, None if dry_run else context_tokens),
             depths=parse_depths(depths),
             haystack_spec=haystack,

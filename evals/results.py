@@ -41,13 +41,13 @@ class Record:
     error: str | None
     prediction: str
     references: list[str]
-    prompt_tokens: int
+    prompt_tokens: int  # held before the answer
     reused_tokens: int
     new_tokens: int
     tokens: list[int]
     stopped: bool
     prefill_s: float
-    build_s: float
+    build_s: float  # making the cache; of a later turn, feeding its question
     decode_s: float
     device_bytes: int
     host_bytes: int

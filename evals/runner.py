@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from itertools import chain
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -18,7 +19,6 @@ from shadowkv.engine import Engine, Prefill
 from shadowkv.errors import SkvError
 from shadowkv.loading import LoadedModel
 from shadowkv.method import Method
-from shadowkv.prefills import SparsePrefill
 
 T = TypeVar("T")
 # What a single answer may fail with without taking the run down; anything else is a bug and ends it.
@@ -49,13 +49,15 @@ def run_accuracy(
     done = total - sum(map(len, missing.values()))
     on_step(Step(done, total, None))
     for example in one_ahead(task.examples(loaded.tokenizer, todo)):
-        open_methods = missing[example.question]
+        asked = {method for question in example.questions for method in missing.get(question, ())}
+        open_methods = [method for method in methods if method in asked]
         for prefill in dict.fromkeys(method.prefill for method in open_methods):
             alike = [method for method in open_methods if method.prefill == prefill]
             for record in _answers(engine, loaded, task, example, alike):
-                folder.append(record)
-                done += 1
-                on_step(Step(done, total, record))
+                if not folder.has(record.key):  # of several turns, some may have been answered before
+                    folder.append(record)
+                    done += 1
+                    on_step(Step(done, total, record))
 
 
 def one_ahead(items: Iterator[T]) -> Iterator[T]:
@@ -70,33 +72,37 @@ def one_ahead(items: Iterator[T]) -> Iterator[T]:
 def _answers(
     engine: Engine, loaded: LoadedModel, task: Task, example: Example, methods: Sequence[Method]
 ) -> Iterable[Record]:
-    """One record per method, from the one prefill they share; each is made when it is asked for."""
-    blank = _blank(example)
+    """One record per method and turn, from the one prefill they share; each is made when it is asked for."""
+    started = time.perf_counter()
     try:
-        prefill, blank = _prefill(engine, example, methods[0].prefill, blank)
+        prefill = engine.prefill(torch.tensor([example.input_ids]), methods[0].prefill)
     except _FAILURES as failure:
-        return [_failed(replace(blank, method=method.label), failure) for method in methods]
-    return (_answer(engine, loaded, task, example, prefill, method, blank) for method in methods)
+        unasked = [_blank(turn, method) for method in methods for turn in example.turns if turn.references]
+        return [_failed(blank, failure) for blank in unasked]
+    seconds = _now(engine) - started
+    return chain.from_iterable(
+        _conversation(engine, loaded, task, example, prefill, seconds, method) for method in methods
+    )
 
 
 def _key(benchmark: str, question: Question, method: Method) -> Key:
     return Key(benchmark, *question, method.label)
 
 
-def _blank(example: Example) -> Record:
+def _blank(turn: Example, method: Method) -> Record:
     """What is known of a record before anything runs."""
     return Record(
-        benchmark=example.benchmark,
-        task=example.task,
-        length=example.length_tokens,
-        sample=example.sample,
-        method="",
+        benchmark=turn.benchmark,
+        task=turn.task,
+        length=turn.length_tokens,
+        sample=turn.sample,
+        method=method.label,
         score=None,
         status="error",
         error=None,
         prediction="",
-        references=list(example.references),
-        prompt_tokens=len(example.input_ids),
+        references=list(turn.references),
+        prompt_tokens=len(turn.input_ids),
         reused_tokens=0,
         new_tokens=0,
         tokens=[],
@@ -106,59 +112,64 @@ def _blank(example: Example) -> Record:
         decode_s=0.0,
         device_bytes=0,
         host_bytes=0,
-        prompt_sha256=hashlib.sha256(np.asarray(example.input_ids, dtype="<i8").tobytes()).hexdigest(),
-        meta={**example.meta, "max_new_tokens": example.max_new_tokens},
+        prompt_sha256=hashlib.sha256(np.asarray(turn.input_ids, dtype="<i8").tobytes()).hexdigest(),
+        meta={**turn.meta, "max_new_tokens": turn.max_new_tokens},
     )
 
 
-def _prefill(engine: Engine, example: Example, sparse: SparsePrefill | None, blank: Record) -> tuple[Prefill, Record]:
-    started = time.perf_counter()
-    prefill = engine.prefill(torch.tensor([example.input_ids]), sparse)
-    seconds = _now(engine) - started
-    return prefill, replace(blank, prefill_s=seconds, reused_tokens=prefill.reused_tokens)
-
-
-def _answer(
+def _conversation(
     engine: Engine,
     loaded: LoadedModel,
     task: Task,
     example: Example,
     prefill: Prefill,
+    prefill_s: float,
     method: Method,
-    blank: Record,
-) -> Record:
-    blank = replace(
-        blank,
-        method=method.label,
-        attended_tokens=method.attended_tokens(engine.dims, prefill.prompt_tokens),
-        bus_bytes=method.bus_bytes(engine.dims, prefill.prompt_tokens),
-    )
-    limit, stop_ids = example.max_new_tokens, loaded.stop_ids.union(example.stop_ids)
+) -> Iterator[Record]:
+    """Every turn of an example in one cache of `method`. Where a turn fails, those after it have failed as well."""
+    turns = iter(example.turns)
+    asked = [turn for turn in example.turns if turn.references]
+    blanks = {turn.sample: _blank(turn, method) for turn in asked}
     try:
         started = time.perf_counter()
         cache = engine.replay(prefill, method)
-        built = _now(engine)
-        held = cache.nbytes()
-        resumed = time.perf_counter()
-        tokens = engine.decode(cache, prefill.logits, limit, stop_ids, example.min_new_tokens)[0]
-        ended = _now(engine)
+        build_s = _now(engine) - started
+        logits, unfed = prefill.logits, list[int]()
+        for turn in turns:
+            began = time.perf_counter()
+            if turn is not example:
+                logits = engine.extend(cache, torch.tensor([[*unfed, *turn.input_ids]]))
+                build_s = _now(engine) - began
+            if not turn.references:
+                continue
+            held, tokens_held = cache.nbytes(), cache.get_seq_length()
+            stop_ids = loaded.stop_ids.union(turn.stop_ids)
+            resumed = time.perf_counter()
+            tokens = engine.decode(cache, logits, turn.max_new_tokens, stop_ids, turn.min_new_tokens)[0]
+            decode_s = _now(engine) - resumed
+            unfed = tokens[-1:] if len(tokens) == turn.max_new_tokens else []
+            prediction = str(loaded.tokenizer.decode(tokens, skip_special_tokens=True))
+            yield replace(
+                blanks.pop(turn.sample),
+                score=task.score(turn, prediction),
+                status="ok",
+                prediction=prediction,
+                prompt_tokens=tokens_held,
+                reused_tokens=prefill.reused_tokens,
+                new_tokens=len(tokens),
+                tokens=tokens,
+                stopped=len(tokens) < turn.max_new_tokens,
+                prefill_s=prefill_s,
+                build_s=build_s,
+                decode_s=decode_s,
+                device_bytes=held.device,
+                host_bytes=held.host,
+                attended_tokens=method.attended_tokens(engine.dims, tokens_held),
+                bus_bytes=method.bus_bytes(engine.dims, tokens_held),
+            )
         cache.close()
     except _FAILURES as failure:
-        return _failed(blank, failure)
-    prediction = str(loaded.tokenizer.decode(tokens, skip_special_tokens=True))
-    return replace(
-        blank,
-        score=task.score(example, prediction),
-        status="ok",
-        prediction=prediction,
-        new_tokens=len(tokens),
-        tokens=tokens,
-        stopped=len(tokens) < limit,
-        build_s=built - started,
-        decode_s=ended - resumed,
-        device_bytes=held.device,
-        host_bytes=held.host,
-    )
+        yield from (_failed(blank, failure) for blank in blanks.values())
 
 
 def _failed(blank: Record, failure: BaseException) -> Record:

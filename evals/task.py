@@ -30,10 +30,22 @@ class Example:
     meta: Mapping[str, Any] = field(default_factory=dict)
     stop_ids: tuple[int, ...] = ()  # tokens that end this answer besides the model's own
     min_new_tokens: int = 0  # no stop token is taken before this many
+    # Turns that go on in the same cache, their tokens being fed after the answers so far.
+    later: tuple[Example, ...] = ()
 
     @property
     def question(self) -> Question:
         return Question(self.task, self.length_tokens, self.sample)
+
+    @property
+    def turns(self) -> tuple[Example, ...]:
+        """This prompt and the turns after it. One without references is fed and not answered."""
+        return (self, *self.later)
+
+    @property
+    def questions(self) -> tuple[Question, ...]:
+        """What is asked, in order."""
+        return tuple(turn.question for turn in self.turns if turn.references)
 
 
 class Task(ABC):

@@ -6,6 +6,7 @@ haystack share its tokens from the first one on, and the engine computes what th
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from evals.chat import Chat
@@ -14,6 +15,7 @@ from evals.seeding import seeded
 from shadowkv.errors import SkvError
 
 _CONTEXT = "\x02CONTEXT\x03"  # stands for the text while its frame is made
+_LEAST_ROOM = 16  # tokens of haystack per needle
 _SENTENCE_ENDS = (".", "!", "?", ".\n", ".\n\n", '."', ".)")
 
 
@@ -80,6 +82,46 @@ def frame(tokenizer: Any, instruction: str, needle: Needle) -> tuple[list[int], 
     return special + _plain(tokenizer, before), _plain(tokenizer, after)
 
 
+def follow_up(tokenizer: Any, needle: Needle) -> list[int]:
+    """Tokens between an answer and the next one: the end of the turn, the question and the start of its answer."""
+    if not getattr(tokenizer, "chat_template", None):
+        return _plain(tokenizer, f"\n\n{needle.question}\n{needle.answer_prefix}")
+    turns = [("user", "."), ("assistant", _CONTEXT), ("user", needle.question)]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    _, found, after = text.partition(_CONTEXT)
+    if not found:
+        raise SkvError("this model's chat template drops or changes earlier answers; --turns cannot be used")
+    return _plain(tokenizer, after + needle.answer_prefix)
+
+
+def assemble_many(
+    tokenizer: Any,
+    haystacks: Haystacks,
+    instruction: str,
+    needles: Sequence[Needle],
+    depths: Sequence[float],
+    budget: int,
+    round_: int,
+) -> tuple[list[int], list[int]]:
+    """A text with several needles, and the question of the first one: ids of both parts, `budget` tokens in all."""
+    before, asked = frame(tokenizer, instruction, needles[0])
+    facts = [_plain(tokenizer, f" {needle.fact}") for needle in needles]
+    room = budget - len(before) - len(asked) - sum(map(len, facts))
+    if room < _LEAST_ROOM * len(needles):
+        raise SkvError(
+            f"a length of {budget} tokens leaves no room for a haystack: template, {len(needles)} needles and "
+            f"question take {budget - room}; use a longer one"
+        )
+    hay = haystacks.ids(round_, room)
+    places = sorted((haystacks.cut(hay, depth), number) for number, depth in enumerate(depths))
+    context, done = list(before), 0
+    for place, number in places:
+        context += [*hay[done:place], *facts[number]]
+        done = place
+    return [*context, *hay[done:]], asked
+
+
 def assemble(
     tokenizer: Any, haystacks: Haystacks, instruction: str, needle: Needle, budget: int, depth: float, round_: int
 ) -> tuple[tuple[int, ...], int]:
@@ -87,7 +129,7 @@ def assemble(
     before, after = frame(tokenizer, instruction, needle)
     fact = _plain(tokenizer, f" {needle.fact}")
     room = budget - len(before) - len(fact) - len(after)
-    if room < 16:
+    if room < _LEAST_ROOM:
         raise SkvError(
             f"a length of {budget} tokens leaves no room for a haystack: template, needle and question take "
             f"{budget - room}; use a longer one"

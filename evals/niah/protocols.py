@@ -40,6 +40,10 @@ class Protocol(ABC):
     def needle(self, seed: int, length_tokens: int, depth: float, round_: int) -> Needle:
         """The needle of one cell; depends on these four and nothing else."""
 
+    def needles(self, seed: int, length_tokens: int, depth: float, round_: int, count: int) -> list[Needle]:
+        """Several needles that cannot be taken for each other. Raises `SkvError` if there are not that many."""
+        raise SkvError(f"the protocol {self.name} has one needle only; --turns takes magic-number")
+
     @abstractmethod
     def score(self, prediction: str, reference: str) -> float: ...
 
@@ -53,7 +57,16 @@ class MagicNumber(Protocol):
 
     def needle(self, seed: int, length_tokens: int, depth: float, round_: int) -> Needle:
         rng = seeded("magic-number", seed, length_tokens, depth, round_)
-        place, number = rng.choice(_PLACES), str(rng.randint(10**6, 10**7 - 1))
+        return self._about(rng.choice(_PLACES), str(rng.randint(10**6, 10**7 - 1)))
+
+    def needles(self, seed: int, length_tokens: int, depth: float, round_: int, count: int) -> list[Needle]:
+        if count > len(_PLACES):
+            raise SkvError(f"--turns must be at most {len(_PLACES)}, got {count}")
+        rng = seeded("magic-number turns", seed, length_tokens, depth, round_)
+        places, numbers = rng.sample(_PLACES, count), rng.sample(range(10**6, 10**7), count)
+        return [self._about(place, str(number)) for place, number in zip(places, numbers, strict=True)]
+
+    def _about(self, place: str, number: str) -> Needle:
         return Needle(
             fact=f"The magic number of {place} is {number}.",
             question=f"What is the magic number of {place} that the text mentions? Answer with the number only.",

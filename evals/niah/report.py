@@ -7,15 +7,26 @@ from pathlib import Path
 
 import numpy as np
 
-from evals.plots import new_figure, save, wrapped
+from evals.plots import new_figure, save, wrapped, write_score_by_group
 from evals.results import Record
-from evals.summary import methods_of, scores_of
-from evals.tables import Table, tokens
+from evals.statistics import mean_of_means
+from evals.summary import grouped, methods_of, scores_of
+from evals.tables import Table, number, tokens
 
 
 def niah_tables(records: Sequence[Record]) -> list[Table]:
-    """None: the summary by method and length says it all."""
-    return []
+    """Score by turn, if there are several; the summary by method and length says the rest."""
+    turns = sorted({r.meta["turn"] for r in records if "turn" in r.meta})
+    if not turns:
+        return []
+    cells = grouped(records, lambda r: (r.method, r.length, r.meta["turn"]))
+    lines = []
+    for label in methods_of(records):
+        for length in sorted({r.length for r in records}):
+            by_turn = [scores_of(cells.get((label, length, turn), [])) for turn in turns]
+            lines.append([label, tokens(length), *(number(mean_of_means([scores]), ".2f") for scores in by_turn)])
+    caption = "Turn 1 is asked first; all turns go on in the same cache, which also holds the answers so far."
+    return [Table("Score by turn", ["method", "length", *map(str, turns)], lines, caption, names=2)]
 
 
 def write_niah_plots(folder: Path, records: Sequence[Record], title: str) -> list[Path]:
@@ -43,7 +54,12 @@ def write_niah_plots(folder: Path, records: Sequence[Record], title: str) -> lis
     axes[0].set_ylabel("needle depth, %", fontsize=8)
     bar = figure.colorbar(images[0], ax=list(axes), label="score")
     bar.ax.tick_params(labelsize=7)
-    return [save(figure, folder / "heatmap.png")]
+    made = [save(figure, folder / "heatmap.png")]
+    turns = sorted({r.meta["turn"] for r in records if "turn" in r.meta})
+    if turns:
+        groups = [(str(turn), [r for r in records if r.meta["turn"] == turn]) for turn in turns]
+        made.append(write_score_by_group(folder / "score_by_turn.png", groups, title, "turn"))
+    return made
 
 
 def _grid(records: Sequence[Record], depths: list[float], lengths: list[int]) -> np.ndarray:

@@ -47,7 +47,7 @@ class Niah(Task):
         haystacks = Haystacks(tokenizer, self._haystack.text, self.seed)
         self._made(tokenizer, haystacks, min(self.lengths), self.depths[0], 0)  # is the shortest one long enough?
         cells = [
-            Question(self.protocol, length, _sample(depth, round_))
+            Question(self.protocol, length, cell_name(depth, round_))
             for round_ in range(self.rounds)
             for length in self.lengths
             for depth in self.depths
@@ -62,7 +62,7 @@ class Niah(Task):
             for round_ in range(self.rounds)
             for length in self.lengths
             for depth in self.depths
-            if Question(self.protocol, length, _sample(depth, round_)) in asked
+            if Question(self.protocol, length, cell_name(depth, round_)) in asked
         ]
         # In the order of their tokens, prompts walk through the tree of their common prefixes depth first. The engine
         # keeps one prompt, so every shared prefix is computed once: all depths of a haystack, and its shorter lengths.
@@ -77,7 +77,7 @@ class Niah(Task):
             benchmark=self.benchmark,
             task=self.protocol,
             length_tokens=length,
-            sample=_sample(depth, round_),
+            sample=cell_name(depth, round_),
             input_ids=ids,
             references=(needle.reference,),
             max_new_tokens=self.max_new_tokens,
@@ -107,7 +107,8 @@ class Niah(Task):
         return [f"haystack {self._haystack.name}: not comparable with published scores"]
 
 
-def _sample(depth: float, round_: int) -> str:
+def cell_name(depth: float, round_: int) -> str:
+    """The name of a prompt within its length."""
     return f"depth={depth:g},round={round_}"
 
 
