@@ -12,7 +12,8 @@ from matplotlib.figure import Figure
 
 from evals.results import Record
 from evals.statistics import interval_95, mean_of_means
-from evals.summary import grouped, methods_of, scores_of
+from evals.summary import Row, grouped, methods_of, scores_of
+from evals.tables import tokens
 
 _DPI = 200
 # Okabe and Ito's colours, which colour-blind readers can tell apart, and a marker for each: print has no colours.
@@ -61,6 +62,42 @@ def write_score_by_group(
     axis.set_xlabel(axis_label, fontsize=8)
     _finish(axis)
     return save(figure, path)
+
+
+def write_score_by_bytes(path: Path, rows: Sequence[Row], title: str) -> Path:
+    """Score against device KV bytes per prompt token at the longest length, one point per setting of a method.
+
+    Settings of one method share a colour and are joined; whiskers are 95 % bootstrap intervals over samples.
+    """
+    longest = max(row.length for row in rows)
+    points: dict[str, list[Row]] = {}
+    for row in rows:
+        if row.length == longest and row.score is not None and row.device_bytes:
+            points.setdefault(_family(row.method), []).append(row)
+    figure = new_figure(7.2, 4.6, title)
+    axis = figure.subplots()
+    for place, (name, found) in enumerate(points.items()):
+        found.sort(key=lambda row: (row.device_bytes or 0.0, row.score or 0.0))
+        x = [(row.device_bytes or 0.0) / longest / 1024 for row in found]
+        scores = 100 * np.array([[row.score, row.score_low, row.score_high] for row in found], dtype=float)
+        y, low, high = scores.T
+        spread = np.nan_to_num(np.stack((y - low, high - y)), nan=0.0).clip(min=0)
+        colour = _COLOURS[place % len(_COLOURS)]
+        marker = _MARKERS[(place + place // len(_COLOURS)) % len(_MARKERS)]
+        axis.errorbar(x, y, spread, label=name, color=colour, marker=marker, ms=5, lw=0.8, elinewidth=0.5, capsize=2)
+    axis.set_xscale("log", base=2)
+    axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axis.set_xlabel(f"KV bytes on the device per prompt token, KiB (prompts of {tokens(longest)} tokens)", fontsize=8)
+    _finish(axis)
+    axis.set_ylim(-4, 104)  # a marker at 0 or 100 is seen whole
+    axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5))
+    return save(figure, path)
+
+
+def _family(label: str) -> str:
+    """A method's name, with its prefill where that is not the dense one."""
+    method, _, prefill = label.partition("+")
+    return method.partition(":")[0] + (f"+{prefill.partition(':')[0]}" if prefill else "")
 
 
 def write_task_bars(path: Path, records: Sequence[Record], title: str, tasks: Sequence[str]) -> Path:

@@ -10,6 +10,7 @@ from types import MappingProxyType
 from evals.longbench.report import longbench_tables, v2_tables, write_longbench_plots, write_v2_plots
 from evals.manifest import Manifest
 from evals.niah.report import niah_tables, write_niah_plots
+from evals.plots import write_score_by_bytes
 from evals.results import Record, read_run
 from evals.ruler.report import ruler_tables, write_ruler_plots
 from evals.summary import Row, summarise, task_scores
@@ -56,6 +57,8 @@ def write_reports(folder: Path) -> Report:
     (folder / "summary.md").write_text(markdown(manifest, rows, tables), encoding="utf-8")
     (folder / "plots").mkdir(exist_ok=True)
     plots = shown.plots(folder / "plots", records, title(manifest)) if records else []
+    if len({row.method for row in rows if row.device_bytes}) > 1:
+        plots.append(write_score_by_bytes(folder / "plots" / "score_by_bytes.png", rows, title(manifest)))
     return Report(rows, tables, [folder / name for name in ("summary.csv", "tasks.csv", "summary.md")] + plots)
 
 

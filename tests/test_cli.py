@@ -140,7 +140,7 @@ def test_ruler_runs_shows_its_tables_and_reads_back_what_it_wrote(capsys, tiny_f
     records = read_run(tmp_path / "run")[1]
     assert len(records) == 3 * 2 * 2 * 2
     assert {p.name for p in (tmp_path / "run" / "plots").iterdir()} == {
-        "score_by_length.png", "tasks_2048.png", "tasks_3072.png",
+        "score_by_bytes.png", "score_by_length.png", "tasks_2048.png", "tasks_3072.png",
     }  # fmt: skip
     grown = [word if word != "2" else "3" for word in tasks]
     assert main([*argv, *grown, "--out", str(tmp_path / "run"), "-q"]) == 0

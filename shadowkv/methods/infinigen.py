@@ -83,6 +83,10 @@ class InfiniGen(Method):
         lists = dims.q_heads if self.reduce == "per_q_head" else dims.kv_heads
         return 2 * guessed * lists * min(tokens, self.budget) * dims.head_dim * dims.element_bytes
 
+    def with_budget(self, tokens: int) -> Method:
+        # How many tokens are near enough to the best one depends on the text: at a given number, the cap decides alone.
+        return replace(self, budget=tokens, alpha=math.inf)
+
     def lossless(self, dims: Dims, tokens: int) -> Method:
         return replace(self, budget=tokens + 1, alpha=math.inf, dense_layers=1)
 
