@@ -108,4 +108,5 @@ def markdown(manifest: Manifest, rows: Sequence[Row], tables: Sequence[Table]) -
     lines += [table.markdown() for table in (cost_table(rows), *tables)]
     versions = ", ".join(f"{name} {version}" for name, version in session.versions.items())
     machine = f"{session.machine.get('gpu') or session.machine['cpu']}, {session.machine['torch_threads']} threads"
-    return "\n".join([*lines, f"`{session.command}`", "", f"{machine} · {versions}"]) + "\n"
+    commands = [f"`{command}`\n" for command in dict.fromkeys(session.command for session in manifest.sessions)]
+    return "\n".join([*lines, *commands, f"{machine} · {versions}"]) + "\n"
