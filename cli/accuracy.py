@@ -43,6 +43,7 @@ class Settings:
     as_json: bool
     quiet: bool
     dry_run: bool
+    diagnostics: bool
 
 
 class _Prepared:
@@ -135,7 +136,8 @@ def _run(ready: _Prepared, questions: Sequence[Question]) -> list[Record]:
         if folder.repaired_lines and not settings.quiet:
             print(f"skv: repaired an unfinished last line of {path / 'samples.jsonl'}", file=sys.stderr)
         with progress(shown=not (settings.quiet or settings.as_json)) as on_step:
-            run_accuracy(engine, loaded, ready.task, questions, ready.methods, folder, on_step)
+            run_accuracy(engine, loaded, ready.task, questions, ready.methods, folder, on_step,
+                         diagnostics=settings.diagnostics)  # fmt: skip
         report = write_reports(path)
         unscored = _unscored(list(folder.records.values()), questions, ready.methods)
     if settings.as_json:

@@ -52,6 +52,7 @@ def longbench(
     as_json: options.AsJson = False,
     quiet: options.Quiet = False,
     dry_run: options.DryRun = False,
+    diagnostics: options.Diagnostics = False,
 ) -> int:
     """LongBench, LongBench-E and LongBench v2: real documents, scored as their authors do.
 
@@ -94,5 +95,6 @@ def longbench(
         as_json=as_json,
         quiet=quiet,
         dry_run=dry_run,
+        diagnostics=diagnostics,
     )
     return accuracy.run(task, settings)

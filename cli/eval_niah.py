@@ -48,6 +48,7 @@ def niah(
     as_json: options.AsJson = False,
     quiet: options.Quiet = False,
     dry_run: options.DryRun = False,
+    diagnostics: options.Diagnostics = False,
 ) -> int:
     """Needle in a haystack: does a method still find one fact at any depth of a long text?
 
@@ -89,5 +90,6 @@ def niah(
         as_json=as_json,
         quiet=quiet,
         dry_run=dry_run,
+        diagnostics=diagnostics,
     )
     return accuracy.run(task, settings)

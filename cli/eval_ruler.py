@@ -56,6 +56,7 @@ def ruler(
     as_json: options.AsJson = False,
     quiet: options.Quiet = False,
     dry_run: options.DryRun = False,
+    diagnostics: options.Diagnostics = False,
 ) -> int:
     """RULER: thirteen synthetic tasks, from needles to variable tracking, counting and question answering.
 
@@ -89,6 +90,7 @@ def ruler(
         as_json=as_json,
         quiet=quiet,
         dry_run=dry_run,
+        diagnostics=diagnostics,
     )
     return accuracy.run(task, settings)
 

@@ -29,3 +29,6 @@ PrefixReuse = Annotated[bool, typer.Option(help="Compute what prompts share once
 AsJson = Annotated[bool, typer.Option("--json", help="Print the summary as JSON on stdout and nothing else.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Make and measure the prompts, and run nothing.")]
+Diagnostics = Annotated[
+    bool, typer.Option("--diagnostics", help="Compare every layer with full attention: error, and mass recalled.")
+]

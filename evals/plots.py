@@ -17,7 +17,7 @@ from evals.tables import tokens
 
 _DPI = 200
 # Okabe and Ito's colours, which colour-blind readers can tell apart, and a marker for each: print has no colours.
-_COLOURS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7", "#999933")
+COLOURS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7", "#999933")
 _MARKERS = "osD^vP*X"
 
 
@@ -56,7 +56,7 @@ def write_score_by_group(
             continue
         x, y, low, high = known.T
         spread = np.nan_to_num(np.stack((y - low, high - y)), nan=0.0).clip(min=0)
-        colour, marker = _COLOURS[place % len(_COLOURS)], _MARKERS[place % len(_MARKERS)]
+        colour, marker = COLOURS[place % len(COLOURS)], _MARKERS[place % len(_MARKERS)]
         axis.errorbar(x, y, spread, label=label, capsize=2, lw=1.2, ms=4, color=colour, marker=marker)
     axis.set_xticks(range(len(groups)), [name for name, _ in groups])
     axis.set_xlabel(axis_label, fontsize=8)
@@ -82,8 +82,8 @@ def write_score_by_bytes(path: Path, rows: Sequence[Row], title: str) -> Path:
         scores = 100 * np.array([[row.score, row.score_low, row.score_high] for row in found], dtype=float)
         y, low, high = scores.T
         spread = np.nan_to_num(np.stack((y - low, high - y)), nan=0.0).clip(min=0)
-        colour = _COLOURS[place % len(_COLOURS)]
-        marker = _MARKERS[(place + place // len(_COLOURS)) % len(_MARKERS)]
+        colour = COLOURS[place % len(COLOURS)]
+        marker = _MARKERS[(place + place // len(COLOURS)) % len(_MARKERS)]
         axis.errorbar(x, y, spread, label=name, color=colour, marker=marker, ms=5, lw=0.8, elinewidth=0.5, capsize=2)
     axis.set_xscale("log", base=2)
     axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
@@ -111,7 +111,7 @@ def write_task_bars(path: Path, records: Sequence[Record], title: str, tasks: Se
         y, low, high = np.array(cells, dtype=float).T
         x = np.arange(len(tasks)) + (place - (len(labels) - 1) / 2) * width
         spread = np.nan_to_num(np.stack((y - low, high - y)), nan=0.0).clip(min=0)
-        colour = _COLOURS[place % len(_COLOURS)]
+        colour = COLOURS[place % len(COLOURS)]
         axis.bar(x, y, width, yerr=spread, label=label, color=colour, ecolor="0.5", error_kw={"lw": 0.9}, alpha=0.85)
         for at in x[np.isnan(y)]:
             axis.text(at, 1, "–", ha="center", fontsize=7, color=colour)  # without a score is not a score of 0

@@ -11,6 +11,7 @@ from evals.longbench.report import longbench_tables, v2_tables, write_longbench_
 from evals.manifest import Manifest
 from evals.niah.report import niah_tables, write_niah_plots
 from evals.plots import write_score_by_bytes
+from evals.quality import quality_tables, write_quality_by_layer
 from evals.results import Record, read_run
 from evals.ruler.report import ruler_tables, write_ruler_plots
 from evals.summary import Row, summarise, task_scores
@@ -50,13 +51,15 @@ def write_reports(folder: Path) -> Report:
 
     manifest, records = read_run(folder)
     shown = PRESENTATIONS[manifest.benchmark]
-    rows, tables = summarise(records), shown.tables(records)
+    rows, tables = summarise(records), [*shown.tables(records), *quality_tables(records)]
     notes = {"notes": "; ".join(manifest.notes)}
     pd.DataFrame([asdict(row) | notes for row in rows]).to_csv(folder / "summary.csv", index=False)
     pd.DataFrame([asdict(cell) | notes for cell in task_scores(records)]).to_csv(folder / "tasks.csv", index=False)
     (folder / "summary.md").write_text(markdown(manifest, rows, tables), encoding="utf-8")
     (folder / "plots").mkdir(exist_ok=True)
     plots = shown.plots(folder / "plots", records, title(manifest)) if records else []
+    if tables and any("diagnostics" in record.meta for record in records):
+        plots.append(write_quality_by_layer(folder / "plots" / "quality_by_layer.png", records, title(manifest)))
     if len({row.method for row in rows if row.device_bytes}) > 1:
         plots.append(write_score_by_bytes(folder / "plots" / "score_by_bytes.png", rows, title(manifest)))
     return Report(rows, tables, [folder / name for name in ("summary.csv", "tasks.csv", "summary.md")] + plots)

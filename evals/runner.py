@@ -6,13 +6,14 @@ import hashlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import chain
 from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
 
+from evals.diagnostics import diagnose
 from evals.results import Key, Record, RunFolder
 from evals.task import Example, Question, Task
 from shadowkv.engine import Engine, Prefill
@@ -41,8 +42,13 @@ def run_accuracy(
     methods: Sequence[Method],
     folder: RunFolder,
     on_step: Callable[[Step], None] = lambda _: None,
+    *,
+    diagnostics: bool = False,
 ) -> None:
-    """Answer every (question, method) pair that the folder does not hold yet."""
+    """Answer every (question, method) pair that the folder does not hold yet.
+
+    With `diagnostics`, prompts of one turn also get each layer of each method compared with full attention.
+    """
     missing = {q: [m for m in methods if not folder.has(_key(task.benchmark, q, m))] for q in questions}
     todo = [question for question in questions if missing[question]]
     total = len(questions) * len(methods)
@@ -53,7 +59,7 @@ def run_accuracy(
         open_methods = [method for method in methods if method in asked]
         for prefill in dict.fromkeys(method.prefill for method in open_methods):
             alike = [method for method in open_methods if method.prefill == prefill]
-            for record in _answers(engine, loaded, task, example, alike):
+            for record in _answers(engine, loaded, task, example, alike, diagnostics):
                 if not folder.has(record.key):  # of several turns, some may have been answered before
                     folder.append(record)
                     done += 1
@@ -70,7 +76,7 @@ def one_ahead(items: Iterator[T]) -> Iterator[T]:
 
 
 def _answers(
-    engine: Engine, loaded: LoadedModel, task: Task, example: Example, methods: Sequence[Method]
+    engine: Engine, loaded: LoadedModel, task: Task, example: Example, methods: Sequence[Method], diagnostics: bool
 ) -> Iterable[Record]:
     """One record per method and turn, from the one prefill they share; each is made when it is asked for."""
     started = time.perf_counter()
@@ -81,7 +87,7 @@ def _answers(
         return [_failed(blank, failure) for blank in unasked]
     seconds = _now(engine) - started
     return chain.from_iterable(
-        _conversation(engine, loaded, task, example, prefill, seconds, method) for method in methods
+        _conversation(engine, loaded, task, example, prefill, seconds, method, diagnostics) for method in methods
     )
 
 
@@ -125,6 +131,7 @@ def _conversation(
     prefill: Prefill,
     prefill_s: float,
     method: Method,
+    diagnostics: bool,
 ) -> Iterator[Record]:
     """Every turn of an example in one cache of `method`. Where a turn fails, those after it have failed as well."""
     turns = iter(example.turns)
@@ -149,8 +156,12 @@ def _conversation(
             decode_s = _now(engine) - resumed
             unfed = tokens[-1:] if len(tokens) == turn.max_new_tokens else []
             prediction = str(loaded.tokenizer.decode(tokens, skip_special_tokens=True))
+            compared = diagnostics and not example.later
+            found = asdict(diagnose(engine, prefill, method, turn.max_new_tokens, stop_ids)) if compared else None
+            blank = blanks.pop(turn.sample)
             yield replace(
-                blanks.pop(turn.sample),
+                blank,
+                meta={**blank.meta, "diagnostics": found} if found else blank.meta,
                 score=task.score(turn, prediction),
                 status="ok",
                 prediction=prediction,

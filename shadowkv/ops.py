@@ -26,20 +26,21 @@ _SCORES_AT_ONCE = {"cpu": 2**18, "cuda": 2**26}
 def attend(q: Tensor, segments: Sequence[tuple[Tensor, Tensor]], scaling: float) -> Tensor:
     """Exact softmax attention over the union of segments, the last T tokens of the last one being the queries'.
 
-    q [B,Hq,T,D]; each segment k, v [B,H,n_i,D] with H dividing Hq; order does not matter, since keys carry
-    their position. Query t sees all tokens but the last T-1-t. Returns [B,Hq,T,D].
+    q [B,Hq,T,D]; each segment k [B,H,n_i,D], v [B,H,n_i,E] with H dividing Hq; order does not matter, since keys
+    carry their position. Query t sees all tokens but the last T-1-t. Returns [B,Hq,T,E].
     """
-    batch, _q_heads, tokens, head_dim = q.shape
+    batch, q_heads, tokens, head_dim = q.shape
     heads = segments[0][0].shape[1]
     # Queries of one group read the same keys, so they are rows of one product and keys are never repeated.
     grouped = q.reshape(batch, heads, -1, head_dim)
     segments = [segment for segment in segments if segment[0].shape[2]]
     if len(segments) == 1 and tokens == 1:
         k, v = segments[0]
-        return F.scaled_dot_product_attention(grouped, k, v, scale=scaling).view_as(q)
+        return F.scaled_dot_product_attention(grouped, k, v, scale=scaling).view(batch, q_heads, tokens, -1)
     weights = segment_weights(q, [k for k, _ in segments], scaling)
     parts = [w @ v for w, (_, v) in zip(weights, segments, strict=True)]
-    return torch.stack(parts).sum(dim=0).view_as(q) if len(parts) > 1 else parts[0].view_as(q)
+    out = torch.stack(parts).sum(dim=0) if len(parts) > 1 else parts[0]
+    return out.view(batch, q_heads, tokens, -1)
 
 
 def segment_weights(q: Tensor, keys: Sequence[Tensor], scaling: float) -> tuple[Tensor, ...]:
