@@ -114,7 +114,7 @@ class _Beside(DecodeCache):
         kv = self._prompt[layer]
         method = getattr(self._method, "method", self._method)  # the one behind a sparse prefill
         tokens = kv.k.shape[2]
-        if method.with_budget(tokens) is None or not isinstance(method, LayerwiseMethod) or tokens > _LONGEST_TOKENS:
+        if not isinstance(method, LayerwiseMethod) or "budget" not in method.params() or tokens > _LONGEST_TOKENS:
             return None
         spelled = torch.eye(tokens + 1, dtype=kv.v.dtype, device=kv.v.device)
         shape = (*kv.k.shape[:2], -1, -1)

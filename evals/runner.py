@@ -175,7 +175,9 @@ def _conversation(
                 decode_s=decode_s,
                 device_bytes=held.device,
                 host_bytes=held.host,
-                attended_tokens=method.attended_tokens(engine.dims, tokens_held),
+                attended_tokens=method.attended_tokens(
+                    engine.dims, prefill.prompt_tokens, tokens_held - prefill.prompt_tokens
+                ),
                 bus_bytes=method.bus_bytes(engine.dims, tokens_held),
             )
         cache.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, cast
 
@@ -62,6 +63,7 @@ class MethodCache(Cache):
     def __init__(self, model: PreTrainedModel, recording: Recording, method: Method, rope: Rope) -> None:
         super().__init__(layers=[])
         self._caches: list[DecodeCache] = []
+        self.usable: Callable[[], bool] = lambda: True  # false once the prompt it shows views of was written over
         self._foresight = Foresight(model, self) if method.speculates else None
         self.begin(recording, method, rope, None)
 

@@ -90,7 +90,7 @@ class Engine:
                 chunk = input_ids[:, begin:end]
                 logits = self.model(chunk, past_key_values=recording, use_cache=True, logits_to_keep=1).logits
         assert logits is not None
-        kept.recording, kept.ids = recording, input_ids
+        kept.recording, kept.ids = recording, input_ids.clone()  # the caller may write over its own
         kept.prefill = Prefill(recording, logits[:, -1].float(), input_ids.shape[1], start, sparse)
         return kept.prefill
 
@@ -106,11 +106,15 @@ class Engine:
             self._record_queries or not method.needs_prompt_queries,
             f"{method.label} needs all queries of the prompt: make the engine with record_queries=True",
         )
-        return MethodCache(self.model, prefill.recording, method, self.rope)
+        cache = MethodCache(self.model, prefill.recording, method, self.rope)
+        cache.usable = lambda: prefill.valid
+        return cache
 
     @torch.inference_mode()
     def extend(self, cache: MethodCache, input_ids: Tensor) -> Tensor:
         """Feed T new tokens, [B,T], and return the logits after the last one, [B,vocab] fp32."""
+        if not cache.usable():
+            raise ValueError("this cache shows views of a prompt that a later prefill has replaced")
         output = self.model(input_ids.to(self.model.device), past_key_values=cache, use_cache=True, logits_to_keep=1)
         logits: Tensor = output.logits
         return logits[:, -1].float()

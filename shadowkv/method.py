@@ -213,12 +213,12 @@ class Method(Setting, ABC):
         """The planner's memory for a prompt of this length in a batch of one, small constant terms left out."""
         return Bytes(*(tokens * held for held in self.bytes_per_token(dims)))
 
-    def attended_tokens(self, dims: Dims, tokens: int) -> float:
-        """Tokens that a decode step attends to after a prompt of `tokens`, mean over layers and KV heads.
+    def attended_tokens(self, dims: Dims, tokens: int, later: int = 0) -> float:
+        """Tokens that a decode step attends to after a prompt of `tokens` and `later` more, mean over layers and heads.
 
         The largest number, where it depends on the text.
         """
-        return tokens
+        return tokens + later
 
     def bus_bytes(self, dims: Dims, tokens: int) -> int:
         """Bytes that one decoded token moves between host and device, over all layers, in a batch of one."""

@@ -48,7 +48,7 @@ def segment_weights(q: Tensor, keys: Sequence[Tensor], scaling: float) -> tuple[
     batch, _q_heads, tokens, head_dim = q.shape
     heads = keys[0].shape[1]
     grouped = q.reshape(batch, heads, -1, head_dim)
-    scores = torch.cat([grouped @ k.mT for k in keys], dim=-1).float() * scaling
+    scores = torch.cat([grouped.float() @ k.float().mT for k in keys], dim=-1) * scaling
     if tokens > 1:
         by_query = scores.view(batch, heads, -1, tokens, scores.shape[-1])
         future = torch.ones(tokens, tokens, dtype=torch.bool, device=q.device).triu(1)
@@ -148,7 +148,7 @@ def chunk_scores(q: Tensor, landmarks: Tensor, scaling: float) -> Tensor:
     """
     batch, _, _, head_dim = q.shape
     grouped = q.reshape(batch, landmarks.shape[1], -1, head_dim)
-    return ((grouped @ landmarks.mT).float() * scaling).softmax(dim=-1).amax(dim=2)
+    return (grouped.float() @ landmarks.float().mT * scaling).softmax(dim=-1).amax(dim=2)
 
 
 def page_bounds(q: Tensor, low: Tensor, high: Tensor) -> Tensor:

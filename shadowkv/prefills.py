@@ -59,8 +59,8 @@ class WithPrefill(Method):
     def prompt_bytes(self, dims: Dims, tokens: int) -> Bytes:
         return self.method.prompt_bytes(dims, tokens)
 
-    def attended_tokens(self, dims: Dims, tokens: int) -> float:
-        return self.method.attended_tokens(dims, tokens)
+    def attended_tokens(self, dims: Dims, tokens: int, later: int = 0) -> float:
+        return self.method.attended_tokens(dims, tokens, later)
 
     def bus_bytes(self, dims: Dims, tokens: int) -> int:
         return self.method.bus_bytes(dims, tokens)

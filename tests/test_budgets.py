@@ -97,3 +97,27 @@ def test_what_is_fetched_is_what_was_said(monkeypatch):
     stream.weights(method, Rope(model))
     one_layer = Dims(1, HEADS * 3, HEADS, DIM, 4, served=(2,))
     assert sum(fetched) * 4 == method.bus_bytes(one_layer, PROMPT)
+
+
+@pytest.mark.parametrize("budget", [128, 256, 504, 512, 1024])
+@pytest.mark.parametrize("tokens", [4088, 4095])
+def test_shadowkv_never_exceeds_a_given_budget(budget, tokens):
+    assert budget - 16 <= parse_method("shadowkv").with_budget(budget).attended_tokens(DIMS, tokens) <= budget
+
+
+@pytest.mark.parametrize(
+    ("spec", "attended"),
+    [
+        ("full", 700), ("snapkv:budget=64", 164), ("pyramidkv:budget=64", 164), ("h2o:budget=64", 64),
+        ("streaming:budget=64", 64), ("shadowkv:budget=64,outliers=2,local=1,window=20,rank=8", 64 + 24 + 27),
+    ],
+)  # fmt: skip
+def test_later_tokens_count_where_they_are_kept(spec, attended):
+    """After a prompt of 600 tokens and a turn of 100."""
+    assert parse_method(spec).attended_tokens(DIMS, 600, 100) == pytest.approx(attended, abs=1)
+
+
+def test_bus_bytes_where_everything_is_read():
+    assert parse_method("quest:offload=true,dense_layers=0").bus_bytes(DIMS, 1000) == 4 * 2 * 1000 * 64 * 4
+    short = parse_method("shadowkv:budget=1024,outliers=2,rank=8")
+    assert short.bus_bytes(DIMS, 80) == 4 * 2 * (10 - 4 - 2) * 8 * 64 * 4

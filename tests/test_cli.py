@@ -186,7 +186,7 @@ def test_one_budget_is_given_to_every_method_that_chooses(capsys, tiny_folder):
     argv = ["eval", "niah", "--model", str(tiny_folder), "--haystack", "synthetic", "--lengths", "512", "--depths", "1"]
     chosen = ["-m", "full", "-m", "quest", "-m", "shadowkv:rank=8", "-m", "kivi:group=16"]
     assert methods_of_plan(capsys, *argv, *chosen, "--budget", "128,256") == [
-        "full", "quest:budget=128", "quest:budget=256", "shadowkv:budget=80,rank=8", "shadowkv:budget=192,rank=8",
+        "full", "quest:budget=128", "quest:budget=256", "shadowkv:budget=72,rank=8", "shadowkv:budget=184,rank=8",
         "kivi:group=16",
     ]  # fmt: skip
     assert "has a budget of its own" in mistake(capsys, *argv, "-m", "quest:budget=64", "--budget", "128")

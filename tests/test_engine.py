@@ -192,3 +192,21 @@ def test_a_window_wider_than_the_context_counts_as_full(tiny):
     config.sliding_window = 2 * config.max_position_embeddings
     assert sliding_windows(config) == [None] * 3
     assert sliding_windows(tiny("gemma3").config) == [48, None, 48]
+
+
+def test_a_cache_of_a_replaced_prompt_is_refused(tiny):
+    """Caches may show views of the prefill, which the next prefill writes over."""
+    engine = Engine(tiny("llama"))
+    cache = engine.replay(engine.prefill(random_prompt(50)), Full())
+    engine.prefill(random_prompt(50, seed=1))
+    with pytest.raises(ValueError, match="replaced"):
+        engine.extend(cache, torch.tensor([[5]]))
+
+
+def test_a_prompt_may_be_written_over_by_its_owner(tiny):
+    engine, ids = Engine(tiny("llama"), prefill_chunk_tokens=64), random_prompt(400)
+    engine.prefill(ids)
+    ids[:, :200] = 7
+    again = engine.prefill(ids)
+    assert again.reused_tokens == 0
+    assert torch.equal(again.logits, Engine(engine.model, prefill_chunk_tokens=64).prefill(ids).logits)

@@ -71,10 +71,11 @@ class Duo(Method):
         """How many of `heads` KV heads, over all layers, keep everything."""
         return round(self.retrieval * heads)
 
-    def attended_tokens(self, dims: Dims, tokens: int) -> float:
+    def attended_tokens(self, dims: Dims, tokens: int, later: int = 0) -> float:
         heads = dims.layers * dims.kv_heads
         share = self.retrieval_heads(heads) / heads
-        return share * tokens + (1 - share) * min(tokens, self.sinks + self.recent)
+        held = tokens + later
+        return share * held + (1 - share) * min(held, self.sinks + self.recent)
 
     def lossless(self, dims: Dims, tokens: int) -> Method:
         # Half of the heads stream, with room for every token.

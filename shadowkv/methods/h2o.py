@@ -83,8 +83,8 @@ class H2O(LayerwiseMethod):
         bookkeeping = dims.layers * dims.kv_heads * (4 + 4)  # a score and a position
         return Bytes(min(tokens, self.budget) * (dims.full_bytes_per_token + bookkeeping), 0)
 
-    def attended_tokens(self, dims: Dims, tokens: int) -> float:
-        return min(tokens, self.budget)
+    def attended_tokens(self, dims: Dims, tokens: int, later: int = 0) -> float:
+        return min(tokens + later, self.budget)
 
     def lossless(self, dims: Dims, tokens: int) -> Method:
         return replace(self, budget=tokens, recent=None)

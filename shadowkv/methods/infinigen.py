@@ -74,9 +74,10 @@ class InfiniGen(Method):
         partial_bytes = dims.kv_heads * self.columns(dims.head_dim) * dims.element_bytes
         return Bytes((dims.layers - guessed) * dense_bytes + guessed * partial_bytes, guessed * dense_bytes)
 
-    def attended_tokens(self, dims: Dims, tokens: int) -> float:
+    def attended_tokens(self, dims: Dims, tokens: int, later: int = 0) -> float:
         guessed = sum(layer >= self.dense_layers for layer in dims.layer_ids)
-        return (guessed * min(tokens, self.budget) + (dims.layers - guessed) * tokens) / dims.layers
+        held = tokens + later
+        return (guessed * min(held, self.budget) + (dims.layers - guessed) * held) / dims.layers
 
     def bus_bytes(self, dims: Dims, tokens: int) -> int:
         guessed = sum(layer >= self.dense_layers for layer in dims.layer_ids)

@@ -61,8 +61,8 @@ class Loki(LayerwiseMethod):
         projected = dims.layers * dims.kv_heads * self.rank_for(dims.head_dim) * dims.element_bytes
         return Bytes(dims.full_bytes_per_token + projected, 0)
 
-    def attended_tokens(self, dims: Dims, tokens: int) -> float:
-        return min(tokens, self.budget)
+    def attended_tokens(self, dims: Dims, tokens: int, later: int = 0) -> float:
+        return min(tokens + later, self.budget)
 
     def lossless(self, dims: Dims, tokens: int) -> Method:
         return replace(self, budget=tokens)

@@ -48,8 +48,8 @@ class Oracle(LayerwiseMethod):
     def bytes_per_token(self, dims: Dims) -> Bytes:
         return Bytes(dims.full_bytes_per_token, 0)
 
-    def attended_tokens(self, dims: Dims, tokens: int) -> float:
-        return tokens if self.top_p else min(tokens, self.budget)
+    def attended_tokens(self, dims: Dims, tokens: int, later: int = 0) -> float:
+        return tokens + later if self.top_p else min(tokens + later, self.budget)
 
     def with_budget(self, tokens: int) -> Method | None:
         return None if self.top_p else replace(self, budget=tokens)

@@ -36,9 +36,9 @@ class PyramidKV(SnapKV):
         last = 2 * mean - first
         return self.window + round(first - depth * (first - last))
 
-    def attended_tokens(self, dims: Dims, tokens: int) -> float:
+    def attended_tokens(self, dims: Dims, tokens: int, later: int = 0) -> float:
         depths = [depth_of(place, dims.layers) for place in range(dims.layers)]
-        return sum(min(tokens, self.layer_budget(depth, tokens)) for depth in depths) / dims.layers
+        return sum(min(tokens, self.layer_budget(depth, tokens)) for depth in depths) / dims.layers + later
 
     def prompt_bytes(self, dims: Dims, tokens: int) -> Bytes:
         return Bytes(round(self.attended_tokens(dims, tokens) * dims.full_bytes_per_token), 0)

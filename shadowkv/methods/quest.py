@@ -58,17 +58,20 @@ class Quest(LayerwiseMethod):
         host = dims.width * dims.element_bytes * paged_layers if self.offload else 0
         return Bytes(dims.full_bytes_per_token + extremes - host, host)
 
-    def attended_tokens(self, dims: Dims, tokens: int) -> float:
+    def attended_tokens(self, dims: Dims, tokens: int, later: int = 0) -> float:
         choosing = sum(layer >= self.dense_layers for layer in dims.layer_ids)
-        read = min(tokens, self.budget // self.page * self.page)
-        return (choosing * read + (dims.layers - choosing) * tokens) / dims.layers
+        held = tokens + later
+        read = min(held, self.budget // self.page * self.page)
+        return (choosing * read + (dims.layers - choosing) * held) / dims.layers
 
     def bus_bytes(self, dims: Dims, tokens: int) -> int:
         if not self.offload:
             return 0
         choosing = sum(layer >= self.dense_layers for layer in dims.layer_ids)
+        read = self.budget // self.page * self.page
+        if tokens < read:  # everything is read, once for all query heads
+            return choosing * dims.kv_heads * tokens * dims.head_dim * dims.element_bytes
         lists = dims.q_heads if self.reduce == "per_q_head" else dims.kv_heads
-        read = min(tokens, self.budget // self.page * self.page)
         return choosing * lists * read * dims.head_dim * dims.element_bytes
 
     def lossless(self, dims: Dims, tokens: int) -> Method:

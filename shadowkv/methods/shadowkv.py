@@ -93,12 +93,15 @@ class ShadowKV(LayerwiseMethod):
         value_bytes = CODINGS[self.values].token_bytes(dims.head_dim, dims.element_bytes)
         return Bytes(round(dims.layers * per_layer), dims.layers * dims.kv_heads * value_bytes)
 
-    def attended_tokens(self, dims: Dims, tokens: int) -> float:
+    def attended_tokens(self, dims: Dims, tokens: int, later: int = 0) -> float:
         chunks = self.budget // self.chunk + self.outlier_chunks + self.local
-        return min(tokens, chunks * self.chunk + tokens % self.chunk)
+        # Of later tokens the newest stay exact, and the others become chunks to choose from.
+        exact = tokens % self.chunk + min(later, self.window + self.chunk - 1)
+        return min(tokens + later, chunks * self.chunk + exact)
 
     def bus_bytes(self, dims: Dims, tokens: int) -> int:
-        read = min(tokens, self.budget // self.chunk * self.chunk)
+        candidates = max(tokens // self.chunk - self.local - self.outlier_chunks, 0)
+        read = min(candidates, self.budget // self.chunk) * self.chunk
         coding = CODINGS[self.values].token_bytes(dims.head_dim, dims.element_bytes)
         return dims.layers * dims.kv_heads * read * coding
 
@@ -106,7 +109,8 @@ class ShadowKV(LayerwiseMethod):
         # The outliers grow with the budget, so the largest one that leaves room for them is searched for.
         for budget in range(tokens // self.chunk * self.chunk, 0, -self.chunk):
             setting = replace(self, budget=budget)
-            if budget + (setting.outlier_chunks + self.local) * self.chunk <= tokens:
+            # The prompt's last tokens, too few for a chunk, are attended to as well.
+            if budget + (setting.outlier_chunks + self.local + 1) * self.chunk - 1 <= tokens:
                 return setting
         raise SkvError(f"shadowkv: {tokens} tokens leave no room beside outliers and {self.local} local chunks")
 

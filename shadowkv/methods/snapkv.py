@@ -94,8 +94,8 @@ class SnapKV(LayerwiseMethod):
     def prompt_bytes(self, dims: Dims, tokens: int) -> Bytes:
         return Bytes(min(tokens, self.budget) * dims.full_bytes_per_token, 0)
 
-    def attended_tokens(self, dims: Dims, tokens: int) -> float:
-        return min(tokens, self.budget)
+    def attended_tokens(self, dims: Dims, tokens: int, later: int = 0) -> float:
+        return min(tokens, self.budget) + later
 
     def lossless(self, dims: Dims, tokens: int) -> Method:
         return replace(self, budget=max(tokens, self.window + 1))

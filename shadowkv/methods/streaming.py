@@ -53,8 +53,8 @@ class StreamingLLM(LayerwiseMethod):
     def prompt_bytes(self, dims: Dims, tokens: int) -> Bytes:
         return Bytes(min(tokens, self.budget) * dims.full_bytes_per_token, 0)
 
-    def attended_tokens(self, dims: Dims, tokens: int) -> float:
-        return min(tokens, self.budget)
+    def attended_tokens(self, dims: Dims, tokens: int, later: int = 0) -> float:
+        return min(tokens + later, self.budget)
 
     def lossless(self, dims: Dims, tokens: int) -> Method:
         return replace(self, budget=max(tokens, self.sinks + 1))
