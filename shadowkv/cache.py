@@ -117,6 +117,16 @@ class DropInCache(MethodCache):
         self._foresight = Foresight(model, self) if method.speculates else None
         self.layers = self._recording.layers
 
+    def nbytes(self) -> Bytes:
+        """What the method holds or, before it has started, the recorded prompt."""
+        if self._recording is None:
+            return super().nbytes()
+        return Bytes(sum(layer.nbytes() for layer in self._recording.recorded), 0)
+
+    def close(self) -> None:
+        self._recording = None
+        super().close()
+
     def __bool__(self) -> bool:
         # Phi-3's generate throws away any true cache before a prompt longer than its short-frequency range; an
         # empty one has nothing that could have been rotated wrongly.

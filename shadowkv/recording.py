@@ -89,6 +89,11 @@ class RecordingLayer(CacheLayerMixin):
         q_all = None if self._queries is None else self._queries[rows, :, skip_tokens : self.tokens]
         return LayerKV(keys, values, self._q_tail[rows, :, -keys.shape[2] :], self.scaling, q_all)
 
+    def nbytes(self) -> int:
+        """Bytes of the tokens recorded, room for more included."""
+        held = (self._keys, self._values, self._queries, self._q_tail)
+        return sum(x.numel() * x.element_size() for x in held if x is not None)
+
     def rewind(self, tokens: int) -> None:
         """Forget everything after the first `tokens`; the buffers stay and are written over."""
         self.tokens = tokens

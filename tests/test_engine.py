@@ -210,3 +210,13 @@ def test_a_prompt_may_be_written_over_by_its_owner(tiny):
     again = engine.prefill(ids)
     assert again.reused_tokens == 0
     assert torch.equal(again.logits, Engine(engine.model, prefill_chunk_tokens=64).prefill(ids).logits)
+
+
+def test_a_drop_in_cache_that_was_only_given_a_prompt_knows_its_bytes_and_lets_go(tiny):
+    model = tiny("llama")
+    cache = Full().new_cache(model)
+    model.generate(random_prompt(300), past_key_values=cache, max_new_tokens=1, do_sample=False)
+    dense = 300 * 2 * 3 * 2 * 16 * 4  # keys and values, layers, heads, channels, bytes
+    assert sum(cache.nbytes()) >= dense
+    cache.close()
+    assert sum(cache.nbytes()) == 0

@@ -54,3 +54,8 @@ def test_outliers_keep_the_authors_density_at_any_budget():
 
 def test_full_attention_is_listed_first():
     assert next(iter(methods())) == "full"
+
+
+def test_a_plus_in_a_file_name_is_no_prefill(tmp_path):
+    table = tmp_path / "a+b.tsv"
+    assert parse_method(f"duo:heads={table}").heads == str(table)

@@ -67,6 +67,12 @@ class Duo(Method):
         heads = self.retrieval_heads(dims.layers * dims.kv_heads)
         return Bytes(2 * heads * dims.head_dim * dims.element_bytes, 0)
 
+    def prompt_bytes(self, dims: Dims, tokens: int) -> Bytes:
+        heads = dims.layers * dims.kv_heads
+        kept = self.retrieval_heads(heads)
+        held = kept * tokens + (heads - kept) * min(tokens, self.sinks + self.recent)
+        return Bytes(2 * held * dims.head_dim * dims.element_bytes, 0)
+
     def retrieval_heads(self, heads: int) -> int:
         """How many of `heads` KV heads, over all layers, keep everything."""
         return round(self.retrieval * heads)

@@ -62,6 +62,10 @@ class Kivi(LayerwiseMethod):
         scale_and_zero = 2 * torch.float16.itemsize
         return Bytes(round(2 * dims.layers * dims.width * (self.bits / 8 + scale_and_zero / self.group)), 0)
 
+    def prompt_bytes(self, dims: Dims, tokens: int) -> Bytes:
+        exact = min(tokens, self.residual)
+        return Bytes(exact * dims.full_bytes_per_token + (tokens - exact) * self.bytes_per_token(dims).device, 0)
+
     def lossless(self, dims: Dims, tokens: int) -> Method:
         group = math.gcd(self.group, dims.head_dim)
         return replace(self, group=group, residual=(tokens // group + 1) * group)

@@ -93,6 +93,16 @@ class ShadowKV(LayerwiseMethod):
         value_bytes = CODINGS[self.values].token_bytes(dims.head_dim, dims.element_bytes)
         return Bytes(round(dims.layers * per_layer), dims.layers * dims.kv_heads * value_bytes)
 
+    def prompt_bytes(self, dims: Dims, tokens: int) -> Bytes:
+        chunks = max(tokens // self.chunk - self.local, 0)
+        context = chunks * self.chunk
+        exact = min(self.outlier_chunks, chunks) * self.chunk + tokens - context
+        rank = dims.width if self.energy else self.rank
+        basis = (rank + 1) * dims.width * dims.element_bytes  # directions and mean of the keys
+        per_token = self.bytes_per_token(dims)
+        device = context * per_token.device + exact * dims.full_bytes_per_token + dims.layers * basis
+        return Bytes(device, context * per_token.host)
+
     def attended_tokens(self, dims: Dims, tokens: int, later: int = 0) -> float:
         chunks = self.budget // self.chunk + self.outlier_chunks + self.local
         # Of later tokens the newest stay exact, and the others become chunks to choose from.

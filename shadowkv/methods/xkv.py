@@ -57,6 +57,15 @@ class XKV(Method):
         ranks = whole * (self.rank_k + self.rank_v) + self.share(self.rank_k, rest) + self.share(self.rank_v, rest)
         return Bytes(ranks * dims.element_bytes, 0)
 
+    def prompt_bytes(self, dims: Dims, tokens: int) -> Bytes:
+        whole, rest = divmod(dims.layers, self.group)
+        ranks = self.rank_k + self.rank_v
+        directions = whole * (ranks + 2) * self.group  # and the means of keys and values
+        if rest:
+            directions += (self.share(self.rank_k, rest) + self.share(self.rank_v, rest) + 2) * rest
+        coefficients = tokens * self.bytes_per_token(dims).device
+        return Bytes(coefficients + directions * dims.width * dims.element_bytes, 0)
+
     def share(self, rank: int, layers: int) -> int:
         """The rank of a group of `layers` layers: a smaller last group gets its share."""
         return -(-rank * layers // self.group)
