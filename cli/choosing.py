@@ -78,7 +78,7 @@ def choose(specs: Sequence[tuple[str, bool]], budgets: Sequence[int], source: Mo
                 setting = method if budget is None else method.with_budget(budget) or method
                 setting.check(dims)
             except SkvError as error:
-                unsupported[spec] = str(error)
+                unsupported[spec if budget is None else f"{spec} at --budget {budget}"] = str(error)
             else:
                 asked[setting] = None
     if not asked:

@@ -66,8 +66,11 @@ def longbench(
         from evals.longbench.truncation import checked_limit
         from evals.longbench.v2 import LONGEST_PROMPT_TOKENS, LongBenchV2
         from evals.names import choose_tasks
+        from shadowkv.errors import SkvError
 
         if v2:
+            if e or tasks != "all" or min_tokens:
+                raise SkvError("--e, --tasks and --min-tokens do nothing with --v2, which is one task")
             limit = checked_limit(max_prompt_tokens, context_tokens, LONGEST_PROMPT_TOKENS)
             return LongBenchV2(limit, samples, data, wording or "own")
         return LongBench(

@@ -69,11 +69,25 @@ def ruler(
         from evals.names import choose_tasks
         from evals.ruler.files import RulerFiles
         from evals.ruler.tasks import TASKS, find_profile
+        from shadowkv.errors import SkvError
 
+        if wrap_data and data is None:
+            raise SkvError("--wrap-data does nothing without --data")
         if data is not None:
+            if haystack is not None or seed or wording != "official":
+                raise SkvError("--haystack, --seed and --wording do nothing with --data, whose prompts are ready")
             chosen = () if lengths == "auto" else _lengths(lengths, context_tokens, runnable=not dry_run)
             names = choose_tasks(tasks, TASKS, find_profile(profile).tasks)
-            return RulerFiles(data, chosen, names, samples, profile, wrap_data)
+            return RulerFiles(
+                data,
+                chosen,
+                names,
+                samples,
+                profile,
+                wrap_data,
+                all_tasks=tasks == "all",
+                context_tokens=None if dry_run else context_tokens,
+            )
         return made(lengths, tasks, samples, profile, wording, haystack, seed, context_tokens, runnable=not dry_run)
 
     settings = accuracy.Settings(

@@ -33,6 +33,15 @@ def parse_jsonl(lines: Iterable[bytes], name: str) -> Iterator[tuple[int, dict[s
         yield number, row
 
 
+def check_text(where: str, *texts: str) -> None:
+    """Refuse texts that no tokenizer takes: JSON can spell half a character."""
+    try:
+        for text in texts:
+            text.encode()
+    except UnicodeEncodeError:
+        raise SkvError(f"{where}: a text holds half a character") from None
+
+
 def stream_array(path: Path, chunk_characters: int = 1 << 20) -> Iterator[Any]:
     """Items of a JSON array, without ever holding the whole file or all of its objects."""
     decoder = json.JSONDecoder()

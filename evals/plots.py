@@ -78,7 +78,7 @@ def write_score_by_bytes(path: Path, rows: Sequence[Row], title: str) -> Path:
     axis = figure.subplots()
     for place, (name, found) in enumerate(points.items()):
         found.sort(key=lambda row: (row.device_bytes or 0.0, row.score or 0.0))
-        x = [(row.device_bytes or 0.0) / longest / 1024 for row in found]
+        x = [(row.device_bytes or 0.0) / (row.prompt_tokens or 1.0) / 1024 for row in found]
         scores = 100 * np.array([[row.score, row.score_low, row.score_high] for row in found], dtype=float)
         y, low, high = scores.T
         spread = np.nan_to_num(np.stack((y - low, high - y)), nan=0.0).clip(min=0)
@@ -87,7 +87,7 @@ def write_score_by_bytes(path: Path, rows: Sequence[Row], title: str) -> Path:
         axis.errorbar(x, y, spread, label=name, color=colour, marker=marker, ms=5, lw=0.8, elinewidth=0.5, capsize=2)
     axis.set_xscale("log", base=2)
     axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    axis.set_xlabel(f"KV bytes on the device per prompt token, KiB (prompts of {tokens(longest)} tokens)", fontsize=8)
+    axis.set_xlabel(f"KV bytes on the device per prompt token, KiB (length {tokens(longest)})", fontsize=8)
     _finish(axis)
     axis.set_ylim(-4, 104)  # a marker at 0 or 100 is seen whole
     axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5))
@@ -135,4 +135,5 @@ def _finish(axis: Any) -> None:
     axis.set_ylabel("score, %", fontsize=8)
     axis.tick_params(labelsize=7)
     axis.grid(axis="y", alpha=0.3)
-    axis.legend(fontsize=6)
+    if axis.get_legend_handles_labels()[0]:
+        axis.legend(fontsize=6)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -11,6 +11,7 @@ import numpy as np
 from evals.results import Record
 from evals.statistics import interval_95, mean_of_means
 
+T = TypeVar("T")
 K = TypeVar("K", bound=Hashable)
 _REFERENCE = "full"
 
@@ -27,6 +28,7 @@ class Row:
     scored: int
     total: int
     agreement: float | None  # share of tokens 2..n equal to full attention's, mean over examples
+    prompt_tokens: float | None  # mean
     attended_tokens: float | None  # per decode step, mean over layers, heads and examples
     device_bytes: float | None
     host_bytes: float | None
@@ -69,11 +71,11 @@ def task_scores(records: Sequence[Record]) -> list[TaskScore]:
     return [_task_score(*cell, found) for cell, found in cells.items()]
 
 
-def grouped(records: Sequence[Record], key: Callable[[Record], K]) -> dict[K, list[Record]]:
-    """Records by key, in order of first appearance."""
-    groups: dict[K, list[Record]] = {}
-    for record in records:
-        groups.setdefault(key(record), []).append(record)
+def grouped(items: Iterable[T], key: Callable[[T], K]) -> dict[K, list[T]]:
+    """Items by key, in order of first appearance."""
+    groups: dict[K, list[T]] = {}
+    for item in items:
+        groups.setdefault(key(item), []).append(item)
     return groups
 
 
@@ -122,6 +124,7 @@ def _row(label: str, length: int, records: list[Record], references: dict[tuple[
         scored=len(good),
         total=len(records),
         agreement=_mean(agreements),
+        prompt_tokens=_mean([r.prompt_tokens for r in good]),
         attended_tokens=_mean([r.attended_tokens for r in good]),
         device_bytes=_mean([r.device_bytes for r in good]),
         host_bytes=_mean([r.host_bytes for r in good]),

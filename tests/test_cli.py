@@ -105,6 +105,11 @@ def test_mistakes_are_one_line(capsys, tiny_folder, monkeypatch, argv, says):
         (["ruler", "--wording", "onw"], "did you mean 'own'"),
         (["ruler", "--data", "nowhere"], "is not a folder"),
         (["ruler", "--haystack", "nowhere.txt"], "cannot be read"),
+        (["ruler", "--data", "nowhere", "--seed", "3"], "do nothing with --data"),
+        (["ruler", "--wrap-data"], "does nothing without --data"),
+        (["ruler", "--lengths", "100", "--tasks", "qa_1"], "holds 0 questions of qa_1; use a longer one"),
+        (["longbench", "--v2", "--e"], "do nothing with --v2"),
+        (["longbench", "--v2", "--max-prompt-tokens", "1"], "at least 2"),
         (["longbench", "--tasks", "hotptqa"], "did you mean 'hotpotqa'"),
         (["longbench", "--data", "nowhere"], "does not exist"),
         (["longbench", "--e", "--tasks", "vcsum"], "LongBench-E has no vcsum"),
@@ -114,7 +119,7 @@ def test_mistakes_are_one_line(capsys, tiny_folder, monkeypatch, argv, says):
     ],
 )
 def test_mistakes_of_ruler_and_longbench_are_one_line(capsys, tiny_folder, argv, says):
-    wording = [] if "--wording" in argv or "--v2" in argv else ["--wording", "own"]
+    wording = [] if {"--wording", "--v2"} & {*argv} or argv[:2] == ["ruler", "--data"] else ["--wording", "own"]
     assert says in mistake(capsys, "eval", argv[0], "--model", str(tiny_folder), *wording, *argv[1:])
 
 

@@ -79,6 +79,9 @@ def test_a_users_copy_of_the_templates_is_recognised(tmp_path):
     assert len(made.described["sha256"]) == 64
     with pytest.raises(SkvError, match=r"no text with \{context\} for trec"):
         templates(str(path), ["trec"])
+    path.write_text(json.dumps({"lcc": "{context} {question}"}))
+    with pytest.raises(SkvError, match="has other fields"):
+        templates(str(path), ["lcc"])
     path.write_text("[")
     with pytest.raises(SkvError, match="are not JSON"):
         templates(str(path), ["lcc"])
@@ -194,6 +197,41 @@ def test_unusable_rows_are_named_with_file_and_line(tokenizer, folder):
     (folder / "lcc.jsonl").write_text("")
     with pytest.raises(SkvError, match="is empty"):
         bench(folder, "lcc").questions(tokenizer)
+
+
+def test_rows_that_cannot_be_judged_are_refused(tokenizer, folder):
+    """Without its classes or its form, a right answer would score 0, or end the run."""
+    for task, change, says in (
+        ("trec", {"all_classes": None}, "does not hold the answer"),
+        ("trec", {"all_classes": "Food"}, "is not a list of texts"),
+        ("passage_retrieval_en", {"answers": ["3"]}, "not of the form 'Paragraph 12'"),
+        ("lcc", {"context": "\ud800"}, "half a character"),
+        ("lcc", {"length": float("inf")}, "'length' is not a number"),
+    ):
+        row = {**longbench_rows.rows(task)[0], **change}
+        (folder / f"{task}.jsonl").write_text(json.dumps(row) + "\n")
+        with pytest.raises(SkvError, match=says):
+            bench(folder, task).questions(tokenizer)
+
+
+def test_a_damaged_zip_is_named(tokenizer, folder, tmp_path):
+    path = tmp_path / "data.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.write(folder / "lcc.jsonl", "lcc.jsonl")
+    raw = bytearray(path.read_bytes())
+    raw[60] ^= 0xFF
+    path.write_bytes(raw)
+    with pytest.raises(SkvError, match=r"is damaged|not JSON"):
+        bench(path, "lcc").questions(tokenizer)
+
+
+def test_tables_say_how_many_rows_and_whether_methods_answered_the_same():
+    rows = records({"lcc": 0.5}) + [replace(r, sample="row=9") for r in records({"lcc": 1.0})]
+    assert "Rows per task: 2." in longbench_tables(rows)[0].caption
+    rows += records({"lcc": 0.5}, method="quest")
+    assert "DID NOT ANSWER THE SAME ROWS" in longbench_tables(rows)[0].caption
+    failed = [replace(r, score=None, status="oom") for r in records({"lcc": 0.5})]
+    assert longbench_tables(failed)[0].rows == [["lcc", "–"]]
 
 
 def test_offline_the_hub_is_not_waited_for(tokenizer, monkeypatch, tmp_path):

@@ -202,7 +202,7 @@ def test_files_hold_the_same_prompts(tokenizer, tmp_path):
     paths = write_files(made, tokenizer, tmp_path / "prompts")
     assert str(paths[0].relative_to(tmp_path)) == "prompts/2048/niah_multikey_2/validation.jsonl"
     row = json.loads(paths[0].read_text().splitlines()[0])
-    assert row.keys() == {"index", "input", "outputs", "length", "length_w_model_temp", "answer_prefix"}
+    assert row.keys() == {"index", "input", "outputs", "length", "length_w_model_temp", "answer_prefix", "templated"}
     read = RulerFiles(tmp_path / "prompts", (), tuple(TASKS))
     for ours, theirs in zip(made.examples(tokenizer), read.examples(tokenizer), strict=True):
         assert ours.input_ids == theirs.input_ids
@@ -212,6 +212,57 @@ def test_files_hold_the_same_prompts(tokenizer, tmp_path):
         )  # fmt: skip
     assert "only with runs on the same files" in read.notes()[0]
     assert len(read.questions(tokenizer)) == 9
+
+
+def test_prompts_from_files_are_the_same_whatever_the_tokenizer_adds(tmp_path):
+    """With a beginning that no attribute names (GLM), and with a template that does not spell it (Zephyr)."""
+    from tokenizers import processors
+
+    from shadowkv.loading import load_tokenizer
+    from shadowkv.presets import find_preset
+    from shadowkv.resolving import ModelSource
+
+    for template in (None, "<u>{{ messages[0]['content'] }}</u><a>", "!!{{ messages[0]['content'] }}<a>"):
+        made = load_tokenizer(ModelSource("bytes", None, find_preset("llama3.1-8b"), "dummy"))
+        single = "! ! $A"
+        made.backend_tokenizer.post_processor = processors.TemplateProcessing(
+            single=single, special_tokens=[("!", made.convert_tokens_to_ids("!"))]
+        )
+        made.chat_template = template
+        folder = tmp_path / str(hash(template))
+        run_ = Ruler(lengths=(2048,), tasks=("fwe",), samples=1, wording="own")
+        write_files(run_, made, folder)
+        direct, read = next(run_.examples(made)), next(RulerFiles(folder, (), tuple(TASKS)).examples(made))
+        assert read.input_ids == direct.input_ids
+
+
+def test_files_beyond_the_context_or_not_there_are_said(tokenizer, tmp_path):
+    write_files(Ruler(lengths=(2048,), tasks=("vt",), samples=2, wording="own"), tokenizer, tmp_path)
+    with pytest.raises(SkvError, match="beyond this model's context of 1024"):
+        RulerFiles(tmp_path, (), tuple(TASKS), context_tokens=1024).questions(tokenizer)
+    part = RulerFiles(tmp_path, (2048, 4096), ("vt", "qa_1"), all_tasks=False)
+    assert part.left_out() == {"qa_1 at 2048": "no file", "vt at 4096": "no file", "qa_1 at 4096": "no file"}
+    one, two = (RulerFiles(tmp_path, (), tuple(TASKS), samples=n).sources() for n in (1, 2))
+    assert one == two, "a run can grow"
+
+
+def test_prompts_do_not_change_from_day_to_day(tokenizer):
+    from evals.chat import Chat
+
+    class Dated:
+        chat_template = "any"
+
+        def apply_chat_template(self, messages, tokenize, add_generation_prompt, strftime_now, **_):
+            return f"{strftime_now('%d %b %Y')}|{messages[0]['content']}|"
+
+    assert Chat(Dated()).text("x") == "26 Jul 2024|x|"
+
+    class Twice(Dated):
+        def apply_chat_template(self, messages, **_):
+            return messages[0]["content"] * 2
+
+    with pytest.raises(SkvError, match="drops, repeats or changes"):
+        Chat(Twice())
 
 
 def test_broken_files_are_named_with_their_line(tokenizer, tmp_path):
@@ -236,7 +287,7 @@ def test_broken_files_are_named_with_their_line(tokenizer, tmp_path):
 
 @pytest.mark.parametrize("task", TASKS)
 def test_an_unfittable_length_is_an_error_and_no_loop(tokenizer, task):
-    with pytest.raises(SkvError, match=r"too short for|questions of qa_\d fit into"):
+    with pytest.raises(SkvError, match=r"too short for|holds 0 questions of qa_\d; use a longer one"):
         list(run(task, lengths=(160,), samples=1).examples(tokenizer))
 
 
@@ -325,5 +376,7 @@ def test_the_effective_length_is_the_longest_that_exceeds_the_threshold():
     matrix, effective = ruler_tables(rows)
     assert effective.rows == [["full", "8k"], ["quest", "below 4k"]]
     assert matrix.rows[2][-1] == "85.6"
+    nothing = [replace(row, score=None, status="oom") for row in rows[:26]]
+    assert ruler_tables(nothing)[1].rows == [["full", "–"]], "what was not measured is not known to be bad"
     failed = [replace(rows[0], score=None, status="error"), *rows[1:13]]
     assert ruler_tables(failed)[0].rows[0][-1] == "–", "an average over fewer tasks is not the benchmark's"

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import zipfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from evals.jsonl import parse_jsonl
+from evals.jsonl import check_text, parse_jsonl
+from evals.longbench.tasks import TASKS
 from shadowkv.errors import SkvError
 from shadowkv.packs import sha256_of
 from shadowkv.wording import one_line
@@ -49,7 +51,14 @@ class Rows:
         where = f"{self._path}/{name}.jsonl"
         if not self.has(name):
             raise SkvError(f"{self._path} holds no {name}.jsonl")
-        rows = [_row(raw, f"{where}, line {number}") for number, raw in parse_jsonl(self._lines(name), where)]
+        rows = []
+        try:
+            for number, raw in parse_jsonl(self._lines(name), where):
+                row = _row(raw, f"{where}, line {number}")
+                TASKS[name.removesuffix("_e")].check(row.answers, row.classes, f"{where}, line {number}")
+                rows.append(row)
+        except (zipfile.BadZipFile, zlib.error) as error:
+            raise SkvError(f"{where} is damaged: {error}") from None
         if not rows:
             raise SkvError(f"{where} is empty")
         return rows
@@ -116,6 +125,9 @@ def _row(raw: dict[str, Any], where: str) -> Row:
         raise SkvError(f"{where}: 'input' or 'context' is not a text")
     try:
         words = int(raw["length"])
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise SkvError(f"{where}: 'length' is not a number") from None
+    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+        raise SkvError(f"{where}: 'all_classes' is not a list of texts")
+    check_text(where, raw["input"], raw["context"], *answers, *classes)
     return Row(raw["input"], raw["context"], tuple(answers), tuple(classes), words, str(raw.get("_id", "")))

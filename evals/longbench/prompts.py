@@ -93,6 +93,12 @@ def _from_file(path: Path, tasks: Collection[str]) -> tuple[dict[str, str], str]
         text = made.get(task) if isinstance(made, dict) else None
         if not isinstance(text, str) or "{context}" not in text:
             raise SkvError(f"templates {path} hold no text with {{context}} for {task}")
+        try:
+            text.format(context="", input="")
+        except (KeyError, ValueError, IndexError):
+            raise SkvError(
+                f"templates {path}: that of {task} has other fields than {{context}} and {{input}}"
+            ) from None
     return made, hashlib.sha256(raw).hexdigest()
 
 

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from evals.longbench.tasks import CATEGORIES, SIXTEEN, TASKS
+from evals.longbench.v2 import named_choice
 from evals.plots import write_score_by_group, write_task_bars
 from evals.results import Record
 from evals.statistics import mean_of_means
-from evals.summary import methods_of, scores_of
+from evals.summary import grouped, methods_of, scores_of
 from evals.tables import Table, percent
 
 _BUCKETS = ("0-4k", "4-8k", "8k+")
@@ -19,7 +20,8 @@ def longbench_tables(records: Sequence[Record]) -> list[Table]:
     """Percent by task and in the mean; for LongBench-E by length class as well."""
     labels = methods_of(records)
     scores = {label: _by_task([r for r in records if r.method == label]) for label in labels}
-    tasks = [task for task in TASKS if any(task in found for found in scores.values())]
+    ran = {record.task.removesuffix("_e") for record in records}
+    tasks = [task for task in TASKS if task in ran]
     lines = [[task, *(percent(scores[label].get(task), 2) for label in labels)] for task in tasks]
     for name, wanted in _averages():
         cells = [_average(scores[label], wanted) for label in labels]
@@ -30,7 +32,7 @@ def longbench_tables(records: Sequence[Record]) -> list[Table]:
         ["task", *labels],
         lines,
         "Means are over tasks, those over categories over the means of categories, and only where every task they "
-        "need has scored answers. Code counts in both languages.",
+        "need has scored answers. Code counts in both languages. " + _coverage(records),
     )
     e = [r for r in records if r.task.endswith("_e")]
     return [table, _by_bucket(e)] if e else [table]
@@ -56,7 +58,7 @@ def v2_tables(records: Sequence[Record]) -> list[Table]:
     for label in methods_of(records):
         mine = [r for r in records if r.method == label]
         cells = [scores_of([r for r in mine if not key or r.meta[key] == value]) for _, key, value in parts]
-        unparsed = sum("correct answer is" not in r.prediction for r in mine if r.score is not None)
+        unparsed = sum(named_choice(r.prediction) is None for r in mine if r.score is not None)
         lines.append([label, *(percent(mean_of_means([cell])) for cell in cells), str(unparsed)])
     head = ["method", *(name for name, _, _ in parts), "without a choice"]
     return [Table("LongBench v2, accuracy in percent", head, lines, "Guessing gives 25.")]
@@ -67,6 +69,15 @@ def write_v2_plots(folder: Path, records: Sequence[Record], title: str) -> list[
     groups = [(value, [r for r in records if r.meta["length"] == value]) for value in ("short", "medium", "long")]
     groups = [(name, found) for name, found in groups if found]
     return [write_score_by_group(folder / "score_by_length.png", groups, title, "length class")]
+
+
+def _coverage(records: Sequence[Record]) -> str:
+    """How many rows the numbers stand for, and whether all methods answered the same ones."""
+    rows = {label: {(r.task, r.sample) for r in found} for label, found in grouped(records, lambda r: r.method).items()}
+    counts = [len(found) for found in grouped(sorted(set.union(*rows.values())), lambda pair: pair[0]).values()]
+    said = f"Rows per task: {min(counts)}" + (f" to {max(counts)}." if max(counts) > min(counts) else ".")
+    alike = len({frozenset(found) for found in rows.values()}) == 1
+    return said if alike else f"{said} METHODS DID NOT ANSWER THE SAME ROWS: their scores do not compare."
 
 
 def _by_task(records: Sequence[Record]) -> dict[str, float]:

@@ -135,8 +135,6 @@ class LongBench(Task):
 
     def notes(self) -> list[str]:
         told = [] if self._templates.official else ["not the official prompt templates: not comparable with published"]
-        if self.samples is not None:
-            told.append(f"the first {self.samples} rows of each task only")
         if self.min_tokens:
             told.append(f"only rows whose prompt has more than {self.min_tokens} tokens")
         return told

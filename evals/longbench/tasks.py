@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
 from evals.longbench import metrics
 from evals.longbench.metrics import Metric
+from shadowkv.errors import SkvError
 
 
 @dataclass(frozen=True)
@@ -22,6 +25,15 @@ class Spec:
     in_e: bool = False  # whether LongBench-E has it
     chat: bool = True  # whether the prompt goes into the chat template
     first_line: bool = False  # whether only the first line of an answer counts
+
+    def check(self, answers: Sequence[str], classes: Sequence[str], where: str) -> None:
+        """Raise `SkvError` if answers cannot be judged: without its class, a right answer would score 0."""
+        if self.metric is metrics.classification and not set(answers) <= set(classes):
+            raise SkvError(f"{where}: 'all_classes' does not hold the answer, which {self.name} is judged by")
+        forms: dict[Metric, str] = {metrics.retrieval: "Paragraph ", metrics.retrieval_zh: "段落"}
+        numbered = forms.get(self.metric)
+        if numbered and not all(re.search(rf"{numbered}\d", answer) for answer in answers):
+            raise SkvError(f"{where}: an answer of {self.name} is not of the form '{numbered}12'")
 
 
 _SINGLE, _MULTI, _SUMMARY = "single-doc QA", "multi-doc QA", "summarization"

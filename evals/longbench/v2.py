@@ -68,6 +68,8 @@ class LongBenchV2(Task):
         if not isinstance(raw, list) or not raw:
             raise SkvError(f"{self._path} is not a list of questions")
         for number, row in enumerate(raw):
+            if not isinstance(row, dict):
+                raise SkvError(f"{self._path}, question {number}: not an object")
             missing = [key for key in (*_FIELDS.values(), "answer", *_LABELS[:2]) if not isinstance(row.get(key), str)]
             if missing:
                 raise SkvError(f"{self._path}, question {number}: '{missing[0]}' is missing or not a text")
@@ -88,6 +90,8 @@ class LongBenchV2(Task):
             text = Path(self.wording).expanduser().read_text(encoding="utf-8")
         except OSError as error:
             raise SkvError(f"template {self.wording} cannot be read: {error.strerror}") from None
+        except UnicodeDecodeError:
+            raise SkvError(f"template {self.wording} is not UTF-8 text") from None
         lacking = [field for field in _FIELDS if field not in text]
         if lacking:
             raise SkvError(f"template {self.wording} has no {lacking[0]}")
@@ -133,8 +137,6 @@ class LongBenchV2(Task):
         told = ["an answer that names no choice counts as wrong, as in the original"]
         if hashlib.sha256(self._template.encode()).hexdigest() != _OFFICIAL_SHA256:
             told.append("not the official prompt template: not comparable with published scores")
-        if self.samples is not None:
-            told.append(f"the first {self.samples} questions only")
         return told
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from evals.chat import Chat
+from evals.chat import Chat, rendered
 from evals.niah.protocols import Needle
 from evals.seeding import seeded
 from shadowkv.errors import SkvError
@@ -87,9 +87,7 @@ def follow_up(tokenizer: Any, needle: Needle) -> list[int]:
     if not getattr(tokenizer, "chat_template", None):
         return _plain(tokenizer, f"\n\n{needle.question}\n{needle.answer_prefix}")
     turns = [("user", "."), ("assistant", _CONTEXT), ("user", needle.question)]
-    messages = [{"role": role, "content": content} for role, content in turns]
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    _, found, after = text.partition(_CONTEXT)
+    _, found, after = rendered(tokenizer, turns).partition(_CONTEXT)
     if not found:
         raise SkvError("this model's chat template drops or changes earlier answers; --turns cannot be used")
     return _plain(tokenizer, after + needle.answer_prefix)

@@ -10,12 +10,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from evals.chat import Chat
-from evals.jsonl import read_jsonl
+from evals.chat import Chat, prompt_ids
+from evals.jsonl import check_text, read_jsonl
 from evals.ruler.task import Ruler, RulerTask, profile_notes
 from evals.ruler.tasks import TASKS, find_profile
 from evals.task import Example, Question
 from shadowkv.errors import SkvError
+from shadowkv.packs import sha256_of
 
 _FILE = "validation.jsonl"
 
@@ -36,6 +37,7 @@ def write_files(
             "length": tokens,
             "length_w_model_temp": tokens,
             "answer_prefix": prefix,
+            "templated": bool(example.meta["chat_template"]),
         }
         path = folder / str(example.length_tokens) / example.task / _FILE
         cells.setdefault(path, []).append(json.dumps(row, ensure_ascii=False))
@@ -59,6 +61,8 @@ class RulerFiles(RulerTask):
     samples: int | None = None
     profile: str = "nvidia"
     wrap: bool = False
+    all_tasks: bool = True  # tasks that are not there are left out without a word
+    context_tokens: int | None = None  # prompts of greater lengths are refused
 
     def __post_init__(self) -> None:
         find_profile(self.profile)
@@ -66,20 +70,36 @@ class RulerFiles(RulerTask):
             raise SkvError(f"--samples must be at least 1, got {self.samples}")
 
     @cached_property
-    def _rows(self) -> dict[Question, _Row]:
+    def _cells(self) -> dict[tuple[int, str], Path]:
+        """The file of every length and task there is."""
         if not self.folder.is_dir():
             raise SkvError(f"{self.folder} is not a folder")
-        found = {
+        return {
             (int(path.parts[-3]), path.parts[-2]): path
             for path in sorted(self.folder.glob(f"*/*/{_FILE}"))
             if path.parts[-3].isdecimal() and path.parts[-2] in TASKS
         }
+
+    def left_out(self) -> dict[str, str]:
+        lengths = self.lengths or sorted({length for length, _ in self._cells})
+        missing = [(n, task) for n in lengths for task in self.tasks if (n, task) not in self._cells]
+        return {} if self.all_tasks else {f"{task} at {n}": "no file" for n, task in missing}
+
+    @cached_property
+    def _rows(self) -> dict[Question, _Row]:
+        found = self._cells
         lengths = self.lengths or tuple(sorted({length for length, _ in found}))
         chosen = {
             (length, task): found[length, task] for length in lengths for task in self.tasks if (length, task) in found
         }
         if not chosen:
             raise SkvError(f"{self.folder} holds no <length>/<task>/{_FILE} of the lengths and tasks asked for")
+        beyond = [length for length, _ in chosen if self.context_tokens is not None and length > self.context_tokens]
+        if beyond:
+            raise SkvError(
+                f"prompts of {max(beyond)} tokens are beyond this model's context of {self.context_tokens} tokens; "
+                "choose with --lengths"
+            )
         return {
             Question(task, length, f"line={number}"): row
             for (length, task), path in chosen.items()
@@ -99,7 +119,7 @@ class RulerFiles(RulerTask):
                 task=question.task,
                 length_tokens=question.length_tokens,
                 sample=question.sample,
-                input_ids=tuple(chat.ids(text) if self.wrap else _as_written(tokenizer, text)),
+                input_ids=tuple(chat.ids(text) if self.wrap else _as_written(tokenizer, row, text)),
                 references=row.outputs,
                 max_new_tokens=TASKS[question.task].max_new_tokens,
             )
@@ -111,10 +131,10 @@ class RulerFiles(RulerTask):
         return {"lengths": self.lengths, "tasks": self.tasks, "samples": self.samples}
 
     def sources(self) -> dict[str, Any]:
-        digest = hashlib.sha256()
-        for question, row in self._rows.items():
-            digest.update(json.dumps([*question, *row], ensure_ascii=False).encode())
-        return {"ruler": {"name": "files", "folder": self.folder.name, "prompts_sha256": digest.hexdigest()}}
+        # Of all files, whatever was chosen of them, so that a run can grow.
+        sums = [f"{length} {task} {sha256_of(path)}" for (length, task), path in self._cells.items()]
+        checksum = hashlib.sha256("\n".join(sums).encode()).hexdigest()
+        return {"ruler": {"name": "files", "folder": self.folder.name, "sha256": checksum}}
 
     def notes(self) -> list[str]:
         return ["prompts from files: comparable only with runs on the same files", *profile_notes(self.profile)]
@@ -124,6 +144,7 @@ class _Row(NamedTuple):
     input: str
     answer_prefix: str
     outputs: tuple[str, ...]
+    templated: bool | None  # whether the input spells out its special tokens; unknown for files from elsewhere
 
 
 def _read(path: Path) -> list[_Row]:
@@ -134,12 +155,16 @@ def _read(path: Path) -> list[_Row]:
             raise SkvError(f"{path}, line {number}: 'input' is missing or not a text")
         if not isinstance(outputs, list) or not outputs or not all(isinstance(x, str) and x for x in outputs):
             raise SkvError(f"{path}, line {number}: 'outputs' is not a list of answers")
-        rows.append(_Row(text, prefix, tuple(outputs)))
+        check_text(f"{path}, line {number}", text, prefix, *outputs)
+        rows.append(_Row(text, prefix, tuple(outputs), raw.get("templated")))
     return rows
 
 
-def _as_written(tokenizer: Any, text: str) -> list[int]:
-    """Ids of a prompt of unknown origin: special tokens are added only if it does not spell them out itself."""
-    bos = getattr(tokenizer, "bos_token", None)
-    ids: list[int] = tokenizer(text, add_special_tokens=not (bos and text.startswith(bos)), verbose=False)["input_ids"]
-    return ids
+def _as_written(tokenizer: Any, row: _Row, text: str) -> list[int]:
+    """Ids of a prompt from a file: special tokens are added only if it does not spell them out itself."""
+    plain = prompt_ids(tokenizer, text, special=False)
+    if row.templated is not None:
+        return plain if row.templated else prompt_ids(tokenizer, text, special=True)
+    beginning = prompt_ids(tokenizer, "", special=True)
+    spelled = plain[: len(beginning)] == beginning
+    return plain if spelled else prompt_ids(tokenizer, text, special=True)

@@ -22,14 +22,18 @@ def ruler_tables(records: Sequence[Record]) -> list[Table]:
     held = grouped(records, lambda r: (r.method, r.length, r.task))
     lines, effective = [], []
     for label in methods_of(records):
-        exceeding = []
+        exceeding, averaged = [], []
         for length in lengths:
             cells = [scores_of(held.get((label, length, task), [])) for task in tasks]
             average = mean_of_means(cells) if all(cells) else None
+            if average is not None:
+                averaged.append(length)
             if average is not None and 100 * average > EFFECTIVE_SCORE:
                 exceeding.append(length)
             lines.append([label, tokens(length), *(percent(mean_of_means([cell])) for cell in cells), percent(average)])
-        effective.append([label, tokens(max(exceeding)) if exceeding else f"below {tokens(lengths[0])}"])
+        # Nothing is known below the shortest length that has an average, and nothing at all without one.
+        known = f"below {tokens(averaged[0])}" if averaged[:1] == lengths[:1] else "–"
+        effective.append([label, tokens(max(exceeding)) if exceeding else known])
     said = ", ".join(f"{_SHORT[task]} {task}" for task in tasks if _SHORT[task] != task)
     whole = len(tasks) == len(TASKS)
     matrix = Table(

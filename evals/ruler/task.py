@@ -21,6 +21,7 @@ from shadowkv.names import did_you_mean
 
 DEFAULT_LENGTHS = tuple(1024 * k for k in (4, 8, 16, 32, 64, 128))
 _WORDINGS: dict[str, Callable[[str | None], Materials]] = {"official": PulledMaterials, "own": OwnMaterials}
+_ALL_QUESTIONS_FIT_TOKENS = 8192  # from here on, the documents that come with a question are never too long
 _FULL = 0.9  # a prompt that cannot fill this share of its length is not that task at that length
 
 
@@ -107,6 +108,8 @@ class _Maker:
         available = TASKS[task].count(self._shop)
         if available is not None and self._run.samples > available:
             raise SkvError(f"--samples {self._run.samples} is more than the {available} questions of {task}")
+        if available is not None and length < _ALL_QUESTIONS_FIT_TOKENS:
+            self._number(task, length, self._run.samples - 1)  # are there as many whose own documents fit?
         draft, budget = self._draft(task, length, 0), length - TASKS[task].max_new_tokens
         needed = len(self._ids(draft, draft.message(draft.smallest)))
         if needed > budget and available is None:
@@ -154,7 +157,8 @@ class _Maker:
             if sample < len(usable):
                 break
             if number == available:
-                raise SkvError(f"only {len(usable)} questions of {task} fit into {length} tokens; use fewer --samples")
+                helps = "use fewer --samples" if usable else "use a longer one, or leave the task out with --tasks"
+                raise SkvError(f"a length of {length} tokens holds {len(usable)} questions of {task}; {helps}")
             draft = self._draft(task, length, number)
             if len(self._ids(draft, draft.message(draft.smallest))) <= budget:
                 usable.append(number)
