@@ -18,7 +18,7 @@ from shadowkv.names import did_you_mean
 from shadowkv.prefills import SparsePrefill, WithPrefill
 
 S = TypeVar("S", bound=Setting)
-_PLUS = re.compile(r"\+(?=[A-Za-z]\w*(?::|$))")  # a name follows: not the one of 1e+5, nor of a file a+b.json
+_PLUS = re.compile(r"\+(?=[A-Za-z]\w*(?:[:+]|$))")  # a name follows: not the one of 1e+5, nor of a file a+b.json
 
 
 @cache
