@@ -7,10 +7,12 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from cli.options import Settings
 
 if TYPE_CHECKING:
     from evals.manifest import Manifest
@@ -26,26 +28,6 @@ if TYPE_CHECKING:
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
-@dataclass(frozen=True)
-class Settings:
-    """Options that do not depend on the benchmark."""
-
-    model: str
-    methods: tuple[str, ...]
-    budget: str | None
-    out: Path | None
-    device: str
-    dtype: str
-    dummy: bool
-    trust_remote_code: bool
-    prefill_chunk_tokens: int | None
-    reuse_prefix: bool
-    as_json: bool
-    quiet: bool
-    dry_run: bool
-    diagnostics: bool
-
-
 class _Prepared:
     """Everything that can be known, and refused, before weights are loaded."""
 
@@ -59,7 +41,7 @@ class _Prepared:
         from shadowkv.resolving import resolve
 
         quieten_libraries()
-        specs, budgets = parse_specs(settings.methods), parse_budgets(settings.budget)
+        specs, budgets = parse_specs(settings.methods or ()), parse_budgets(settings.budget)
         _check_options(settings)
         self.settings = settings
         self.source: ModelSource = resolve(settings.model, dummy=settings.dummy)
@@ -89,21 +71,21 @@ class _Prepared:
 
 def run(make_task: MakeTask, settings: Settings) -> int:
     """Run or continue a benchmark and show its results; returns the exit code."""
-    from cli.render import one_line
+    from shadowkv.wording import plain_line
 
     ready = _Prepared(make_task, settings)
     questions, left_out = ready.questions, ready.task.left_out()
     for reason in dict.fromkeys(left_out.values()):
         names = ", ".join(name for name, why in left_out.items() if why == reason)
-        print(f"skv: left out: {names}: {one_line(reason)}", file=sys.stderr)
+        print(f"skv: left out: {names}: {plain_line(reason)}", file=sys.stderr)
     for label, reason in ready.unsupported.items():
-        print(f"skv: unsupported: {label}: {one_line(reason)}", file=sys.stderr)
+        print(f"skv: unsupported: {label}: {plain_line(reason)}", file=sys.stderr)
     if settings.dry_run:
         return _plan(ready)
     unscored = _run(ready, questions)
     for record in unscored if not settings.quiet else []:
         said = f"{record.method} @ {record.length} {record.task} {record.sample}: {record.error}"
-        print(f"skv: unscored: {one_line(said)}", file=sys.stderr)
+        print(f"skv: unscored: {plain_line(said)}", file=sys.stderr)
     return 1 if unscored or left_out or ready.unsupported else 0
 
 
@@ -112,7 +94,7 @@ def _run(ready: _Prepared, questions: Sequence[Question]) -> list[Record]:
     from cli.render import print_summary, progress
     from evals.report import title, write_reports
     from evals.results import open_run
-    from evals.runner import run_accuracy
+    from evals.runner import Run, run_accuracy
     from shadowkv.engine import Engine
     from shadowkv.loading import load_model
 
@@ -130,14 +112,14 @@ def _run(ready: _Prepared, questions: Sequence[Question]) -> list[Record]:
         reuse_prefix=settings.reuse_prefix,
         record_queries=ready.records_queries,
     )
-    manifest = _manifest(ready.task, engine.prefill_chunk_tokens, loaded, ready.methods)
+    manifest = _manifest(ready, engine.prefill_chunk_tokens, loaded)
     path = settings.out or Path("results") / _folder_name(manifest)
     with open_run(path, manifest) as folder:
         if folder.repaired_lines and not settings.quiet:
             print(f"skv: repaired an unfinished last line of {path / 'samples.jsonl'}", file=sys.stderr)
+        run = Run(engine, loaded, ready.task, diagnostics=settings.diagnostics)
         with progress(shown=not (settings.quiet or settings.as_json)) as on_step:
-            run_accuracy(engine, loaded, ready.task, questions, ready.methods, folder, on_step,
-                         diagnostics=settings.diagnostics)  # fmt: skip
+            run_accuracy(run, questions, ready.methods, folder, on_step)
         report = write_reports(path)
         unscored = _unscored(list(folder.records.values()), questions, ready.methods)
     if settings.as_json:
@@ -161,15 +143,16 @@ def _run(ready: _Prepared, questions: Sequence[Question]) -> list[Record]:
 def _plan(ready: _Prepared) -> int:
     """Show what a run would do: prompts and their token counts, memory per method."""
     from cli.render import print_table, status
-    from evals.tables import tokens
+    from evals.summary import grouped
+    from evals.tables import Table, mib, tokens
     from shadowkv.loading import weights_bytes
 
     settings = ready.settings
     prompts = []
     with status("measuring prompts", quiet=settings.quiet or settings.as_json) as update:
         for example in ready.task.examples(ready.tokenizer, ready.questions):
-            prompts.append({**example.question._asdict(), "prompt_tokens": len(example.input_ids),
-                            "max_new_tokens": example.max_new_tokens})  # fmt: skip
+            counts = {"prompt_tokens": len(example.input_ids), "max_new_tokens": example.max_new_tokens}
+            prompts.append({**example.question._asdict(), **counts})
             update(f"{len(prompts)}/{len(ready.questions)}")
     longest = max(prompt["prompt_tokens"] for prompt in prompts)
     planned = {method.label: method.prompt_bytes(ready.dims, longest) for method in ready.methods}
@@ -183,32 +166,30 @@ def _plan(ready: _Prepared) -> int:
         costs = {"weights_bytes": weights, "prefill_kv_bytes": prefill, "answers": len(prompts) * len(memory)}
         print(json.dumps({**told, **costs}, indent=1))
         return 0
-    cells: dict[tuple[str, int, int], list[int]] = {}
-    for prompt in prompts:
-        cell = (prompt["task"], prompt["length_tokens"], prompt["max_new_tokens"])
-        cells.setdefault(cell, []).append(prompt["prompt_tokens"])
+    cells = grouped(prompts, lambda p: (p["task"], p["length_tokens"], p["max_new_tokens"]))
+    lines = []
+    for (task, length, answer), made in cells.items():
+        counts = [prompt["prompt_tokens"] for prompt in made]
+        spans = [f"{min(counts) + more}–{max(counts) + more}" for more in (0, answer)]
+        lines.append([task, tokens(length), str(len(counts)), *spans])
     print_table(
-        f"{ready.source.name} ({ready.source.described}): {len(prompts)} prompts x {len(memory)} methods",
-        ["task", "length", "prompts", "prompt tokens", "with the answer"],
-        [
-            [
-                *(task, tokens(length), str(len(counts)), f"{min(counts)}–{max(counts)}"),
-                f"{min(counts) + answer}–{max(counts) + answer}",
-            ]
-            for (task, length, answer), counts in cells.items()
-        ],
+        Table(
+            f"{ready.source.name} ({ready.source.described}): {len(prompts)} prompts x {len(memory)} methods",
+            ["task", "length", "prompts", "prompt tokens", "with the answer"],
+            lines,
+        )
     )
     print_table(
-        f"planned KV memory at {longest} tokens",
-        ["method", "device MiB", "host MiB"],
-        [[label, *(f"{held / 2**20:.1f}" for held in both.values())] for label, both in memory.items()],
-        f"Weights {weights / 2**30:.2f} GiB, prefill {prefill / 2**30:.2f} GiB. Nothing was run.",
+        Table(
+            f"planned KV memory at {longest} tokens",
+            ["method", "device MiB", "host MiB"],
+            [[label, *map(mib, held)] for label, held in planned.items()],
+            f"Weights {weights / 2**30:.2f} GiB, prefill {prefill / 2**30:.2f} GiB. Nothing was run.",
+        )
     )
     if longest > ready.context_tokens:
-        said = (
-            f"prompts of {longest} tokens are beyond this model's context of {ready.context_tokens} and cannot be run"
-        )
-        print(f"skv: note: {said}", file=sys.stderr)
+        beyond = f"beyond this model's context of {ready.context_tokens}"
+        print(f"skv: note: prompts of {longest} tokens are {beyond} and cannot be run", file=sys.stderr)
     return 0
 
 
@@ -236,14 +217,18 @@ def check_writable(out: Path) -> None:
         raise SkvError(f"cannot write to {out}: no permission to write in {there}")
 
 
-def _manifest(task: Task, prefill_chunk_tokens: int, loaded: LoadedModel, methods: list[Method]) -> Manifest:
+def _manifest(ready: _Prepared, prefill_chunk_tokens: int, loaded: LoadedModel) -> Manifest:
     from evals.manifest import Manifest, plain, this_session
 
-    dummy_note = ["dummy weights: scores mean nothing, only times and bytes do"] if loaded.dummy else []
+    task = ready.task
+    notes = ["dummy weights: scores mean nothing, only times and bytes do"] if loaded.dummy else []
+    notes += task.notes()
+    notes += [f"left out: {name}: {why}" for name, why in task.left_out().items()]
+    notes += [f"unsupported: {label}: {why}" for label, why in ready.unsupported.items()]
     return Manifest(
         benchmark=task.benchmark,
         config=plain({**task.config(), "prefill_chunk_tokens": prefill_chunk_tokens}),
-        methods={method.label: plain(method.params()) for method in methods},
+        methods={method.label: plain(method.params()) for method in ready.methods},
         selection=plain(task.selection()),
         model={
             "name": loaded.name,
@@ -254,7 +239,7 @@ def _manifest(task: Task, prefill_chunk_tokens: int, loaded: LoadedModel, method
             "device": loaded.device,
         },
         sources=task.sources(),
-        notes=dummy_note + task.notes() + [f"left out: {name}: {why}" for name, why in task.left_out().items()],
+        notes=notes,
         sessions=[this_session(["skv", *sys.argv[1:]], loaded.device)],
     )
 

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from cli import options
-from cli.eval_ruler import Haystack, Lengths, ProfileName, Samples, Seed, Tasks, Wording, made
+from cli.eval_ruler import Prompts
+from cli.options import with_options
 
 EPILOG = (
     "Examples:\n\n"
@@ -17,19 +17,16 @@ EPILOG = (
 )
 
 
+@with_options(Prompts, "prompts")
 def ruler(
-    model: options.Model,
+    prompts: Prompts,
+    model: Annotated[str, typer.Option(help="Preset (skv models), folder or Hub id, whose tokenizer measures.")],
     out: Annotated[Path, typer.Option(help="Folder to write <length>/<task>/validation.jsonl into.")],
-    lengths: Lengths = "auto",
-    tasks: Tasks = "all",
-    samples: Samples = None,
-    profile: ProfileName = "nvidia",
-    wording: Wording = "official",
-    haystack: Haystack = None,
-    seed: Seed = 0,
-    trust_remote_code: options.TrustRemoteCode = False,
-    quiet: options.Quiet = False,
-) -> None:
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code of the model's repo.")
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
+) -> int:
     """Write RULER's prompts, made to measure for a model's tokenizer, as JSONL in NVIDIA's schema."""
     from cli.accuracy import check_writable
     from cli.render import console, quieten_libraries, status
@@ -41,9 +38,10 @@ def ruler(
     check_writable(out)
     source = resolve(model, dummy=False)
     context = context_tokens(source, load_config(source, trust_remote_code=trust_remote_code))
-    run = made(lengths, tasks, samples, profile, wording, haystack, seed, context, runnable=False)
+    run = prompts.generated(context, runnable=False)
     tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
     with status("making prompts", quiet=quiet) as update:
         paths = write_files(run, tokenizer, out, lambda done, total: update(f"{done}/{total}"))
     if not quiet:
         console().print(f"{out}: {len(paths)} files", markup=False, highlight=False, soft_wrap=True)
+    return 0

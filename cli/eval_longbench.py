@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cli import options
+from cli.options import Settings, with_options
 
 if TYPE_CHECKING:
     from evals.task import Task
@@ -21,10 +21,9 @@ EPILOG = (
 )
 
 
+@with_options(Settings, "settings")
 def longbench(
-    model: options.Model,
-    method: options.Methods = None,
-    budget: options.Budget = None,
+    settings: Settings,
     tasks: Annotated[str, typer.Option(help="all, or a list such as hotpotqa,gov_report,lcc.")] = "all",
     e: Annotated[bool, typer.Option("--e", help="LongBench-E: 13 tasks, scores by length class.")] = False,
     v2: Annotated[bool, typer.Option("--v2", help="LongBench v2: 503 questions with four choices.")] = False,
@@ -42,17 +41,6 @@ def longbench(
     max_prompt_tokens: Annotated[
         int | None, typer.Option(help="Longer prompts lose their middle (7500 at a context of 8k, 31500 at 32k).")
     ] = None,
-    out: options.Out = None,
-    device: options.Device = "auto",
-    dtype: options.Dtype = "auto",
-    dummy: options.Dummy = False,
-    trust_remote_code: options.TrustRemoteCode = False,
-    prefill_chunk: options.PrefillChunk = None,
-    prefix_reuse: options.PrefixReuse = True,
-    as_json: options.AsJson = False,
-    quiet: options.Quiet = False,
-    dry_run: options.DryRun = False,
-    diagnostics: options.Diagnostics = False,
 ) -> int:
     """LongBench, LongBench-E and LongBench v2: real documents, scored as their authors do.
 
@@ -84,20 +72,4 @@ def longbench(
             min_tokens=min_tokens,
         )
 
-    settings = accuracy.Settings(
-        model=model,
-        methods=tuple(method or ()),
-        budget=budget,
-        out=out,
-        device=device,
-        dtype=dtype,
-        dummy=dummy,
-        trust_remote_code=trust_remote_code,
-        prefill_chunk_tokens=prefill_chunk,
-        reuse_prefix=prefix_reuse,
-        as_json=as_json,
-        quiet=quiet,
-        dry_run=dry_run,
-        diagnostics=diagnostics,
-    )
     return accuracy.run(task, settings)

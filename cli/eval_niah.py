@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cli import options
+from cli.options import Settings, with_options
 
 if TYPE_CHECKING:
     from evals.niah.task import Niah
@@ -22,10 +22,9 @@ EPILOG = (
 )
 
 
+@with_options(Settings, "settings")
 def niah(
-    model: options.Model,
-    method: options.Methods = None,
-    budget: options.Budget = None,
+    settings: Settings,
     lengths: Annotated[str, typer.Option(help="Prompt lengths in tokens; k = 1024.")] = "1k,2k,4k",
     depths: Annotated[str, typer.Option(help="How many depths, or a list of percentages: 5 or 0,25,100.")] = "5",
     haystack: Annotated[str, typer.Option(help="essays, synthetic, or a .txt, .json or .jsonl file.")] = "essays",
@@ -38,17 +37,6 @@ def niah(
         bool, typer.Option("--first-query-in-prefill", help="With --turns: the prompt contains the first question.")
     ] = False,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 16,
-    out: options.Out = None,
-    device: options.Device = "auto",
-    dtype: options.Dtype = "auto",
-    dummy: options.Dummy = False,
-    trust_remote_code: options.TrustRemoteCode = False,
-    prefill_chunk: options.PrefillChunk = None,
-    prefix_reuse: options.PrefixReuse = True,
-    as_json: options.AsJson = False,
-    quiet: options.Quiet = False,
-    dry_run: options.DryRun = False,
-    diagnostics: options.Diagnostics = False,
 ) -> int:
     """Needle in a haystack: does a method still find one fact at any depth of a long text?
 
@@ -66,7 +54,7 @@ def niah(
         several = {"turns": turns, "first_query_in_prefill": first_query_in_prefill}
         make = Niah if turns == 1 and not first_query_in_prefill else partial(MultiTurnNiah, **several)
         return make(
-            lengths=parse_lengths(lengths, None if dry_run else context_tokens),
+            lengths=parse_lengths(lengths, None if settings.dry_run else context_tokens),
             depths=parse_depths(depths),
             haystack_spec=haystack,
             protocol=protocol,
@@ -76,20 +64,4 @@ def niah(
             max_new_tokens=max_new_tokens,
         )
 
-    settings = accuracy.Settings(
-        model=model,
-        methods=tuple(method or ()),
-        budget=budget,
-        out=out,
-        device=device,
-        dtype=dtype,
-        dummy=dummy,
-        trust_remote_code=trust_remote_code,
-        prefill_chunk_tokens=prefill_chunk,
-        reuse_prefix=prefix_reuse,
-        as_json=as_json,
-        quiet=quiet,
-        dry_run=dry_run,
-        diagnostics=diagnostics,
-    )
     return accuracy.run(task, settings)

@@ -37,24 +37,30 @@ def models(as_json: Json = False) -> None:
         print(json.dumps(rows, indent=1))
         return
     from cli.render import print_table
+    from evals.tables import Table
 
-    print_table(
-        "models",
-        ["name", "Hub id", "context", "layers", "heads\nq/kv", "head\ndim", "ShadowKV\nrank,\nbudget", "files"],
+    columns = ["name", "Hub id", "context", "layers", "heads\nq/kv", "head\ndim", "ShadowKV\nrank,\nbudget", "files"]
+    lines = [
         [
-            [
-                r["name"],
-                r["hub_id"],
-                f"{r['context_tokens'] // 1024}k",
-                str(r["layers"]),
-                f"{r['q_heads']}/{r['kv_heads']}",
-                str(r["head_dim"]),
-                f"{r['shadowkv']['rank']}, {r['shadowkv']['budget']}",
-                "pulled" if r["pulled"] else f"skv pull {r['pack']}" if r["pack"] else "Hub",
-            ]
-            for r in rows
-        ],
-        "Also: a local folder, any Hub id of a RoPE decoder, or a .gguf file.",
+            r["name"],
+            r["hub_id"],
+            f"{r['context_tokens'] // 1024}k",
+            str(r["layers"]),
+            f"{r['q_heads']}/{r['kv_heads']}",
+            str(r["head_dim"]),
+            f"{r['shadowkv']['rank']}, {r['shadowkv']['budget']}",
+            "pulled" if r["pulled"] else f"skv pull {r['pack']}" if r["pack"] else "Hub",
+        ]
+        for r in rows
+    ]
+    print_table(
+        Table(
+            "models",
+            columns,
+            lines,
+            "Also: a local folder, any Hub id of a RoPE decoder, or a .gguf file.",
+            names=len(columns),
+        )
     )
 
 
@@ -86,21 +92,24 @@ def methods(
         print(json.dumps(rows, indent=1))
         return
     from cli.render import print_table
+    from evals.tables import Table
 
-    print_table(
-        f"methods (bytes per prompt token on {model} in bf16)",
-        ["name", "what it does", "parameters and defaults", "device", "host", "arXiv"],
+    columns = ["name", "what it does", "parameters and defaults", "device", "host", "arXiv"]
+    lines = [
         [
-            [
-                r["name"],
-                r["summary"],
-                " ".join(f"{key}={format_value(value)}" for key, value in r["parameters"].items()) or "–",
-                str(r["bytes_per_token"]["device"]),
-                str(r["bytes_per_token"]["host"]),
-                r["paper"].rpartition("/")[2],
-            ]
-            for r in rows
-        ],
+            r["name"],
+            r["summary"],
+            " ".join(f"{key}={format_value(value)}" for key, value in r["parameters"].items()) or "–",
+            str(r["bytes_per_token"]["device"]),
+            str(r["bytes_per_token"]["host"]),
+            r["paper"].rpartition("/")[2],
+        ]
+        for r in rows
+    ]
+    caption = (
         "Spell them as -m shadowkv:rank=64,budget=256; repeat -m to compare. Any of them can start from a sparse "
-        "prefill: -m shadowkv+minference.",
+        "prefill: -m shadowkv+minference."
+    )
+    print_table(
+        Table(f"methods (bytes per prompt token on {model} in bf16)", columns, lines, caption, names=len(columns))
     )

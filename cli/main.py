@@ -96,9 +96,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _fail(message: str, code: int) -> int:
-    from cli.render import one_line
+    from shadowkv.wording import plain_line
 
-    print(f"skv: {one_line(message)}", file=sys.stderr)
+    print(f"skv: {plain_line(message)}", file=sys.stderr)
     return code
 
 

@@ -1,34 +1,80 @@
-"""Options that every accuracy benchmark has."""
+"""Options that several commands have, declared once as dataclasses."""
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import wraps
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-Model = Annotated[str, typer.Option(help="Preset (skv models), folder, Hub id or .gguf file.")]
-Methods = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--method",
-        "-m",
-        help="Method such as shadowkv:rank=64,budget=256, or all, or a set such as @paper; repeatable.",
-    ),
-]
-Budget = Annotated[
-    str | None, typer.Option(help="Tokens that every method attends to in all, so that they compare: 512 or 256,512.")
-]
-Out = Annotated[Path | None, typer.Option(help="Run folder; the same command continues it.")]
-Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
-Dtype = Annotated[str, typer.Option(help="auto (fp32 on a CPU, bf16 on a GPU), float32, bfloat16, float16.")]
-Dummy = Annotated[bool, typer.Option("--dummy", help="Random weights; every table says so.")]
-TrustRemoteCode = Annotated[bool, typer.Option("--trust-remote-code", help="Run code of the model's repo.")]
-PrefillChunk = Annotated[int | None, typer.Option(help="Tokens per prefill chunk (256 on a CPU, 8192 on a GPU).")]
-PrefixReuse = Annotated[bool, typer.Option(help="Compute what prompts share once.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print the summary as JSON on stdout and nothing else.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Make and measure the prompts, and run nothing.")]
-Diagnostics = Annotated[
-    bool, typer.Option("--diagnostics", help="Compare every layer with full attention: error, and mass recalled.")
-]
+
+@dataclass(frozen=True)
+class Settings:
+    """What every accuracy benchmark can be told, whatever it measures."""
+
+    model: Annotated[str, typer.Option(help="Preset (skv models), folder, Hub id or .gguf file.")]
+    methods: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--method",
+            "-m",
+            help="Method such as shadowkv:rank=64,budget=256, or all, or a set such as @paper; repeatable.",
+        ),
+    ] = None
+    budget: Annotated[
+        str | None,
+        typer.Option(help="Tokens that every method attends to in all, so that they compare: 512 or 256,512."),
+    ] = None
+    out: Annotated[Path | None, typer.Option(help="Run folder; the same command continues it.")] = None
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto"
+    dtype: Annotated[str, typer.Option(help="auto (fp32 on a CPU, bf16 on a GPU), float32, bfloat16, float16.")] = (
+        "auto"
+    )
+    dummy: Annotated[bool, typer.Option("--dummy", help="Random weights; every table says so.")] = False
+    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run code of the model's repo.")] = (
+        False
+    )
+    prefill_chunk_tokens: Annotated[
+        int | None,
+        typer.Option("--prefill-chunk", help="Tokens per prefill chunk (256 on a CPU, 8192 on a GPU)."),
+    ] = None
+    reuse_prefix: Annotated[
+        bool, typer.Option("--prefix-reuse/--no-prefix-reuse", help="Compute what prompts share once.")
+    ] = True
+    as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON on stdout and nothing else.")] = (
+        False
+    )
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Make and measure the prompts, and run nothing.")] = False
+    diagnostics: Annotated[
+        bool, typer.Option("--diagnostics", help="Compare every layer with full attention: error, and mass recalled.")
+    ] = False
+
+
+def with_options(group: type, name: str) -> Callable[[Callable[..., int]], Callable[..., int]]:
+    """Give a command the fields of the dataclass `group` as options, and one of them, filled in, as `name`.
+
+    Typer reads the options of a command from its signature, so the command gets one that holds both kinds.
+    """
+
+    def decorate(command: Callable[..., int]) -> Callable[..., int]:
+        shared = list(inspect.signature(group, eval_str=True).parameters.values())
+        signature = inspect.signature(command, eval_str=True)
+        own = [parameter for parameter in signature.parameters.values() if parameter.name != name]
+
+        @wraps(command)
+        def run(**values: Any) -> int:
+            chosen = group(**{field.name: values.pop(field.name) for field in shared})
+            return command(**{name: chosen}, **values)
+
+        ordered = sorted([*own, *shared], key=lambda parameter: parameter.default is not parameter.empty)
+        keywords = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in ordered]
+        vars(run)["__signature__"] = signature.replace(parameters=keywords)
+        run.__annotations__ = {parameter.name: parameter.annotation for parameter in keywords}
+        return run
+
+    return decorate

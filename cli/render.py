@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from rich import box
 from rich.console import Console
@@ -13,15 +12,14 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
-from evals.tables import kib, mib, number, tokens
+from evals.costs import cost_table
+from shadowkv.wording import plain_line
 
 if TYPE_CHECKING:
     from evals.report import Report
     from evals.runner import Step
-    from evals.summary import Row
     from evals.tables import Table as Figures
 
-_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]+")
 _PIPE_WIDTH = 180  # a pipe has no width of its own, and a table cut to 80 columns helps nobody
 _NAME_WIDTH = 30  # names up to this are never broken: people copy them
 
@@ -32,14 +30,9 @@ def console(*, stderr: bool = False) -> Console:
     return made if made.is_terminal else Console(stderr=stderr, width=_PIPE_WIDTH)
 
 
-def one_line(text: str) -> str:
-    """Text as one line that cannot move the cursor, for plain printing."""
-    return _CONTROL.sub(" ", text).strip()
-
-
 def safe(text: str, limit: int = 60) -> str:
     """Model output as one short line that can neither move the cursor nor be read as markup."""
-    flat = one_line(text)
+    flat = plain_line(text)
     return escape(flat if len(flat) <= limit else flat[: limit - 1] + "…")
 
 
@@ -51,123 +44,50 @@ def quieten_libraries() -> None:
     logging.disable_progress_bar()
 
 
-def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], caption: str = "") -> None:
-    """A plain table on stdout; the first column says what a row is."""
-
-    def made(*, dense: bool) -> Table:
-        table = _table(title, caption, dense=dense)
-        names = max((len(row[0]) for row in rows), default=0)
-        table.add_column(columns[0], overflow="fold", style="bold", no_wrap=names <= _NAME_WIDTH)
-        for column in columns[1:]:
-            table.add_column(column, overflow="fold")
-        for row in rows:
-            table.add_row(*map(escape, row))
-        return table
-
-    _print_fitting(made)
-
-
 def print_summary(title: str, report: Report, notes: Sequence[str]) -> None:
     """The benchmark's own tables, then methods x lengths with what they cost, then what a reader must know."""
-    for figures in report.tables:
-        _print_figures(figures)
-    _print_costs(title, report.rows)
-    shown = console()
+    for table in report.tables:
+        print_table(table)
+    print_table(cost_table(title, report.rows), narrow=cost_table(title, report.rows, dense=True))
     for note in notes:
-        shown.print(f"[yellow]{escape(note)}[/]")
-    shown.print(
-        "[dim]score: mean of the tasks' means · agree: tokens 2..n equal to full attention's (the first is the "
-        "prefill's) · tokens read: per step, mean over layers · device, host: KV memory · prefill: once per prompt for "
-        "all methods[/]"
-    )
+        console().print(f"[yellow]{escape(note)}[/]")
 
 
-def _print_figures(figures: Figures) -> None:
-    def made(*, dense: bool) -> Table:
-        table = _table(figures.title, dense=dense)
-        for place, column in enumerate(figures.columns):
-            named = place < figures.names
-            table.add_column(escape(column), style="bold" if place == 0 else None, overflow="fold",
-                             justify="left" if named else "right", no_wrap=not named)  # fmt: skip
-        last = ""
-        for row in figures.rows:
-            # With several columns of names, the first one groups the rows.
-            if last not in ("", row[0]) and figures.names > 1:
-                table.add_section()
-            first = "" if row[0] == last and figures.names > 1 else row[0]
-            table.add_row(*map(escape, (first, *row[1:])))
-            last = row[0]
-        return table
-
-    _print_fitting(made)
-    console().print(f"[dim]{escape(figures.caption)}[/]\n", highlight=False)
-
-
-def _print_costs(title: str, rows: Sequence[Row]) -> None:
-    """Score first, then what it cost. A narrow terminal gets the medians of decode times, and no build or bus."""
-
-    def made(*, dense: bool) -> Table:
-        table = _table(title, dense=dense)
-        table.add_column("method", style="bold", overflow="fold")
-        shown = [column for column in _COSTS if column.dense in (None, dense)]
-        for column in shown:
-            table.add_column(column.head, justify="right", no_wrap=True)
-        for row, last in zip(rows, [None, *rows], strict=False):
-            if last is not None and row.method != last.method:
-                table.add_section()
-            repeated = last is not None and row.method == last.method
-            table.add_row("" if repeated else escape(row.method), *(column.cell(row) for column in shown))
-        return table
-
-    _print_fitting(made)
-
-
-class _Cost(NamedTuple):
-    head: str
-    cell: Callable[[Row], str]
-    dense: bool | None = None  # shown only where columns are scarce (True) or plenty (False)
-
-
-def _scored(row: Row) -> str:
-    counts = f"{row.scored}/{row.total}"
-    return counts if row.scored == row.total else f"[red]{counts}[/]"
-
-
-def _decode_times(row: Row) -> str:
-    return "/".join(number(x, ".1f") for x in (row.decode_ms_p10, row.decode_ms_p50, row.decode_ms_p90))
-
-
-_COSTS = (
-    _Cost("length", lambda row: tokens(row.length)),
-    _Cost("score", lambda row: number(row.score, ".2f")),
-    _Cost("scored", _scored),
-    _Cost("agree", lambda row: number(row.agreement, ".2f")),
-    _Cost("tokens\nread", lambda row: number(row.attended_tokens, ".0f")),
-    _Cost("device\nMiB", lambda row: mib(row.device_bytes)),
-    _Cost("host\nMiB", lambda row: mib(row.host_bytes)),
-    _Cost("bus KiB\n/token", lambda row: kib(row.bus_bytes), dense=False),
-    _Cost("prefill\ns", lambda row: number(row.prefill_s, ".2f")),
-    _Cost("build\ns", lambda row: number(row.build_s, ".3f"), dense=False),
-    _Cost("decode ms\np10/p50/p90", _decode_times, dense=False),
-    _Cost("decode\nms p50", lambda row: number(row.decode_ms_p50, ".1f"), dense=True),
-)
-
-
-def _table(title: str, caption: str = "", *, dense: bool) -> Table:
-    """An empty table; a dense one spends no columns of the terminal on frames."""
-    table = Table(title=escape(title), caption=escape(caption) or None, title_justify="left", caption_justify="left")
-    if dense:
-        table.box, table.show_edge, table.padding = box.SIMPLE_HEAD, False, 0
-    return table
-
-
-def _print_fitting(made: Callable[..., Table]) -> None:
-    """Print the roomy table if the terminal has the room, else the dense one."""
+def print_table(table: Figures, narrow: Figures | None = None) -> None:
+    """A table on stdout; where it does not fit, without frames, and `narrow` in its place if there is one."""
     shown = console()
-    roomy = made(dense=False)
+    roomy = _drawn(table, dense=False)
     unlimited = shown.options.update(width=10_000)
     fits = shown.measure(roomy, options=unlimited).maximum <= shown.width
-    shown.print(roomy if fits else made(dense=True))
+    shown.print(roomy if fits else _drawn(narrow or table, dense=True))
+    if table.caption:
+        shown.print(f"[dim]{escape(table.caption)}[/]\n", highlight=False)
+
+
+def _drawn(figures: Figures, *, dense: bool) -> Table:
+    table = Table(title=escape(figures.title), title_justify="left")
+    if dense:
+        table.box, table.show_edge, table.padding = box.SIMPLE_HEAD, False, 0
+    texts_only = figures.names == len(figures.columns)
+    longest_name = max((len(row[0]) for row in figures.rows), default=0)
+    for place, head in enumerate(figures.columns):
+        named = place < figures.names
+        whole = texts_only and place == 0 and longest_name <= _NAME_WIDTH
+        table.add_column(
+            escape(head),
+            style="bold" if place == 0 else None,
+            justify="left" if named else "right",
+            overflow="fold",
+            no_wrap=whole or not named,
+        )
+    grouped = figures.names > 1 and not texts_only  # the first column groups the rows
+    last = None
+    for row in figures.rows:
+        if grouped and last not in (None, row[0]):
+            table.add_section()
+        table.add_row(*map(escape, ("" if grouped and row[0] == last else row[0], *row[1:])))
+        last = row[0]
+    return table
 
 
 @contextmanager
