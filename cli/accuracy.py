@@ -224,7 +224,7 @@ def check_writable(out: Path) -> None:
 
 
 def _manifest(ready: _Prepared, prefill_chunk_tokens: int, loaded: LoadedModel) -> Manifest:
-    from evals.manifest import Manifest, plain, this_session
+    from evals.manifest import Manifest, described, plain, this_session
 
     task = ready.task
     notes = ["dummy weights: scores mean nothing, only times and bytes do"] if loaded.dummy else []
@@ -237,7 +237,7 @@ def _manifest(ready: _Prepared, prefill_chunk_tokens: int, loaded: LoadedModel) 
     return Manifest(
         benchmark=task.benchmark,
         config=plain({**task.config(), "prefill_chunk_tokens": prefill_chunk_tokens}),
-        methods={method.label: plain(method.params()) for method in ready.methods},
+        methods={method.label: plain(described(method)) for method in ready.methods},
         selection=plain(task.selection()),
         model={
             "name": loaded.name,

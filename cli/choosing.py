@@ -128,7 +128,7 @@ def choose(asked: Sequence[Asked], alike: Sequence[Alike], source: ModelSource, 
 def _suggested(method: Method, source: ModelSource, dims: Dims) -> Method:
     """A method of a set, with the parameters suggested for the model in place of those of an 8B one."""
     wanted: dict[str, Any] = {}
-    if source.preset and method.params().get("budget") is not None:
+    if source.preset and method.params().get("budget") and method.with_budget(source.preset.budget):
         wanted["budget"] = source.preset.budget
     if method.name == "shadowkv":
         wanted["rank"] = source.preset.rank if source.preset else min(method.params()["rank"], dims.width)

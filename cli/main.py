@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 from typer.exceptions import TyperException
 
-from cli import data_ruler, eval_longbench, eval_niah, eval_ruler, info, pull
+from cli import calibrate, data_ruler, eval_longbench, eval_niah, eval_ruler, info, pull
 from shadowkv.errors import SkvError
 
 _INTERRUPTED = "interrupted; run the same command to continue"
@@ -39,6 +39,7 @@ app.add_typer(data, name="data")
 app.command("models", epilog=info.MODELS_EPILOG)(info.models)
 app.command("methods", epilog=info.METHODS_EPILOG)(info.methods)
 app.command("pull", epilog=pull.EPILOG)(pull.pull)
+app.command("calibrate", epilog=calibrate.EPILOG)(calibrate.calibrate)
 
 
 def _version(wanted: bool) -> None:

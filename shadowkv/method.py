@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, cast
 
 from torch import Tensor
@@ -134,6 +135,10 @@ class Setting:
     def params(self) -> dict[str, Any]:
         """Every hyper-parameter with its value."""
         return {f.name: getattr(self, f.name) for f in fields(self)}
+
+    def files(self) -> dict[str, Path]:
+        """Files that parameters name, by parameter: their contents are part of the setting."""
+        return {}
 
     @property
     def label(self) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shadowkv.method import Bytes, DecodeCache, Dims, Method
@@ -66,6 +67,9 @@ class Wrapper(Method):
 
     def params(self) -> dict[str, Any]:
         return self.method.params()
+
+    def files(self) -> dict[str, Path]:
+        return self.method.files()
 
     @property
     def label(self) -> str:

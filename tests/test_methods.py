@@ -57,7 +57,13 @@ SMALL = {
         "quest:budget=32,reduce=group_sum",
         "quest:budget=32,offload=true",
     ],
-    "xkv": ["xkv:group=2,rank_k=20,rank_v=24", "xkv:rank_k=48,rank_v=60", "xkv:group=1,rank_k=10,rank_v=12"],
+    "xkv": [
+        "xkv:group=2,rank_k=20,rank_v=24",
+        "xkv:rank_k=48,rank_v=60",
+        "xkv:group=1,rank_k=10,rank_v=12",
+        "xkv:group=2,rank_k=20,rank_v=24,select=true,budget=64,outliers=2",
+        "xkv:group=2,rank_k=12,rank_v=64,select=true,budget=32,chunk=4,local=0,outliers=0",
+    ],
 }
 CASES = [spec for name in methods() for spec in SMALL.get(name, [name])]
 

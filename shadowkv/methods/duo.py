@@ -48,6 +48,9 @@ class Duo(Method):
         require(self.sinks >= 0, f"duo: sinks must not be negative, got {self.sinks}")
         require(self.recent >= 1, f"duo: recent must be at least 1, got {self.recent}")
 
+    def files(self) -> dict[str, Path]:
+        return {} if self.heads is None else {"heads": Path(self.heads).expanduser()}
+
     def check(self, dims: Dims) -> None:
         gates = self.gates()
         if gates is None:
