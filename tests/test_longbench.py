@@ -118,6 +118,20 @@ def test_truncation_comes_before_the_chat_template(folder):
         assert text.endswith("</u><a>") is wrapped
 
 
+def test_a_prompt_without_a_chat_template_has_no_end(folder):
+    """A tokenizer that ends every text would have the model go on with something else than the answer."""
+    from tokenizers import processors
+
+    made = load_tokenizer(ModelSource("bytes", None, find_preset("llama3.1-8b"), "dummy"))
+    made.eos_token = "?"
+    special = [(mark, made.convert_tokens_to_ids(mark)) for mark in "!?"]
+    made.backend_tokenizer.post_processor = processors.TemplateProcessing(single="! $A ?", special_tokens=special)
+    for task in ("hotpotqa", "lcc"):
+        ids = next(bench(folder, task).examples(made)).input_ids
+        assert made.decode(ids).startswith("!")
+        assert not made.decode(ids).endswith("?")
+
+
 def test_samsum_stops_at_a_line_break_after_at_least_one_token(tokenizer, folder):
     newline = tokenizer("\n")["input_ids"][-1]
     for task in TASKS:

@@ -8,7 +8,7 @@ from functools import cached_property
 from itertools import groupby
 from typing import Any
 
-from evals.chat import Chat
+from evals.chat import Chat, prompt_ids
 from evals.longbench.data import Row, Rows
 from evals.longbench.metrics import first_line, needs
 from evals.longbench.prompts import Templates, templates
@@ -103,9 +103,9 @@ class LongBench(Task):
         spec = self._spec(question.task)
         text = without_middle(tokenizer, self._filled(spec.name, row), self.max_prompt_tokens)
         chat = Chat(tokenizer)
-        ids = chat.ids(chat.text(text)) if spec.chat else tokenizer(text, verbose=False)["input_ids"]
+        ids = chat.ids(chat.text(text)) if spec.chat else prompt_ids(tokenizer, text, special=True)
         # Models go on with another dialogue; the authors stop them at the first line break, after at least one token.
-        newline = tokenizer("\n", add_special_tokens=False)["input_ids"][-1:] if spec.name == "samsum" else []
+        newline = prompt_ids(tokenizer, "\n", special=False)[-1:] if spec.name == "samsum" else []
         return Example(
             benchmark=self.benchmark,
             task=question.task,
@@ -149,4 +149,4 @@ class LongBench(Task):
         return self._templates.by_task[task].format(context=row.context, input=row.input)
 
     def _prompt_tokens(self, tokenizer: Any, task: str, row: Row) -> int:
-        return len(tokenizer(self._filled(task, row), verbose=False)["input_ids"])
+        return len(prompt_ids(tokenizer, self._filled(task, row), special=True))
