@@ -93,16 +93,16 @@ class LongBench(Task):
         return found
 
     def examples(self, tokenizer: Any, wanted: Collection[Question] | None = None) -> Iterator[Example]:
+        chat = Chat(tokenizer)
         asked = self.questions(tokenizer) if wanted is None else wanted
         for label, questions in groupby(asked, key=lambda question: question.task):
             rows = self._rows.read(label)
             for question in questions:
-                yield self._example(tokenizer, question, rows[int(question.sample.removeprefix("row="))])
+                yield self._example(tokenizer, chat, question, rows[int(question.sample.removeprefix("row="))])
 
-    def _example(self, tokenizer: Any, question: Question, row: Row) -> Example:
+    def _example(self, tokenizer: Any, chat: Chat, question: Question, row: Row) -> Example:
         spec = self._spec(question.task)
         text = without_middle(tokenizer, self._filled(spec.name, row), self.max_prompt_tokens)
-        chat = Chat(tokenizer)
         ids = chat.ids(chat.text(text)) if spec.chat else prompt_ids(tokenizer, text, special=True)
         # Models go on with another dialogue; the authors stop them at the first line break, after at least one token.
         newline = prompt_ids(tokenizer, "\n", special=False)[-1:] if spec.name == "samsum" else []
