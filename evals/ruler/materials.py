@@ -26,15 +26,6 @@ _USED = (
     *("adjectivelist.txt", "nounlist.txt", "verblist.txt"),
 )
 
-# sha256[:16] of NVIDIA's templates and answer prefixes, at commit c3f5e3b of its repository.
-OFFICIAL_SHA256 = {
-    "niah": ("b373c00e238df12b", "994f3a46e763414f"),
-    "variable_tracking": ("fcfaf2eab2bc3e35", "4a4e9010ec4141a3"),
-    "common_words_extraction": ("45fff5d17627b65a", "8ee526599bbc7372"),
-    "freq_words_extraction": ("a0c7b873cf500d6c", "9a72271c5762c96d"),
-    "qa": ("18a659c9723f24f1", "255204f061d7e266"),
-}
-
 
 class Template(NamedTuple):
     """A task's wording: what the user says, and how the answer begins."""
