@@ -142,6 +142,17 @@ def test_the_documents_of_a_question_are_in_its_prompt(tokenizer, task, wording)
         assert numbered == list(range(1, len(numbered) + 1))
 
 
+def test_corpora_are_read_once_a_run(tokenizer, monkeypatch):
+    """HotpotQA takes a second and 60 MB."""
+    from evals.ruler.own_materials import OwnMaterials
+
+    read, corpus = [], OwnMaterials._own_corpus
+    monkeypatch.setattr(OwnMaterials, "_own_corpus", lambda self, name: read.append(name) or corpus(self, name))
+    benchmark = Ruler(lengths=(2048, 4096), tasks=("qa_1", "qa_2"), samples=1, wording="own")
+    assert len(list(benchmark.examples(tokenizer, benchmark.questions(tokenizer)))) == 4
+    assert sorted(read) == ["hotpotqa", "squad"]
+
+
 # sha256[:16] of NVIDIA's templates and answer prefixes, at commit c3f5e3b of its repository.
 OFFICIAL_SHA256 = {
     "niah": ("b373c00e238df12b", "994f3a46e763414f"),

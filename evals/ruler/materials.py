@@ -73,6 +73,7 @@ class Materials(ABC):
 
     def __init__(self, haystack_spec: str | None = None) -> None:
         self._haystack = None if haystack_spec is None else haystack(haystack_spec)
+        self._corpora: dict[str, Corpus] = {}
 
     @abstractmethod
     def template(self, family: str) -> Template:
@@ -87,14 +88,19 @@ class Materials(ABC):
         """The words of kind `adjective`, `noun` or `verb`, sorted."""
 
     @abstractmethod
-    def corpus(self, dataset: str) -> Corpus:
-        """The documents and questions of `squad` or `hotpotqa`."""
+    def _own_corpus(self, dataset: str) -> Corpus: ...
 
     @abstractmethod
     def _own_essay(self) -> str: ...
 
     @abstractmethod
     def _own_description(self) -> dict[str, Any]: ...
+
+    def corpus(self, dataset: str) -> Corpus:
+        """The documents and questions of `squad` or `hotpotqa`, read once."""
+        if dataset not in self._corpora:
+            self._corpora[dataset] = self._own_corpus(dataset)
+        return self._corpora[dataset]
 
     @cached_property
     def essay(self) -> Essay:
@@ -141,7 +147,7 @@ class PulledMaterials(Materials):
         lines = (self._folder / f"{kind}list.txt").read_text(encoding="utf-8").splitlines()
         return sorted({line.strip() for line in lines if line.strip()})
 
-    def corpus(self, dataset: str) -> Corpus:
+    def _own_corpus(self, dataset: str) -> Corpus:
         return _READERS[dataset](self._folder / f"{dataset}.json")
 
     def _own_essay(self) -> str:
