@@ -214,9 +214,10 @@ def test_unusable_rows_are_named_with_file_and_line(tokenizer, folder):
 
 
 def test_rows_that_cannot_be_judged_are_refused(tokenizer, folder):
-    """Without its classes or its form, a right answer would score 0, or end the run."""
+    """Without any classes or its form, a right answer would score 0, or end the run."""
     for task, change, says in (
-        ("trec", {"all_classes": None}, "does not hold the answer"),
+        ("trec", {"all_classes": None}, "'all_classes' is missing or empty"),
+        ("lsht", {"all_classes": []}, "'all_classes' is missing or empty"),
         ("trec", {"all_classes": "Food"}, "is not a list of texts"),
         ("passage_retrieval_en", {"answers": ["3"]}, "not of the form 'Paragraph 12'"),
         ("lcc", {"context": "\ud800"}, "half a character"),
@@ -226,6 +227,14 @@ def test_rows_that_cannot_be_judged_are_refused(tokenizer, folder):
         (folder / f"{task}.jsonl").write_text(json.dumps(row) + "\n")
         with pytest.raises(SkvError, match=says):
             bench(folder, task).questions(tokenizer)
+
+
+def test_an_answer_outside_its_classes_is_judged_as_the_authors_do(tokenizer, folder):
+    """They give it 0; refusing the row would refuse the whole official file."""
+    row = {**longbench_rows.rows("trec")[0], "answers": ["Colour"]}
+    (folder / "trec.jsonl").write_text(json.dumps(row) + "\n")
+    (example,) = bench(folder, "trec").examples(tokenizer)
+    assert bench(folder, "trec").score(example, "Colour") == 0.0
 
 
 def test_a_damaged_zip_is_named(tokenizer, folder, tmp_path):
