@@ -262,7 +262,7 @@ def test_files_beyond_the_context_or_not_there_are_said(tokenizer, tmp_path):
     with pytest.raises(SkvError, match="beyond this model's context of 1024"):
         RulerFiles(tmp_path, (), tuple(TASKS), context_tokens=1024).questions(tokenizer)
     part = RulerFiles(tmp_path, (2048, 4096), ("vt", "qa_1"), all_tasks=False)
-    assert part.left_out() == {"qa_1 at 2048": "no file", "vt at 4096": "no file", "qa_1 at 4096": "no file"}
+    assert part.left_out(tokenizer) == {"qa_1 at 2048": "no file", "vt at 4096": "no file", "qa_1 at 4096": "no file"}
     one, two = (RulerFiles(tmp_path, (), tuple(TASKS), samples=n).sources() for n in (1, 2))
     assert one == two, "a run can grow"
 
@@ -312,11 +312,27 @@ def test_an_unfittable_length_is_an_error_and_no_loop(tokenizer, task):
         list(run(task, lengths=(160,), samples=1).examples(tokenizer))
 
 
-def test_a_length_beyond_the_word_list_is_an_error(tokenizer, monkeypatch):
+@pytest.fixture
+def few_words(monkeypatch):
+    """Word lists that common words run out of at 16K, as the real ones do at 256K."""
     from evals.ruler.own_materials import OwnMaterials
 
     monkeypatch.setattr(OwnMaterials, "words", lambda self, kind: [f"{kind}{i}" for i in range(60)])
-    with pytest.raises(SkvError, match="180 words of cwe do not fill 16384 tokens"):
+
+
+def test_a_length_beyond_the_word_list_is_left_out_with_its_reason(tokenizer, few_words):
+    benchmark = run("cwe", tasks=("niah_single_1", "cwe", "fwe"), lengths=(2048, 16384), samples=2)
+    questions = benchmark.questions(tokenizer)
+    assert benchmark.left_out(tokenizer) == {"cwe at 16384": "its 180 words do not fill that length"}
+    assert {(q.task, q.length_tokens) for q in questions} == {
+        ("niah_single_1", 2048), ("cwe", 2048), ("fwe", 2048), ("niah_single_1", 16384), ("fwe", 16384),
+    }  # fmt: skip
+    assert [example.question for example in benchmark.examples(tokenizer)] == list(questions)
+    assert run("cwe", lengths=(2048,)).left_out(tokenizer) == {}
+
+
+def test_a_length_beyond_the_word_list_is_an_error_where_nothing_else_is_asked_for(tokenizer, few_words):
+    with pytest.raises(SkvError, match="none of the tasks can be run; cwe at 16384: its 180 words do not fill"):
         run("cwe", lengths=(16384,)).questions(tokenizer)
 
 

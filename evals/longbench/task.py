@@ -75,7 +75,7 @@ class LongBench(Task):
             raise SkvError(f"none of the tasks can be run; {task}: {reason}")
         return tasks
 
-    def left_out(self) -> dict[str, str]:
+    def left_out(self, tokenizer: Any) -> dict[str, str]:
         return {self._label(task): reason for task, reason in self._why_not.items()}
 
     def questions(self, tokenizer: Any) -> Sequence[Question]:
