@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import groupby
+from itertools import groupby, islice
 from typing import Any
 
 from evals.chat import Chat, prompt_ids
@@ -80,14 +80,14 @@ class LongBench(Task):
 
     def questions(self, tokenizer: Any) -> Sequence[Question]:
         _ = self._templates  # an unusable template is an error before anything is tokenised
-        found = []
+        found: list[Question] = []
         for task in self._runnable:
             kept = (
                 Question(self._label(task), self.max_prompt_tokens, f"row={i}")
                 for i, row in enumerate(self._rows.read(self._label(task)))
                 if not self.min_tokens or self._prompt_tokens(tokenizer, task, row) > self.min_tokens
             )
-            found += [question for question, _ in zip(kept, range(self.samples or 10**9), strict=False)]
+            found += islice(kept, self.samples)
         if not found:
             raise SkvError(f"no row has a prompt of more than --min-tokens {self.min_tokens} tokens")
         return found

@@ -50,10 +50,6 @@ class Haystacks:
         after = next((i for i in range(wanted, len(ids)) if self._ends_sentence(ids[i - 1])), None)
         return before if before is not None else after if after is not None else wanted
 
-    def repeats(self, round_: int) -> bool:
-        """Whether the text had to be repeated for this round."""
-        return len(self._tokenizer.decode(self._ids.get(round_, []))) > len(self._text)
-
     def _from_start(self, round_: int, characters: int) -> str:
         start = 0
         if round_ > 0 or self._seed != 0:
