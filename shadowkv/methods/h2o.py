@@ -79,9 +79,12 @@ class H2O(LayerwiseMethod):
     def bytes_per_token(self, dims: Dims) -> Bytes:
         return Bytes(0, 0)
 
-    def prompt_bytes(self, dims: Dims, tokens: int) -> Bytes:
-        bookkeeping = dims.layers * dims.kv_heads * (4 + 4)  # a score and a position
-        return Bytes(min(tokens, self.budget) * (dims.full_bytes_per_token + bookkeeping), 0)
+    def memory_parts(self, dims: Dims, tokens: int) -> dict[str, Bytes]:
+        held = min(tokens, self.budget)
+        return {
+            "keys and values": Bytes(held * dims.full_bytes_per_token, 0),
+            "scores and positions": Bytes(held * dims.layers * dims.kv_heads * (4 + 4), 0),
+        }
 
     def attended_tokens(self, dims: Dims, tokens: int, later: int = 0) -> float:
         return min(tokens + later, self.budget)

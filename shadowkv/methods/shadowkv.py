@@ -93,15 +93,21 @@ class ShadowKV(LayerwiseMethod):
         value_bytes = CODINGS[self.values].token_bytes(dims.head_dim, dims.element_bytes)
         return Bytes(round(dims.layers * per_layer), dims.layers * dims.kv_heads * value_bytes)
 
-    def prompt_bytes(self, dims: Dims, tokens: int) -> Bytes:
+    def memory_parts(self, dims: Dims, tokens: int) -> dict[str, Bytes]:
         chunks = max(tokens // self.chunk - self.local, 0)
-        context = chunks * self.chunk
-        exact = min(self.outlier_chunks, chunks) * self.chunk + tokens - context
+        context, outliers = chunks * self.chunk, min(self.outlier_chunks, chunks)
         rank = dims.width if self.energy else self.rank
-        basis = (rank + 1) * dims.width * dims.element_bytes  # directions and mean of the keys
-        per_token = self.bytes_per_token(dims)
-        device = context * per_token.device + exact * dims.full_bytes_per_token + dims.layers * basis
-        return Bytes(device, context * per_token.host)
+        basis = (rank + 1) * dims.width  # directions and mean of the keys
+        factors = dims.layers * (context * rank + basis) * dims.element_bytes
+        number_bytes = 4  # which chunk a landmark stands for
+        landmark = dims.width * dims.element_bytes + dims.kv_heads * number_bytes
+        exact = outliers * self.chunk + tokens - context
+        return {
+            "factors": Bytes(factors, 0),
+            "landmarks": Bytes(dims.layers * (chunks - outliers) * landmark, 0),
+            "outlier and local tokens": Bytes(exact * dims.full_bytes_per_token, 0),
+            "values": Bytes(0, context * self.bytes_per_token(dims).host),
+        }
 
     def attended_tokens(self, dims: Dims, tokens: int, later: int = 0) -> float:
         chunks = self.budget // self.chunk + self.outlier_chunks + self.local
@@ -110,10 +116,32 @@ class ShadowKV(LayerwiseMethod):
         return min(tokens + later, chunks * self.chunk + exact)
 
     def bus_bytes(self, dims: Dims, tokens: int) -> int:
-        candidates = max(tokens // self.chunk - self.local - self.outlier_chunks, 0)
-        read = min(candidates, self.budget // self.chunk) * self.chunk
         coding = CODINGS[self.values].token_bytes(dims.head_dim, dims.element_bytes)
-        return dims.layers * dims.kv_heads * read * coding
+        return dims.layers * dims.kv_heads * self._rebuilt_tokens(tokens) * coding
+
+    def workspace_bytes(self, dims: Dims, tokens: int) -> int:
+        return 2 * self._rebuilt_tokens(tokens) * dims.width * dims.element_bytes
+
+    def read_bytes(self, dims: Dims, tokens: int) -> int:
+        rank = dims.width if self.energy else self.rank
+        # Every head rebuilds its own tokens, from rows of the coefficients that all heads share.
+        rows = dims.kv_heads * self._rebuilt_tokens(tokens) * rank
+        factors = dims.layers * (rows + (rank + 1) * dims.width) * dims.element_bytes
+        landmarks = self.memory_parts(dims, tokens)["landmarks"].device
+        return landmarks + factors + round(self.attended_tokens(dims, tokens) * dims.full_bytes_per_token)
+
+    def step_flop(self, dims: Dims, tokens: int) -> int:
+        rank = dims.width if self.energy else self.rank
+        scored = dims.q_heads * self._candidates(tokens)
+        rebuilt = dims.kv_heads * self._rebuilt_tokens(tokens) * rank
+        return super().step_flop(dims, tokens) + 2 * dims.layers * dims.head_dim * (scored + rebuilt)
+
+    def _candidates(self, tokens: int) -> int:
+        """Chunks of a prompt that have a landmark."""
+        return max(tokens // self.chunk - self.local - self.outlier_chunks, 0)
+
+    def _rebuilt_tokens(self, tokens: int) -> int:
+        return min(self._candidates(tokens), self.budget // self.chunk) * self.chunk
 
     def with_budget(self, tokens: int) -> Method:
         # The outliers grow with the budget, so the largest one that leaves room for them is searched for.

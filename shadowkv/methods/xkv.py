@@ -57,14 +57,41 @@ class XKV(Method):
         ranks = whole * (self.rank_k + self.rank_v) + self.share(self.rank_k, rest) + self.share(self.rank_v, rest)
         return Bytes(ranks * dims.element_bytes, 0)
 
-    def prompt_bytes(self, dims: Dims, tokens: int) -> Bytes:
+    def memory_parts(self, dims: Dims, tokens: int) -> dict[str, Bytes]:
         whole, rest = divmod(dims.layers, self.group)
         ranks = self.rank_k + self.rank_v
         directions = whole * (ranks + 2) * self.group  # and the means of keys and values
         if rest:
             directions += (self.share(self.rank_k, rest) + self.share(self.rank_v, rest) + 2) * rest
-        coefficients = tokens * self.bytes_per_token(dims).device
-        return Bytes(coefficients + directions * dims.width * dims.element_bytes, 0)
+        return {
+            "coefficients": Bytes(tokens * self.bytes_per_token(dims).device, 0),
+            "directions": Bytes(directions * dims.width * dims.element_bytes, 0),
+        }
+
+    def workspace_bytes(self, dims: Dims, tokens: int) -> int:
+        return tokens * dims.width * dims.element_bytes  # keys; values are never rebuilt
+
+    def read_bytes(self, dims: Dims, tokens: int) -> int:
+        # Every layer of a group reads all of the group's coefficients, and its own share of the directions.
+        ranks = sum(
+            size * (self.share(self.rank_k, size) + self.share(self.rank_v, size)) for size in self._groups(dims)
+        )
+        return tokens * ranks * dims.element_bytes + self.memory_parts(dims, tokens)["directions"].device
+
+    def step_flop(self, dims: Dims, tokens: int) -> int:
+        flop = 0
+        for size in self._groups(dims):
+            rank_k, rank_v = self.share(self.rank_k, size), self.share(self.rank_v, size)
+            rebuilt = dims.kv_heads * tokens * rank_k * dims.head_dim
+            scored = dims.q_heads * tokens * dims.head_dim
+            weighed = dims.q_heads * (tokens * rank_v + rank_v * dims.head_dim)
+            flop += 2 * size * (rebuilt + scored + weighed)
+        return flop
+
+    def _groups(self, dims: Dims) -> list[int]:
+        """How many layers each group has."""
+        whole, rest = divmod(dims.layers, self.group)
+        return [self.group] * whole + [rest] * (rest > 0)
 
     def share(self, rank: int, layers: int) -> int:
         """The rank of a group of `layers` layers: a smaller last group gets its share."""
