@@ -51,16 +51,9 @@ class Oracle(LayerwiseMethod):
     def attended_tokens(self, dims: Dims, tokens: int, later: int = 0) -> float:
         return tokens + later if self.top_p else min(tokens + later, self.budget)
 
-    def read_bytes(self, dims: Dims, tokens: int) -> int:
-        # All keys, and the values of the tokens chosen.
-        lists = dims.q_heads if self.reduce == "per_q_head" else dims.kv_heads
-        everything = tokens * dims.kv_heads
-        values = everything if self.top_p else min(lists * self.budget, everything)
-        return dims.layers * (everything + values) * dims.head_dim * dims.element_bytes
-
     def step_flop(self, dims: Dims, tokens: int) -> int:
-        scored_and_read = tokens + self.attended_tokens(dims, tokens)
-        return round(2 * dims.layers * dims.q_heads * dims.head_dim * scored_and_read)
+        # Values of tokens that were not chosen are weighed by zero.
+        return 4 * dims.layers * dims.q_heads * dims.head_dim * tokens
 
     def with_budget(self, tokens: int) -> Method | None:
         return None if self.top_p else replace(self, budget=tokens)
