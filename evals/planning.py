@@ -142,30 +142,30 @@ def parts_table(setup: Setup, rows: Sequence[Planned]) -> Table:
 
 
 def write_plot(path: Path, setup: Setup, rows: Sequence[Planned]) -> Path:
-    """Predicted tokens/s and largest batch over the context, one line per method."""
+    """Predicted tokens/s and batch over the context, one line per method; what does not fit is not there."""
     from evals.plots import COLOURS, new_figure, save
 
     figure = new_figure(8.4, 3.8, f"Predicted, nothing was run: {setup.name} on {setup.gpu.name}")
     speed, size = figure.subplots(1, 2)
-    labels = list(dict.fromkeys(row.plan.method for row in rows))
-    for place, label in enumerate(labels):
-        found = [row.plan for row in rows if row.plan.method == label and row.plan.tokens_per_s is not None]
-        style = {"color": COLOURS[place % len(COLOURS)], "marker": "os^v"[place % 4], "ms": 4, "lw": 1.2}
+    fitting = sorted((row.plan for row in rows if row.plan.times), key=lambda planned: planned.context)
+    for place, label in enumerate(dict.fromkeys(row.plan.method for row in rows)):
+        found = [planned for planned in fitting if planned.method == label]
+        marker = "os^vDP*X"[(place + place // len(COLOURS)) % 8]  # colours repeat, pairs do not
+        style = {"color": COLOURS[place % len(COLOURS)], "marker": marker, "ms": 4, "lw": 1.2}
         x = [planned.context for planned in found]
         speed.plot(x, [planned.tokens_per_s for planned in found], label=label, **style)
         size.plot(x, [planned.batch for planned in found], **style)
     contexts = sorted({row.plan.context for row in rows})
     for axis, name in ((speed, "tokens/s"), (size, "batch")):
         axis.set_xscale("log", base=2)
-        axis.set_yscale("log")
+        axis.set_yscale("log" if fitting else "linear")  # without a number there is no logarithm to draw
         axis.set_xticks(contexts, [tokens(context) for context in contexts])
         axis.set_xticks([], minor=True)
         axis.set_xlabel("context, tokens", fontsize=8)
         axis.set_ylabel(name, fontsize=8)
         axis.tick_params(labelsize=7)
         axis.grid(alpha=0.3)
-    if speed.get_lines():
-        speed.legend(fontsize=6)
+    figure.legend(fontsize=6, loc="outside right center")
     return save(figure, path)
 
 
