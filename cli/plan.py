@@ -33,7 +33,9 @@ def plan(
     ] = None,
     batch: Annotated[int | None, typer.Option(help="Plan for this batch instead of the largest that fits.")] = None,
     memory_cap: Annotated[str | None, typer.Option(help="Use no more of the GPU's memory: 40GB or 40GiB.")] = None,
-    host_memory: Annotated[str | None, typer.Option(help="Memory that may be pinned on the host: 128GB (default: unlimited).")] = None,
+    host_memory: Annotated[
+        str | None, typer.Option(help="Memory that may be pinned on the host: 128GB (default: unlimited).")
+    ] = None,
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32, of weights and cache.")] = "bfloat16",
     as_published: Annotated[
         bool, typer.Option("--as-published", help="ShadowKV by its authors' engine, not by this repository's.")

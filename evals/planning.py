@@ -12,7 +12,8 @@ from shadowkv.gpus import GPU
 from shadowkv.method import Bytes, Dims, Method
 from shadowkv.methods.full import Full
 from shadowkv.methods.shadowkv import ShadowKV
-from shadowkv.planner import Demand, ModelSize, Plan, demand_of, plan
+from shadowkv.model_size import ModelSize
+from shadowkv.planner import Demand, Plan, demand_of, plan
 from shadowkv.published import HIT_RATE, published_demand
 
 _AS_PUBLISHED = " (as published)"

@@ -170,3 +170,20 @@ def test_sizes_are_read_as_written(text, size):
     from shadowkv.sizes import parse_bytes
 
     assert parse_bytes(text) == size
+
+
+def test_a_machine_can_be_described_in_a_file(capsys, tmp_path):
+    """A laptop's CPU, whose host is itself."""
+    (tmp_path / "laptop.yaml").write_text(
+        "memory_bytes: 16GiB\nbandwidth_bytes_per_s: 40e9\nlink_bytes_per_s: 40GB\nflop_per_s: 1e12\n"
+        "layer_overhead_ms: 0.2\n"
+    )
+    asked = ["plan", "--model", "smollm2-135m", "--gpu", str(tmp_path / "laptop.yaml"), "--context", "4k"]
+    plans = told(capsys, *asked, "-m", "all", "--dtype", "float32")["plans"]
+    assert len(plans) >= 14
+    assert all(plan["max_batch"] > 10 and plan["tokens_per_s"] > 0 for plan in plans)
+    assert all(0 < plan["device_bytes"] <= 16 * 2**30 for plan in plans)
+    assert main([*asked, "--dtype", "float32"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "as laptop.yaml says" in said
+    assert "those of 16 bits" in said
