@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 from typer.exceptions import TyperException
 
-from cli import calibrate, data_ruler, eval_longbench, eval_niah, eval_ruler, info, pull
+from cli import calibrate, data_ruler, eval_longbench, eval_niah, eval_ruler, info, plan, pull
 from shadowkv.errors import SkvError
 
 _INTERRUPTED = "interrupted; run the same command to continue"
@@ -36,6 +36,7 @@ app.add_typer(evaluate, name="eval")
 data = typer.Typer(no_args_is_help=True, help="Write a benchmark's prompts to files.")
 data.command("ruler", epilog=data_ruler.EPILOG)(data_ruler.ruler)
 app.add_typer(data, name="data")
+app.command("plan", epilog=plan.EPILOG)(plan.plan)
 app.command("models", epilog=info.MODELS_EPILOG)(info.models)
 app.command("methods", epilog=info.METHODS_EPILOG)(info.methods)
 app.command("pull", epilog=pull.EPILOG)(pull.pull)

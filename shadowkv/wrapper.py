@@ -41,8 +41,17 @@ class Wrapper(Method):
     def bytes_per_token(self, dims: Dims) -> Bytes:
         return self.method.bytes_per_token(dims)
 
-    def prompt_bytes(self, dims: Dims, tokens: int) -> Bytes:
-        return self.method.prompt_bytes(dims, tokens)
+    def memory_parts(self, dims: Dims, tokens: int) -> dict[str, Bytes]:
+        return self.method.memory_parts(dims, tokens)
+
+    def workspace_bytes(self, dims: Dims, tokens: int) -> int:
+        return self.method.workspace_bytes(dims, tokens)
+
+    def read_bytes(self, dims: Dims, tokens: int) -> int:
+        return self.method.read_bytes(dims, tokens)
+
+    def step_flop(self, dims: Dims, tokens: int) -> int:
+        return self.method.step_flop(dims, tokens)
 
     def attended_tokens(self, dims: Dims, tokens: int, later: int = 0) -> float:
         return self.method.attended_tokens(dims, tokens, later)

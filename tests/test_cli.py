@@ -48,7 +48,7 @@ def test_help_is_fast_and_light():
 COMMANDS = [["eval", "niah"], ["eval", "ruler"], ["eval", "longbench"], ["data", "ruler"]]
 
 
-@pytest.mark.parametrize("command", [*COMMANDS, ["models"], ["methods"], ["pull"]])
+@pytest.mark.parametrize("command", [*COMMANDS, ["plan"], ["models"], ["methods"], ["pull"]])
 def test_every_command_shows_examples(capsys, command):
     assert main([*command, "--help"]) == 0
     assert "Examples:" in capsys.readouterr().out

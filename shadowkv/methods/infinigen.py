@@ -116,6 +116,29 @@ class InfiniGen(Method):
         lists = dims.q_heads if self.reduce == "per_q_head" else dims.kv_heads
         return 2 * guessed * lists * min(tokens, self.budget) * dims.head_dim * dims.element_bytes
 
+    def memory_parts(self, dims: Dims, tokens: int) -> dict[str, Bytes]:
+        guessed = dims.layers_from(self.dense_layers)
+        dense_bytes = 2 * dims.width * dims.element_bytes
+        skew = dims.head_dim * dims.kv_heads * self.columns(dims.head_dim) * dims.element_bytes
+        partial = tokens * dims.kv_heads * self.columns(dims.head_dim) * dims.element_bytes
+        return {
+            "keys and values": Bytes((dims.layers - guessed) * tokens * dense_bytes, guessed * tokens * dense_bytes),
+            "partial keys": Bytes(guessed * (partial + skew), 0),
+        }
+
+    def workspace_bytes(self, dims: Dims, tokens: int) -> int:
+        lists = dims.q_heads if self.reduce == "per_q_head" else dims.kv_heads
+        return 2 * lists * min(tokens, self.budget) * dims.head_dim * dims.element_bytes
+
+    def read_bytes(self, dims: Dims, tokens: int) -> int:
+        # Attention reads here what has come over the bus.
+        return self.prompt_bytes(dims, tokens).device + self.bus_bytes(dims, tokens)
+
+    def step_flop(self, dims: Dims, tokens: int) -> int:
+        guessed = dims.layers_from(self.dense_layers)
+        guess = 2 * guessed * dims.q_heads * tokens * self.columns(dims.head_dim)
+        return super().step_flop(dims, tokens) + guess
+
     def with_budget(self, tokens: int) -> Method:
         # How many tokens are near enough to the best one depends on the text: at a given number, the cap decides alone.
         return replace(self, budget=tokens, alpha=math.inf)

@@ -76,13 +76,19 @@ class ShadowKV(LayerwiseMethod, SelectsChunks):
         value_bytes = CODINGS[self.values].token_bytes(dims.head_dim, dims.element_bytes)
         return Bytes(round(dims.layers * per_layer), dims.layers * dims.kv_heads * value_bytes)
 
-    def prompt_bytes(self, dims: Dims, tokens: int) -> Bytes:
+    def memory_parts(self, dims: Dims, tokens: int) -> dict[str, Bytes]:
         context, exact = self.context_tokens(tokens), self.exact_tokens(tokens)
         rank = dims.width if self.energy else self.rank
-        basis = (rank + 1) * dims.width * dims.element_bytes  # directions and mean of the keys
-        per_token = self.bytes_per_token(dims)
-        device = context * per_token.device + exact * dims.full_bytes_per_token + dims.layers * basis
-        return Bytes(device, context * per_token.host)
+        basis = (rank + 1) * dims.width  # directions and mean of the keys
+        factors = dims.layers * (context * rank + basis) * dims.element_bytes
+        number_bytes = 4  # which chunk a landmark stands for
+        landmark = dims.width * dims.element_bytes + dims.kv_heads * number_bytes
+        return {
+            "factors": Bytes(factors, 0),
+            "landmarks": Bytes(dims.layers * self.landmarks(tokens) * landmark, 0),
+            "outlier and local tokens": Bytes(exact * dims.full_bytes_per_token, 0),
+            "values": Bytes(0, context * self.bytes_per_token(dims).host),
+        }
 
     def attended_tokens(self, dims: Dims, tokens: int, later: int = 0) -> float:
         chunks = self.budget // self.chunk + self.outlier_chunks + self.local
@@ -93,6 +99,23 @@ class ShadowKV(LayerwiseMethod, SelectsChunks):
     def bus_bytes(self, dims: Dims, tokens: int) -> int:
         coding = CODINGS[self.values].token_bytes(dims.head_dim, dims.element_bytes)
         return dims.layers * dims.kv_heads * self.chosen_tokens(tokens) * coding
+
+    def workspace_bytes(self, dims: Dims, tokens: int) -> int:
+        return 2 * self.chosen_tokens(tokens) * dims.width * dims.element_bytes
+
+    def read_bytes(self, dims: Dims, tokens: int) -> int:
+        rank = dims.width if self.energy else self.rank
+        # Every head rebuilds its own tokens, from rows of the coefficients that all heads share.
+        rows = dims.kv_heads * self.chosen_tokens(tokens) * rank
+        factors = dims.layers * (rows + (rank + 1) * dims.width) * dims.element_bytes
+        landmarks = self.memory_parts(dims, tokens)["landmarks"].device
+        return landmarks + factors + round(self.attended_tokens(dims, tokens) * dims.full_bytes_per_token)
+
+    def step_flop(self, dims: Dims, tokens: int) -> int:
+        rank = dims.width if self.energy else self.rank
+        scored = dims.q_heads * self.landmarks(tokens)
+        rebuilt = dims.kv_heads * self.chosen_tokens(tokens) * rank
+        return super().step_flop(dims, tokens) + 2 * dims.layers * dims.head_dim * (scored + rebuilt)
 
     def with_budget(self, tokens: int) -> Method:
         return self.within_budget(tokens)

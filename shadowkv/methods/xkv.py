@@ -68,21 +68,24 @@ class XKV(SelectsChunks):
         landmarks = self._landmark_bytes(dims) // self.chunk if self.select else 0
         return Bytes(self._ranks_per_token(dims) * dims.element_bytes + landmarks, 0)
 
-    def prompt_bytes(self, dims: Dims, tokens: int) -> Bytes:
-        whole, rest = divmod(dims.layers, self.group)
-        ranks = self.rank_k + self.rank_v
-        directions = whole * (ranks + 2) * self.group  # and the means of keys and values
-        if rest:
-            directions += (self.share(self.rank_k, rest) + self.share(self.rank_v, rest) + 2) * rest
-        held = (directions * dims.width + tokens * self._ranks_per_token(dims)) * dims.element_bytes
+    def memory_parts(self, dims: Dims, tokens: int) -> dict[str, Bytes]:
+        directions = self._ranks_of_layers(dims) + 2 * dims.layers  # and the means of keys and values
+        parts = {
+            "coefficients": Bytes(tokens * self._ranks_per_token(dims) * dims.element_bytes, 0),
+            "directions": Bytes(directions * dims.width * dims.element_bytes, 0),
+        }
         if self.select:
-            held += self.exact_tokens(tokens) * dims.full_bytes_per_token
-            held += self.landmarks(tokens) * self._landmark_bytes(dims)
-        return Bytes(held, 0)
+            parts["landmarks"] = Bytes(self.landmarks(tokens) * self._landmark_bytes(dims), 0)
+            parts["outlier and local tokens"] = Bytes(self.exact_tokens(tokens) * dims.full_bytes_per_token, 0)
+        return parts
 
     def _ranks_per_token(self, dims: Dims) -> int:
-        whole, rest = divmod(dims.layers, self.group)
-        return whole * (self.rank_k + self.rank_v) + self.share(self.rank_k, rest) + self.share(self.rank_v, rest)
+        return sum(self.share(self.rank_k, size) + self.share(self.rank_v, size) for size in self._groups(dims))
+
+    def _ranks_of_layers(self, dims: Dims) -> int:
+        """Summed over layers, the directions of keys and values that each one has a share of."""
+        groups = self._groups(dims)
+        return sum(size * (self.share(self.rank_k, size) + self.share(self.rank_v, size)) for size in groups)
 
     def _landmark_bytes(self, dims: Dims) -> int:
         """One landmark of every layer, and the numbers of its chunk."""
@@ -94,6 +97,42 @@ class XKV(SelectsChunks):
 
     def with_budget(self, tokens: int) -> Method | None:
         return self.within_budget(tokens) if self.select else None
+
+    def workspace_bytes(self, dims: Dims, tokens: int) -> int:
+        # Values are rebuilt only where chunks are chosen.
+        rebuilt = 2 * self.chosen_tokens(tokens) if self.select else tokens
+        return rebuilt * dims.width * dims.element_bytes
+
+    def read_bytes(self, dims: Dims, tokens: int) -> int:
+        parts = self.memory_parts(dims, tokens)
+        directions = parts["directions"].device
+        # Every layer of a group reads the group's coefficients for itself, and its own share of the directions.
+        ranks = self._ranks_of_layers(dims)
+        if not self.select:
+            return tokens * ranks * dims.element_bytes + directions
+        rows = dims.kv_heads * self.chosen_tokens(tokens) * ranks * dims.element_bytes
+        return rows + directions + parts["landmarks"].device + parts["outlier and local tokens"].device
+
+    def step_flop(self, dims: Dims, tokens: int) -> int:
+        flop = 0
+        for size in self._groups(dims):
+            rank_k, rank_v = self.share(self.rank_k, size), self.share(self.rank_v, size)
+            if self.select:
+                rebuilt = dims.kv_heads * self.chosen_tokens(tokens) * (rank_k + rank_v) * dims.head_dim
+                scored = dims.q_heads * self.landmarks(tokens) * dims.head_dim
+                read = 2 * dims.q_heads * round(self.attended_tokens(dims, tokens)) * dims.head_dim
+                flop += 2 * size * (rebuilt + scored + read)
+            else:
+                rebuilt = dims.kv_heads * tokens * rank_k * dims.head_dim
+                scored = dims.q_heads * tokens * dims.head_dim
+                weighed = dims.q_heads * (tokens * rank_v + rank_v * dims.head_dim)
+                flop += 2 * size * (rebuilt + scored + weighed)
+        return flop
+
+    def _groups(self, dims: Dims) -> list[int]:
+        """How many layers each group has."""
+        whole, rest = divmod(dims.layers, self.group)
+        return [self.group] * whole + [rest] * (rest > 0)
 
     def share(self, rank: int, layers: int) -> int:
         """The rank of a group of `layers` layers: a smaller last group gets its share."""
