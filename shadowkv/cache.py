@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicSlidingWindowLayer
 
 from shadowkv.attention import attach, with_handle
+from shadowkv.errors import SkvError
 from shadowkv.foresight import Foresight
 from shadowkv.geometry import dims_of
 from shadowkv.method import Bytes, DecodeCache, Method, depth_of
@@ -88,6 +89,18 @@ class MethodCache(Cache):
                 cache.foresee(partial(_guess, self._foresight, slice(None) if row is None else slice(row, row + 1)))
         self.layers = layers
 
+    def reorder_cache(self, beam_idx: Tensor) -> NoReturn:
+        _refuse("beam search")
+
+    def batch_repeat_interleave(self, repeats: int) -> NoReturn:
+        _refuse("several answers per prompt in one batch")
+
+    def batch_select_indices(self, indices: Tensor) -> NoReturn:
+        _refuse("contrastive search")
+
+    def crop(self, *args: int, **kwargs: int) -> NoReturn:
+        _refuse("taking tokens back, as assisted generation does")
+
     def nbytes(self) -> Bytes:
         """What the method holds, and the windows of the layers it does not serve."""
         total = sum((cache.nbytes() for cache in self._caches), Bytes(0, 0))
@@ -139,6 +152,10 @@ class DropInCache(MethodCache):
             self.begin(self._recording, self._method, self._rope, self._recording.padding)
             self._recording = None
         return cast("tuple[Tensor, Tensor]", super().update(key_states, value_states, layer_idx, *args, **kwargs))
+
+
+def _refuse(what: str) -> NoReturn:
+    raise SkvError(f"{what} cannot be done with this cache: use greedy decoding or sampling, one answer per row")
 
 
 def _guess(foresight: Foresight, rows: slice, layer: int) -> Tensor:

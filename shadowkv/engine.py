@@ -114,8 +114,10 @@ class Engine:
     def extend(self, cache: MethodCache, input_ids: Tensor) -> Tensor:
         """Feed T new tokens, [B,T], and return the logits after the last one, [B,vocab] fp32."""
         if not cache.usable():
-            raise ValueError("this cache shows views of a prompt that a later prefill has replaced")
+            raise ValueError("this cache failed in a step, or its prompt was replaced by a later prefill")
+        usable, cache.usable = cache.usable, lambda: False  # a step that fails leaves some layers ahead of others
         output = self.model(input_ids.to(self.model.device), past_key_values=cache, use_cache=True, logits_to_keep=1)
+        cache.usable = usable
         logits: Tensor = output.logits
         return logits[:, -1].float()
 
@@ -131,8 +133,8 @@ class Engine:
 
         Among the first `min_new_tokens` no stop token is chosen, however likely.
 
-        `logits` [B,vocab] are those after the last token held, so a prompt's first new token comes from dense
-        attention under every method. The last token returned has not been fed to the model.
+        `logits` [B,vocab] are those after the last token held, so a prompt's first new token is its prefill's under
+        every method. The last token returned has not been fed to the model.
         """
         self.rope.check_span(cache.get_seq_length(), max_new_tokens)
         rows: list[list[int]] = [[] for _ in range(logits.shape[0])]

@@ -64,7 +64,11 @@ class RecordingLayer(CacheLayerMixin):
         self.scaling = scaling
         if mask is not None and self.window is None and self.padding is None:
             # The last query sees everything but padding, so its first visible column tells how much there is.
-            self.padding = mask[:, 0, -1].int().argmax(dim=-1).expand(q.shape[0]).tolist()
+            seen = mask[:, 0, -1].int()
+            first = seen.argmax(dim=-1)
+            if not bool((first + seen.sum(dim=-1) == seen.shape[-1]).all()):
+                raise SkvError("a method's cache takes padding on the left of a prompt only: padding_side='left'")
+            self.padding = first.expand(q.shape[0]).tolist()
         recent = q if self._q_tail is None else torch.cat((self._q_tail, q), dim=2)
         self._q_tail = recent[:, :, -OBSERVED_QUERIES:].clone()
         if self._record_queries:

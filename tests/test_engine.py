@@ -220,3 +220,35 @@ def test_a_drop_in_cache_that_was_only_given_a_prompt_knows_its_bytes_and_lets_g
     assert sum(cache.nbytes()) >= dense
     cache.close()
     assert sum(cache.nbytes()) == 0
+
+
+def test_what_a_methods_cache_cannot_do_is_said_in_a_line(tiny):
+    model, prompt = tiny("llama"), random_prompt(40)
+    for asked in ({"num_beams": 2}, {"num_return_sequences": 2, "do_sample": True, "num_beams": 2}):
+        with pytest.raises(SkvError, match="beam search cannot be done with this cache"):
+            model.generate(prompt, past_key_values=ShadowKV(rank=8).new_cache(model), max_new_tokens=4, **asked)
+    with pytest.raises(SkvError, match="taking tokens back"):
+        ShadowKV(rank=8).new_cache(model).crop(3)
+
+
+def test_padding_on_the_right_is_refused(tiny):
+    model, prompt = tiny("llama"), random_prompt(40, batch=2)
+    seen = torch.ones_like(prompt)
+    seen[1, -5:] = 0
+    with pytest.raises(SkvError, match="padding_side='left'"):
+        model(prompt, attention_mask=seen, past_key_values=ShadowKV(rank=8).new_cache(model))
+
+
+def test_a_cache_whose_step_failed_cannot_go_on(tiny, monkeypatch):
+    engine = Engine(tiny("llama"))
+    cache = engine.replay(engine.prefill(random_prompt(60)), Full())
+    with monkeypatch.context() as broken:
+        broken.setattr("shadowkv.ops.attend", _out_of_luck)
+        with pytest.raises(RuntimeError, match="out of luck"):
+            engine.extend(cache, torch.tensor([[5]]))
+    with pytest.raises(ValueError, match="failed in a step"):
+        engine.extend(cache, torch.tensor([[5]]))
+
+
+def _out_of_luck(*_):
+    raise RuntimeError("out of luck")
