@@ -168,7 +168,7 @@ class _WholeLayer(LayerState):
     def __init__(self, method: XKV, layer: int, kv: LayerKV, factors: LayerFactors, rope: Rope) -> None:
         self._layer, self._rope, self._factors = layer, rope, factors
         self._prompt_tokens = kv.k.shape[2]
-        self._new_k, self._new_v = (TokenBuffer(x[:, :, :0], axis=2) for x in (kv.k, kv.v))
+        self._new_k, self._new_v = (TokenBuffer(x[:, :, :0].clone(), axis=2) for x in (kv.k, kv.v))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
         self._new_k.append(k)
