@@ -10,6 +10,7 @@ from torch import Tensor
 
 from shadowkv import ops
 from shadowkv.buffers import TokenBuffer
+from shadowkv.stacking import Stackable
 
 
 class Coding(NamedTuple):
@@ -51,7 +52,7 @@ CODINGS: dict[str, Coding] = {
 }
 
 
-class HostTokens:
+class HostTokens(Stackable):
     """Keys or values [B,H,n,D] on the host; what is fetched crosses over as it is stored, and is decoded there."""
 
     def __init__(self, x: Tensor, coding: str = "native") -> None:

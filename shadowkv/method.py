@@ -8,15 +8,16 @@ after RoPE, as transformers hands them over; a batch is uniform (ragged batches 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self, cast
 
 import torch
 from torch import Tensor
 
 from shadowkv.errors import SkvError
 from shadowkv.rope import Rope
+from shadowkv.stacking import Stackable, can_stack, stack
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -115,12 +116,23 @@ class DecodeCache(ABC):
     def nbytes(self) -> Bytes:
         """Bytes of every tensor this cache keeps alive, exactly (shared views of the prefill included)."""
 
+    @classmethod
+    def join(cls, rows: list[Self]) -> Sequence[DecodeCache]:
+        """Caches of one row each, in as few caches as can hold them, in order. `rows` cannot be used afterwards.
+
+        What is returned shows no views of a prefill beyond what it holds. As they are, rows run one after the other.
+        """
+        return rows
+
     def close(self) -> None:  # noqa: B027 - most caches have nothing but tensors to let go
         """Release streams, pinned memory and the like."""
 
 
-class LayerState(ABC):
-    """One layer's share of a `LayerwiseCache`; the arguments are those of `DecodeCache`."""
+class LayerState(Stackable, ABC):
+    """One layer's share of a `LayerwiseCache`; the arguments are those of `DecodeCache`.
+
+    Its attributes can be stacked (`shadowkv.stacking`): every tensor has the batch first.
+    """
 
     @abstractmethod
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor: ...
@@ -154,6 +166,15 @@ class LayerwiseCache(DecodeCache):
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
         return self._layers[layer].attend(q, k, v, scaling)
+
+    @classmethod
+    def join(cls, rows: list[Self]) -> Sequence[DecodeCache]:
+        # Rows that differ in shape are copied one by one, so that they too let go of their prefill.
+        together = [rows] if can_stack([row._layers for row in rows]) else [[row] for row in rows]
+        joined = [cls(group[0]._method, group[0]._rope) for group in together]
+        for cache, group in zip(joined, together, strict=True):
+            cache._layers = stack([row._layers for row in group])
+        return joined
 
     def nbytes(self) -> Bytes:
         return sum((state.nbytes() for state in self._layers.values()), Bytes(0, 0))
@@ -195,6 +216,11 @@ class Method(Setting, ABC):
     def speculates(self) -> bool:
         """Whether its caches are to be given a `Guess`."""
         return False
+
+    @property
+    def cost_follows_text(self) -> bool:
+        """Whether what a step reads, or what is kept, depends on the prompt: made-up keys then give wrong costs."""
+        return self.speculates
 
     @property
     def prefill(self) -> SparsePrefill | None:

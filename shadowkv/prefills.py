@@ -50,6 +50,10 @@ class WithPrefill(Method):
     def speculates(self) -> bool:
         return self.method.speculates
 
+    @property
+    def cost_follows_text(self) -> bool:
+        return True
+
     def new_state(self, rope: Rope) -> DecodeCache:
         return self.method.new_state(rope)
 

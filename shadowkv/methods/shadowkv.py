@@ -76,6 +76,10 @@ class ShadowKV(LayerwiseMethod):
         """Chunks kept exact because their landmark summarises them badly."""
         return round(self.budget * _OUTLIERS_PER_BUDGET_TOKEN) if self.outliers is None else self.outliers
 
+    @property
+    def cost_follows_text(self) -> bool:
+        return bool(self.energy)
+
     def check(self, dims: Dims) -> None:
         require(
             bool(self.energy) or self.rank <= dims.width,
