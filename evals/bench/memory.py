@@ -66,6 +66,11 @@ class Room:
             raise MemoryShortError(
                 f"needs {gib(need.device)} of device memory as planned, the cap is {gib(self.cap_bytes)}"
             )
+        self.check_host(method, context, batch, new_tokens)
+
+    def check_host(self, method: Method, context: int, batch: int, new_tokens: int) -> None:
+        """Raise `MemoryShortError` where the plan exceeds the host memory that is free now."""
+        need = self.need(method, context, batch, new_tokens)
         # On a CPU the device's share is taken from the host too; the weights are there already.
         host = need.host + (need.device - self.weights_bytes if self.device.type == "cpu" else 0)
         free = available_host_bytes()

@@ -16,7 +16,7 @@ _PARTS = (("weights", "0.75"), ("KV on the device", "#0072B2"), ("KV on the host
 
 
 def write_throughput(path: Path, rows: Sequence[BenchRow], title: str) -> Path:
-    """Tokens per second against batch, log-log, a panel per context; whiskers over repeats, a cross where memory ended."""
+    """Tokens per second against batch, log-log, by context; whiskers over repeats, a cross where memory ended."""
     contexts = grouped(rows, lambda row: row.context)
     order = list(dict.fromkeys(row.method for row in rows))
     figure = new_figure(max(4.8, 3.2 * len(contexts) + 1), 3.8, title)

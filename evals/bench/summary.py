@@ -149,14 +149,14 @@ def _row(records: list[BenchRecord], full: dict[int, float]) -> BenchRow:
         ttft_s=_middle([r.ttft_s for r in good]),
         prefill_s=_middle([r.prefill_s for r in good]),
         build_s=_middle([r.build_s for r in good]),
-        kv_device_bytes=first and first.kv_device_bytes,
-        kv_host_bytes=first and first.kv_host_bytes,
-        weights_bytes=first and first.weights_bytes,
+        kv_device_bytes=None if first is None else first.kv_device_bytes,
+        kv_host_bytes=None if first is None else first.kv_host_bytes,
+        weights_bytes=None if first is None else first.weights_bytes,
         peak_device_bytes=_largest([r.peak_device_bytes for r in good]),
         peak_host_bytes=_largest([r.peak_host_bytes for r in good]),
-        bus_bytes=first and first.bus_bytes,
-        read_bytes=first and first.read_bytes,
-        stacked=first and first.stacked,
+        bus_bytes=None if first is None else first.bus_bytes,
+        read_bytes=None if first is None else first.read_bytes,
+        stacked=None if first is None else first.stacked,
     )
 
 

@@ -1,0 +1,330 @@
+"""What both benchmarks of speed share: settings, checks before anything heavy, and what they need to run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from evals.bench.engines import Contender
+    from evals.bench.measuring import Bench
+    from evals.bench.memory import Room
+    from evals.bench.prompts import Prompts
+    from evals.manifest import Manifest
+    from evals.sources import Haystack
+    from shadowkv.engine import Engine
+    from shadowkv.loading import LoadedModel
+    from shadowkv.method import Dims
+    from shadowkv.resolving import ModelSource
+
+
+@dataclass(frozen=True)
+class BenchSettings:
+    """What both can be told."""
+
+    model: Annotated[str, typer.Option(help="Preset (skv models), folder, Hub id or .gguf file.")]
+    context: Annotated[str, typer.Option(help="Prompt lengths in tokens, k = 1024; decoded tokens come on top.")] = (
+        "1k,2k,4k"
+    )
+    methods: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--method", "-m", help="Method such as shadowkv:rank=64,budget=256, or all, or a set; repeatable."
+        ),
+    ] = None
+    budget: Annotated[str | None, typer.Option(help="Tokens that every method attends to in all.")] = None
+    engine: Annotated[
+        list[str] | None,
+        typer.Option(help="Also measure full attention as another engine runs it: hf, or vllm; repeatable."),
+    ] = None
+    steps: Annotated[int, typer.Option(help="Decode steps that are measured.")] = 32
+    warmup: Annotated[int, typer.Option(help="Decode steps before those, which do not count.")] = 4
+    synthetic_kv: Annotated[
+        bool, typer.Option("--synthetic-kv", help="Random keys and values, no prefill; every table says so.")
+    ] = False
+    haystack: Annotated[
+        str, typer.Option(help="Text of the prompts: auto (essays if pulled), essays, synthetic or a file.")
+    ] = "auto"
+    memory_cap: Annotated[
+        str | None, typer.Option(help="Limit of device memory, such as 80GB or 24GiB (on a CPU: of what is planned).")
+    ] = None
+    seed: Annotated[int, typer.Option(help="Which stretches of text the prompts are.")] = 0
+    out: Annotated[Path | None, typer.Option(help="Run folder; the same command continues it.")] = None
+    force: Annotated[bool, typer.Option("--force", help="Continue a folder of another machine; tables say so.")] = False
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto"
+    dtype: Annotated[str, typer.Option(help="auto (fp32 on a CPU, bf16 on a GPU), float32, bfloat16, float16.")] = (
+        "auto"
+    )
+    dummy: Annotated[bool, typer.Option("--dummy", help="Random weights; every table says so.")] = False
+    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run code of the model's repo.")] = (
+        False
+    )
+    prefill_chunk_tokens: Annotated[
+        int | None, typer.Option("--prefill-chunk", help="Tokens per prefill chunk (256 on a CPU, 8192 on a GPU).")
+    ] = None
+    as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON on stdout and nothing else.")] = (
+        False
+    )
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be measured, and its memory.")] = False
+
+
+class Prepared:
+    """Everything that can be known, and refused, before weights are loaded."""
+
+    def __init__(self, settings: BenchSettings) -> None:
+        import torch
+
+        from cli.choosing import choose, parse_budgets, parse_specs
+        from cli.render import quieten_libraries
+        from evals.bench.memory import parse_bytes
+        from evals.lengths import parse_lengths
+        from shadowkv.geometry import dims_of
+        from shadowkv.loading import context_tokens, load_config, pick_device, pick_dtype
+        from shadowkv.resolving import resolve
+
+        quieten_libraries()
+        specs, budgets = parse_specs(settings.methods or ()), parse_budgets(settings.budget)
+        _check(settings)
+        self.settings = settings
+        self.engines = tuple(dict.fromkeys(settings.engine or ()))
+        self.cap_bytes = None if settings.memory_cap is None else parse_bytes(settings.memory_cap)
+        self.source: ModelSource = resolve(settings.model, dummy=settings.dummy)
+        self.config = load_config(self.source, trust_remote_code=settings.trust_remote_code)
+        longest = context_tokens(self.source, self.config)
+        self.contexts = tuple(sorted(parse_lengths(settings.context, longest, "--context")))
+        self.device = pick_device(settings.device)
+        self.dtype = pick_dtype(self.device, settings.dtype)
+        self.dims: Dims = dims_of(self.config, getattr(torch, self.dtype).itemsize)
+        self.methods, self.unsupported = choose(specs, budgets, self.source, self.dims)
+        if settings.synthetic_kv:
+            self._refuse_made_up_keys([spec for spec, of_set in specs if not of_set])
+
+    def _refuse_made_up_keys(self, explicit: Sequence[str]) -> None:
+        """Methods whose cost depends on the prompt: an error where named, left out where a set brought them."""
+        from shadowkv.errors import SkvError
+        from shadowkv.registry import parse_method
+
+        named = {parse_method(spec).name for spec in explicit}
+        for method in [m for m in self.methods if m.cost_follows_text]:
+            reason = "what it reads follows the prompt's hidden states, which --synthetic-kv does not have"
+            if method.name in named or len(self.methods) == 1:
+                raise SkvError(f"{method.label}: {reason}; leave out the method or --synthetic-kv")
+            self.unsupported[method.label] = reason
+            self.methods.remove(method)
+
+    @cached_property
+    def haystack(self) -> Haystack:
+        """The text that prompts are cut from."""
+        from evals.sources import haystack
+        from shadowkv.packs import pack_path
+
+        spec = self.settings.haystack
+        return haystack(("essays" if pack_path("essays") else "synthetic") if spec == "auto" else spec)
+
+    def room(self, weights_bytes: int, read_weights_bytes: int = 0) -> Room:
+        """The memory there is for a model of that size."""
+        import torch
+
+        from evals.bench.memory import Room, gib
+        from shadowkv.errors import SkvError
+
+        if self.cap_bytes is not None and self.cap_bytes < weights_bytes:
+            raise SkvError(f"--memory-cap {self.settings.memory_cap} is less than the weights, {gib(weights_bytes)}")
+        return Room(
+            torch.device(self.device),
+            self.dims,
+            weights_bytes,
+            read_weights_bytes,
+            self.cap_bytes,
+            snapshots=not self.settings.synthetic_kv,
+            records_queries=any(method.needs_prompt_queries for method in self.methods),
+        )
+
+    def planned_room(self) -> Room:
+        """The same before anything is loaded."""
+        from shadowkv.loading import weights_bytes
+
+        return self.room(weights_bytes(self.config, self.dims.element_bytes))
+
+
+def _check(settings: BenchSettings) -> None:
+    from cli.accuracy import DTYPES, check_writable
+    from evals.bench.engines import ENGINES
+    from evals.bench.vllm_engine import require_vllm
+    from shadowkv.errors import SkvError
+    from shadowkv.names import did_you_mean
+
+    known = (*ENGINES, "vllm")
+    for name in settings.engine or ():
+        if name not in known:
+            raise SkvError(f"unknown engine '{name}'{did_you_mean(name, known)}; one of {', '.join(known)}")
+        if name == "vllm":
+            require_vllm()
+    least = {"--steps": (settings.steps, 1), "--warmup": (settings.warmup, 0)}
+    least["--prefill-chunk"] = (1 if settings.prefill_chunk_tokens is None else settings.prefill_chunk_tokens, 1)
+    for option, (value, minimum) in least.items():
+        if value < minimum:
+            raise SkvError(f"{option} must be at least {minimum}, got {value}")
+    if settings.dtype not in DTYPES:
+        known = DTYPES
+        raise SkvError(
+            f"unknown dtype '{settings.dtype}'{did_you_mean(settings.dtype, known)}; one of {', '.join(known)}"
+        )
+    if settings.out is not None:
+        check_writable(settings.out)
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model with everything that measures it."""
+
+    ready: Prepared
+    model: LoadedModel
+    engine: Engine
+    bench: Bench
+    contenders: list[Contender]
+
+
+def load(ready: Prepared) -> Loaded:
+    """Load the weights and line up what is measured."""
+    from evals.bench.conditions import machine_name
+    from evals.bench.engines import ENGINES, SkvContender
+    from evals.bench.measuring import Bench
+    from evals.bench.prompts import RealPrompts, SyntheticPrompts, warm_up
+    from evals.bench.vllm_engine import VllmContender
+    from evals.manifest import this_session
+    from shadowkv.engine import Engine
+    from shadowkv.loading import load_model
+
+    settings = ready.settings
+    text = None if settings.synthetic_kv else ready.haystack.text
+    model = load_model(
+        ready.source,
+        device=ready.device,
+        dtype=ready.dtype,
+        dummy=settings.dummy,
+        trust_remote_code=settings.trust_remote_code,
+    )
+    queries = any(method.needs_prompt_queries for method in ready.methods)
+    engine = Engine(
+        model.model,
+        prefill_chunk_tokens=settings.prefill_chunk_tokens,
+        reuse_prefix=False,  # rows are distinct, and a measured prefill is a whole one
+        record_queries=queries,
+    )
+    for context in ready.contexts:
+        engine.rope.check_span(context, settings.warmup + settings.steps)
+    room = ready.room(*_weights(model.model))
+    room.hold_cap()
+    prompts: Prompts = (
+        SyntheticPrompts(engine, settings.seed, with_queries=queries)
+        if text is None
+        else RealPrompts(engine, model.tokenizer, text, settings.seed)
+    )
+    contenders: list[Contender] = [SkvContender(engine, prompts, method) for method in ready.methods]
+    for name in ready.engines:
+        if name in ENGINES:
+            contenders.append(ENGINES[name](engine, prompts))
+        else:
+            folder = str(ready.source.folder)
+            contenders.append(VllmContender(folder, ready.dtype, ready.dims, prompts, model.model.device))
+    warm_up(engine)
+    machine = machine_name(this_session([], model.device).machine)
+    return Loaded(ready, model, engine, Bench(engine, room, machine, settings.warmup, settings.steps), contenders)
+
+
+def _weights(model: Any) -> tuple[int, int]:
+    """Bytes of all weights, and of those that a decode step reads."""
+    total = sum(p.numel() * p.element_size() for p in model.parameters())
+    table, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    tied = table.data_ptr() == head.data_ptr()
+    return total, total if tied else total - table.numel() * table.element_size()
+
+
+def manifest_of(loaded: Loaded, benchmark: str, selection: dict[str, Any]) -> Manifest:
+    """run.json of a benchmark of speed: the machine is part of what must stay the same."""
+    from evals.bench.vllm_engine import UNTESTED
+    from evals.manifest import Manifest, plain, this_session
+
+    ready, model = loaded.ready, loaded.model
+    settings = ready.settings
+    notes = []
+    if settings.dummy:
+        notes.append("dummy weights: the text means nothing, only times and bytes do")
+    if settings.synthetic_kv:
+        notes.append("synthetic KV: random keys and values, no prefill; what depends on text is not that of text")
+    if ready.cap_bytes is not None:
+        how = "as planned, not as allocated" if ready.device == "cpu" else "by torch's allocator"
+        notes.append(f"device memory capped at {settings.memory_cap}, {how}")
+    if "vllm" in ready.engines:
+        notes.append(UNTESTED)
+    notes += [f"unsupported: {label}: {why}" for label, why in ready.unsupported.items()]
+    sources = {}
+    if not settings.synthetic_kv:
+        text = ready.haystack
+        sources = {"haystack": {"name": text.name, "version": text.version, "sha256": text.sha256}}
+    session = this_session(["skv", *sys.argv[1:]], model.device)
+    return Manifest(
+        benchmark=benchmark,
+        config={
+            "prefill_chunk_tokens": loaded.engine.prefill_chunk_tokens,
+            "steps": settings.steps,
+            "warmup_steps": settings.warmup,
+            "synthetic_kv": settings.synthetic_kv,
+            "memory_cap_bytes": ready.cap_bytes,
+            "seed": settings.seed,
+            "machine": loaded.bench.machine,
+        },
+        methods={
+            **{m.label: plain(m.params()) for m in ready.methods},
+            **{f"full@{name}": {} for name in ready.engines},
+        },
+        selection=plain(selection),
+        model={
+            "name": model.name,
+            "source": model.source,
+            "weights_sha256": model.weights_sha256,
+            "dummy": model.dummy,
+            "dtype": model.dtype,
+            "device": model.device,
+        },
+        sources=sources,
+        notes=notes,
+        sessions=[session],
+    )
+
+
+def folder_for(manifest: Manifest, settings: BenchSettings) -> tuple[Path, Manifest]:
+    """Where a run goes, and its manifest: of another machine's folder only with --force.
+
+    The same configuration always goes to the same folder.
+    """
+    from dataclasses import replace
+
+    from evals.manifest import Manifest as Kept
+    from shadowkv.errors import SkvError
+
+    fixed = json.dumps([manifest.config, manifest.model, manifest.sources], sort_keys=True)
+    name = manifest.model["name"].replace("/", "--")
+    digest = hashlib.sha256(fixed.encode()).hexdigest()[:8]
+    path = settings.out or Path("results") / f"{manifest.benchmark}-{name}-{digest}"
+    if not (path / "run.json").is_file():
+        return path, manifest
+    theirs = Kept.read(path / "run.json").config.get("machine")
+    mine = manifest.config["machine"]
+    if theirs in (None, mine):
+        return path, manifest
+    if not settings.force:
+        raise SkvError(
+            f"{path} holds times of another machine ({theirs}), this one is {mine}: choose another --out, or --force"
+        )
+    return path, replace(manifest, config={**manifest.config, "machine": theirs})
