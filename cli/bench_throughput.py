@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cli.benching import BenchSettings, Prepared
+from cli.benching import BenchSettings, Prepared, say_unsupported
 from cli.options import with_options
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def throughput(
     ready = Prepared(settings)
     most = max_batch or _MOST.get(ready.device.partition(":")[0], 256)
     plan = Plan(ready.contexts, batches, repeats, most, find_max_batch)
-    _say_unsupported(ready)
+    say_unsupported(ready)
     _check_host(ready, plan)
     if settings.dry_run:
         return _show_plan(ready, plan)
@@ -107,13 +107,6 @@ def _said(record: BenchRecord | None) -> str:
     speed = record.tokens_per_s
     found = record.status.upper() if speed is None else f"{speed:.1f} tokens/s"
     return f"{record.method} @ {record.context} x {record.batch}: {found}"
-
-
-def _say_unsupported(ready: Prepared) -> None:
-    from shadowkv.wording import plain_line
-
-    for label, reason in ready.unsupported.items():
-        print(f"skv: unsupported: {label}: {plain_line(reason)}", file=sys.stderr)
 
 
 def _check_host(ready: Prepared, plan: Plan) -> None:

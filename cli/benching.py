@@ -183,6 +183,14 @@ def _check(settings: BenchSettings) -> None:
         check_writable(settings.out)
 
 
+def say_unsupported(ready: Prepared) -> None:
+    """Name on stderr what cannot run here, and why."""
+    from shadowkv.wording import plain_line
+
+    for label, reason in ready.unsupported.items():
+        print(f"skv: unsupported: {label}: {plain_line(reason)}", file=sys.stderr)
+
+
 @dataclass(frozen=True)
 class Loaded:
     """A model with everything that measures it."""

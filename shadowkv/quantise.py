@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from shadowkv.buffers import TokenBuffer
+from shadowkv.ranges import ranged
 from shadowkv.stacking import Stackable
 
 _HALF_MAX = torch.finfo(torch.float16).max
@@ -60,6 +61,7 @@ class QuantisedTokens(Stackable):
         for held, new in zip(self._parts, self._encode(x), strict=True):
             held.append(new)
 
+    @ranged("rebuild")
     def decode(self) -> Tensor:
         """All tokens, [B,H,n,D]."""
         packed, scale, zero = (part.view for part in self._parts)

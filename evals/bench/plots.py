@@ -116,5 +116,6 @@ def write_memory_bars(path: Path, rows: Sequence[BenchRow], found: Sequence[Gain
         axis.tick_params(axis="y", labelsize=7)
         axis.grid(axis="y", alpha=0.3)
     panels[0].set_ylabel("GiB at the best batch", fontsize=8)
-    panels[0].legend(fontsize=6)
+    handles, names = panels[0].get_legend_handles_labels()
+    figure.legend(handles, names, fontsize=6, ncols=len(_PARTS), loc="outside lower center")
     return save(figure, path)

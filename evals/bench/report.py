@@ -159,8 +159,8 @@ def write_bench_reports(folder: Path) -> BenchReport:
     marks = {"dummy": manifest.model["dummy"], "synthetic_kv": _synthetic(manifest), "notes": "; ".join(notes)}
     frame = pd.DataFrame([asdict(row) | marks for row in rows])
     frame.to_csv(folder / "summary.csv", index=False)
-    (folder / "summary.md").write_text(_markdown(manifest, tables, notes), encoding="utf-8")
-    (folder / "summary.tex").write_text("\n".join(_latex(table, notes) for table in tables), encoding="utf-8")
+    (folder / "summary.md").write_text(page(manifest, tables, notes), encoding="utf-8")
+    (folder / "summary.tex").write_text("\n".join(latex(table, notes) for table in tables), encoding="utf-8")
     (folder / "plots").mkdir(exist_ok=True)
     plots = []
     if any(row.status == "ok" for row in rows):
@@ -173,7 +173,8 @@ def write_bench_reports(folder: Path) -> BenchReport:
     return BenchReport(rows, found, tables, notes, [*(folder / name for name in names), *plots])
 
 
-def _markdown(manifest: Manifest, tables: Sequence[Table], notes: Sequence[str]) -> str:
+def page(manifest: Manifest, tables: Sequence[Table], notes: Sequence[str]) -> str:
+    """Tables in Markdown, with what a reader must know above and below them."""
     session = manifest.sessions[-1]
     lines = [f"# {bench_title(manifest)}", "", *(f"**{note}**\n" for note in manifest.notes)]
     lines += [table.markdown() for table in tables]
@@ -183,7 +184,7 @@ def _markdown(manifest: Manifest, tables: Sequence[Table], notes: Sequence[str])
     return "\n".join([*lines, "", *commands, f"{manifest.config['machine']} · {versions}"]) + "\n"
 
 
-def _latex(table: Table, notes: Sequence[str]) -> str:
+def latex(table: Table, notes: Sequence[str]) -> str:
     """A tabular with the title, and below it as comments what a reader must know."""
     import pandas as pd
 

@@ -26,6 +26,7 @@ from shadowkv.buffers import TokenBuffer
 from shadowkv.host import HostTokens
 from shadowkv.method import Bytes, DecodeCache, Dims, Guess, LayerKV, LayerwiseCache, Method, require
 from shadowkv.methods.full import Full
+from shadowkv.ranges import ranged
 from shadowkv.rope import Rope
 
 
@@ -153,6 +154,7 @@ class _GuessedRow:
         self._partial.append(k @ self._skew)
         return out
 
+    @ranged("selection")
     def _choose(self, guess: Tensor, scaling: float) -> Tensor:
         """The tokens to read, for each list of a KV head. guess [1,Hq,1,D] -> [1,H,L,s]."""
         partial = self._partial.view

@@ -20,6 +20,7 @@ from torch import Tensor
 from shadowkv import low_rank, ops
 from shadowkv.buffers import TokenBuffer
 from shadowkv.method import Bytes, DecodeCache, Dims, LayerKV, Method, require
+from shadowkv.ranges import ranged
 from shadowkv.rope import Rope
 
 
@@ -86,11 +87,13 @@ class _Factors(NamedTuple):
     def nbytes(self) -> int:
         return sum(x.numel() * x.element_size() for x in (self.coefficients, self.vectors, self.mean))
 
+    @ranged("rebuild")
     def rebuild(self, place: int, heads: int) -> Tensor:
         """What the layer at `place` of the group had, [B,H,n,D]."""
         vectors, mean = self._of(place, heads)
         return self.coefficients[:, None] @ vectors + mean
 
+    @ranged("attention")
     def weigh(self, weights: Tensor, place: int) -> Tensor:
         """weights @ rebuild(place), without rebuilding. weights [B,H,m,n] -> [B,H,m,D]."""
         vectors, mean = self._of(place, weights.shape[1])
