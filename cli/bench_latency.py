@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -33,6 +34,8 @@ def latency(
 
     Measured by torch's profiler, which slows a step down: by how much is in the table.
     """
+    # Some builds of torch's profiler tell stderr of every start and stop; read when torch is loaded, below.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     from evals.bench.lists import parse_batches
     from shadowkv.errors import SkvError
 

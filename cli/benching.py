@@ -134,11 +134,11 @@ class Prepared:
         """The memory there is for a model of that size."""
         import torch
 
-        from evals.bench.memory import Room, gib
+        from evals.bench.memory import Room, size
         from shadowkv.errors import SkvError
 
         if self.cap_bytes is not None and self.cap_bytes < weights_bytes:
-            raise SkvError(f"--memory-cap {self.settings.memory_cap} is less than the weights, {gib(weights_bytes)}")
+            raise SkvError(f"--memory-cap {self.settings.memory_cap} is less than the weights, {size(weights_bytes)}")
         return Room(
             torch.device(self.device),
             self.dims,

@@ -140,6 +140,8 @@ class TransformersContender(Contender):
     @torch.inference_mode()
     def start(self, context: int, batch: int) -> Decoding:
         model = self._engine.model
+        if self._prompts.made_up:
+            return self._filled(context, batch)
         ids = torch.cat([self._prompts.ids(context, number) for number in range(batch)]).to(model.device)
         decoding = _TransformersDecoding(model)
         try:
@@ -154,6 +156,17 @@ class TransformersContender(Contender):
         decoding.began = Began(seconds, seconds, None, True)
         return decoding
 
+    def _filled(self, context: int, batch: int) -> Decoding:
+        """A cache of made-up keys and values, layer by layer."""
+        rows = [self._prompts.row(context, number, None) for number in range(batch)]
+        decoding = _TransformersDecoding(self._engine.model)
+        for layer in range(len(rows[0].recorded)):
+            made = [row.recorded[layer].layer_kv(None, 0) for row in rows]
+            decoding.fill(layer, torch.cat([kv.k for kv in made]), torch.cat([kv.v for kv in made]))
+        decoding.begin(torch.tensor([row.first_token for row in rows], device=self._engine.model.device)[:, None])
+        decoding.began = Began(None, None, None, True)
+        return decoding
+
 
 class _TransformersDecoding(Decoding):
     def __init__(self, model: Any) -> None:
@@ -164,6 +177,9 @@ class _TransformersDecoding(Decoding):
 
     def begin(self, tokens: Tensor) -> None:
         self._tokens = [tokens]
+
+    def fill(self, layer: int, k: Tensor, v: Tensor) -> None:
+        self._cache.update(k, v, layer)
 
     def feed(self, ids: Tensor) -> Tensor:
         output = self._model(ids, past_key_values=self._cache, use_cache=True, logits_to_keep=1)

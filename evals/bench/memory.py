@@ -31,8 +31,10 @@ def parse_bytes(text: str) -> int:
     return int(float(found[1]) * (_BINARY if found[3] else _UNITS)[found[2]])
 
 
-def gib(count: float) -> str:
+def size(count: float) -> str:
     """Bytes for a sentence."""
+    if count < 2**30:
+        return f"{count / 2**20:.1f} MiB"
     return f"{count / 2**30:.2f} GiB" if count < 100 * 2**30 else f"{count / 2**30:.0f} GiB"
 
 
@@ -64,7 +66,7 @@ class Room:
         need = self.need(method, context, batch, new_tokens)
         if self.device.type == "cpu" and self.cap_bytes is not None and need.device > self.cap_bytes:
             raise MemoryShortError(
-                f"needs {gib(need.device)} of device memory as planned, the cap is {gib(self.cap_bytes)}"
+                f"needs {size(need.device)} of device memory as planned, the cap is {size(self.cap_bytes)}"
             )
         self.check_host(method, context, batch, new_tokens)
 
@@ -76,7 +78,7 @@ class Room:
         free = available_host_bytes()
         if host > (1 - _HOST_RESERVE) * free:
             raise MemoryShortError(
-                f"needs {gib(host)} of host memory, {gib(free)} are available: nothing was allocated"
+                f"needs {size(host)} of host memory, {size(free)} are available: nothing was allocated"
             )
 
     def largest_batch(self, method: Method, context: int, new_tokens: int, ceiling: int) -> int:

@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -41,6 +41,8 @@ class Row:
 
 class Prompts(ABC):
     """Rows by context and number; a row is the same in every batch, and distinct from the others."""
+
+    made_up: ClassVar[bool] = False  # whether keys and values are not those of the token ids
 
     @abstractmethod
     def row(self, context: int, number: int, sparse: SparsePrefill | None) -> Row:
@@ -138,6 +140,8 @@ class _MadeUpLayer:
 
 class SyntheticPrompts(Prompts):
     """Keys, values and queries of the model's shapes and of the size they have in a prompt of 64 random tokens."""
+
+    made_up = True
 
     def __init__(self, engine: Engine, seed: int, *, with_queries: bool) -> None:
         self._engine, self._seed, self._with_queries = engine, seed, with_queries
