@@ -11,7 +11,8 @@ from typing import Annotated, Any
 
 import typer
 
-from cli.benching import BenchSettings, Prepared, say_unsupported
+from cli.bench_options import BenchSettings
+from cli.benching import Prepared, say_unsupported
 from cli.options import with_options
 
 EPILOG = (

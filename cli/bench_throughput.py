@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cli.benching import BenchSettings, Prepared, say_unsupported
+from cli.bench_options import BenchSettings
+from cli.benching import Prepared, say_unsupported
 from cli.options import with_options
 
 if TYPE_CHECKING:
