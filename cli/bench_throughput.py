@@ -25,7 +25,8 @@ EPILOG = (
     "skv bench throughput --model llama3.1-8b --dummy --synthetic-kv --context 122k --memory-cap 80GB --device cuda\n\n"
     "skv bench throughput --model smollm2-135m -m full -m shadowkv --engine hf --dry-run"
 )
-_MOST = {"cpu": 4, "cuda": 256}
+_MOST = {"cpu": 4, "cuda": 256}  # batches that are climbed to; a search goes further
+_MOST_SEARCHED = 256
 
 
 @with_options(BenchSettings, "settings")
@@ -38,7 +39,9 @@ def throughput(
     find_max_batch: Annotated[
         bool, typer.Option("--find-max-batch", help="Search each method's largest batch, from what is planned.")
     ] = False,
-    max_batch: Annotated[int | None, typer.Option(help="Largest batch tried (4 on a CPU, 256 on a GPU).")] = None,
+    max_batch: Annotated[
+        int | None, typer.Option(help="Largest batch tried (256; without a search 4 on a CPU).")
+    ] = None,
 ) -> int:
     """Tokens per second of each method, by context and batch, with memory, bytes moved and the spread of repeats.
 
@@ -54,7 +57,7 @@ def throughput(
         if value is not None and value < 1:
             raise SkvError(f"{option} must be at least 1, got {value}")
     ready = Prepared(settings)
-    most = max_batch or _MOST.get(ready.device.partition(":")[0], 256)
+    most = max_batch or (_MOST_SEARCHED if find_max_batch else _MOST.get(ready.device.partition(":")[0], 256))
     plan = Plan(ready.contexts, batches, repeats, most, find_max_batch)
     say_unsupported(ready)
     _check_host(ready, plan)
@@ -88,7 +91,7 @@ def _run(ready: Prepared, plan: Plan) -> int:
         errors = [r for r in folder.records.values() if r.status == "error"]
     if settings.as_json:
         told: dict[str, Any] = {"folder": str(path), "model": manifest.model, "notes": report.notes}
-        told |= {"rows": [asdict(row) for row in report.rows], "gains": [asdict(gain) for gain in report.gains]}
+        told |= {"rows": [asdict(row) for row in report.rows], "gains": [gain.flat() for gain in report.gains]}
         print(json.dumps(told, indent=1))
     elif not settings.quiet:
         title = bench_title(manifest)

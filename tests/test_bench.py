@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from dataclasses import replace
 from itertools import pairwise
@@ -155,18 +156,22 @@ class Hungry(SkvContender):
         return decoding
 
 
+class Watching(SkvContender):
+    """Looks, before it takes memory of its own, for what Hungry held."""
+
+    def start(self, context, batch):
+        assert not [x for x in gc.get_objects() if type(x) is torch.Tensor and x.numel() == 2**20]
+        return super().start(context, batch)
+
+
 def test_an_allocator_that_gives_out_is_recorded_and_let_go(engine, prompts, tmp_path):
     hungry = Hungry(engine, prompts, parse_method("quest:budget=64"))
-    others = contenders(engine, prompts, ["full"])
-    records, _ = sweep(tmp_path, bench(engine), [hungry, *others], Plan((CONTEXT, 400), (1, 2, 4), 1, 8))
+    watching = Watching(engine, prompts, parse_method("full"))
+    records, _ = sweep(tmp_path, bench(engine), [hungry, watching], Plan((CONTEXT, 400), (1, 2, 4), 1, 8))
     status = {r.key[:3]: r.status for r in records}
     for context in (CONTEXT, 400):
         assert [status.get((hungry.label, context, b)) for b in (1, 2, 4)] == ["ok", "oom", None]
         assert [status["full", context, b] for b in (1, 2, 4)] == ["ok"] * 3
-    import gc
-
-    gc.collect()
-    assert not [x for x in gc.get_objects() if type(x) is torch.Tensor and x.numel() == 2**20]
 
 
 def test_other_failures_are_errors_and_tried_again(engine, prompts, tmp_path):
@@ -290,7 +295,10 @@ def test_made_up_keys_cost_what_real_ones_do(engine, prompts, tokenizer, name):
 
 
 def test_made_up_keys_have_the_size_of_real_ones(engine, prompts):
-    made_up = SyntheticPrompts(engine, 0, with_queries=True).row(CONTEXT, 1, None).recorded
+    rows = SyntheticPrompts(engine, 0, with_queries=True)
+    made_up = rows.row(CONTEXT, 1, None).recorded
+    layers = [x.layer_kv(None, 0).k for number in (0, 1) for x in rows.row(CONTEXT, number, None).recorded]
+    assert len({float(k[0, 0, 0, 0]) for k in layers}) == len(layers), "no row or layer is another's copy"
     real = prompts.row(CONTEXT, 1, None).recorded
     for a, b in zip(made_up, real, strict=True):
         x, y = a.layer_kv(None, 0), b.layer_kv(None, 0)

@@ -103,6 +103,7 @@ def test_a_sweep_prints_writes_and_continues(capsys, throughput, tmp_path):
     assert len(told["rows"]) == 4 * 2 * 2
     assert {row["status"] for row in told["rows"]} == {"ok"}
     assert {gain["method"] for gain in told["gains"]} == {r.method for r in records}
+    assert all(gain["gain"]["low"] <= gain["gain"]["median"] <= gain["gain"]["high"] for gain in told["gains"])
     grown = [word if word != "1,2" else "1,2,3" for word in argv]
     assert main([*grown, "-q"]) == 0
     assert capsys.readouterr().out == ""
@@ -125,6 +126,14 @@ def test_a_tiny_cap_is_an_oom_and_no_failure(capsys, throughput, tiny_folder):
         assert statuses in (["ok", "ok", "ok"], ["ok", "ok", "oom"], ["ok", "oom", None], ["oom", None, None])
     assert any(note.startswith("device memory capped at") for note in told["notes"])
     assert any(note.startswith("oom: full @ 512") for note in told["notes"])
+
+
+def test_a_search_that_ends_at_its_ceiling_says_so(capsys, throughput):
+    argv = [*throughput, "--find-max-batch", "--max-batch", "3", "--repeats", "1", "--context", "256", "--json"]
+    assert main(argv) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert {row["batch"] for row in told["rows"]} == {3}
+    assert "the search ended at --max-batch 3: quest:budget=64 @ 256" in told["notes"]
 
 
 def test_host_memory_that_is_short_is_refused_at_once(capsys, throughput, monkeypatch):

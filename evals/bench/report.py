@@ -19,8 +19,8 @@ from evals.tables import Table, mib, number, tokens
 _CAPTION = (
     "Tokens/s: of all rows while decoding, prefill excluded; median over repeats, and half of what lies between the "
     "lowest and the highest. x full: to full attention at the same batch, measured side by side in every repeat, "
-    "(lowest-highest). TTFT: of a prompt that waits for no other; ours are prefilled one after the other, full@hf's "
-    "together. Bus: between host and device per step, as the method plans. Read: at least, weights and attended keys "
+    "(lowest-highest). TTFT: of a prompt that waits for no other, timed once for all methods; full@hf's "
+    "is of the whole batch. Bus: between host and device per step, as the method plans. Read: at least, weights and attended keys "
     "and values over the median step. Peak: of the device's allocator, on a CPU of the whole process."
 )
 
@@ -126,11 +126,14 @@ def notes_of(manifest: Manifest, records: Sequence[BenchRecord], rows: Sequence[
     for row in rows:
         if row.status != "ok":
             notes.append(f"{row.status}: {row.method} @ {tokens(row.context)} x {row.batch}: {row.error}")
-    config = manifest.config
+    selection, config = manifest.selection, manifest.config
+    if selection.get("find_max"):
+        top = [row for row in rows if row.status == "ok" and row.batch >= selection["max_batch"]]
+        notes += [f"the search ended at --max-batch {row.batch}: {row.method} @ {tokens(row.context)}" for row in top]
     before = [record.conditions["before"] for record in records if "before" in record.conditions]
     notes.append(
         f"warm: {config['warmup_steps']} steps before the {config['steps']} that count, a short prompt before the first"
-        f" one; {manifest.selection['repeats']} repeats, methods taking turns; noise before each: {noise_note(before)}"
+        f" one; {selection['repeats']} repeats, methods taking turns; noise before each: {noise_note(before)}"
     )
     return notes
 

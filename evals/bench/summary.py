@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from evals.bench.records import BenchRecord
 from evals.bench.timing import Spread, distribution, paired_ratios, spread
@@ -73,6 +74,11 @@ class Gain:
     full_tokens_per_s: float | None
     gain: Spread | None  # at each one's own best batch
     gain_equal: Spread | None  # at full attention's best batch
+
+    def flat(self) -> dict[str, Any]:
+        """Fields for JSON, the spreads by name."""
+        spreads = {"gain": self.gain, "gain_equal": self.gain_equal}
+        return {**vars(self), **{name: found and found._asdict() for name, found in spreads.items()}}
 
 
 def summarise_bench(records: Sequence[BenchRecord]) -> list[BenchRow]:
