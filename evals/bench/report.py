@@ -19,9 +19,9 @@ from evals.tables import Table, mib, number, tokens
 _CAPTION = (
     "Tokens/s: of all rows while decoding, prefill excluded; median over repeats, and half of what lies between the "
     "lowest and the highest. x full: to full attention at the same batch, measured side by side in every repeat, "
-    "(lowest-highest). TTFT: of a prompt that waits for no other, timed once for all methods; full@hf's "
-    "is of the whole batch. Bus: between host and device per step, as the method plans. Read: at least, weights and attended keys "
-    "and values over the median step. Peak: of the device's allocator, on a CPU of the whole process."
+    "(lowest-highest). TTFT: of a prompt that waits for no other, timed once for all methods; of full@hf, of the whole "
+    "batch. Bus: between host and device per step, as the method plans. Read: at least, weights and attended keys and "
+    "values over the median step. Peak: of the device's allocator, on a CPU of the whole process."
 )
 
 
