@@ -34,14 +34,14 @@ class _Prepared:
     def __init__(self, make_task: MakeTask, settings: Settings) -> None:
         import torch
 
-        from cli.choosing import choose, parse_budgets, parse_specs
+        from cli.choosing import choose, parse_budgets, parse_kv_bytes, parse_specs
         from cli.render import quieten_libraries
         from shadowkv.geometry import dims_of
         from shadowkv.loading import context_tokens, load_config, pick_device, pick_dtype
         from shadowkv.resolving import resolve
 
         quieten_libraries()
-        specs, budgets = parse_specs(settings.methods or ()), parse_budgets(settings.budget)
+        asked, alike = parse_specs(settings.methods or ()), parse_budgets(settings.budget)
         _check_options(settings)
         self.settings = settings
         self.source: ModelSource = resolve(settings.model, dummy=settings.dummy)
@@ -51,7 +51,11 @@ class _Prepared:
         self.device = pick_device(settings.device)
         self.dtype = pick_dtype(self.device, settings.dtype)
         self.dims: Dims = dims_of(self.config, getattr(torch, self.dtype).itemsize)
-        self.methods, self.unsupported = choose(specs, budgets, self.source, self.dims)
+        if settings.kv_bytes is not None:
+            longest = max(question.length_tokens for question in self.questions)
+            alike = parse_kv_bytes(settings.kv_bytes, self.dims, longest)
+        self.chosen = choose(asked, alike, self.source, self.dims)
+        self.methods, self.unsupported = self.chosen.methods, self.chosen.unsupported
 
     @property
     def records_queries(self) -> bool:
@@ -200,6 +204,8 @@ def _check_options(settings: Settings) -> None:
     dtype, chunk = settings.dtype, settings.prefill_chunk_tokens
     if dtype not in DTYPES:
         raise SkvError(f"unknown dtype '{dtype}'{did_you_mean(dtype, DTYPES)}; one of {', '.join(DTYPES)}")
+    if settings.budget is not None and settings.kv_bytes is not None:
+        raise SkvError("--budget and --kv-bytes would each decide what methods keep; give one of them")
     if chunk is not None and chunk < 1:
         raise SkvError(f"--prefill-chunk must be at least 1, got {chunk}")
     if settings.out is not None:
@@ -225,6 +231,9 @@ def _manifest(ready: _Prepared, prefill_chunk_tokens: int, loaded: LoadedModel) 
     notes += task.notes()
     notes += [f"left out: {name}: {why}" for name, why in task.left_out().items()]
     notes += [f"unsupported: {label}: {why}" for label, why in ready.unsupported.items()]
+    if ready.chosen.untouched:
+        what = "--budget" if ready.settings.kv_bytes is None else f"--kv-bytes {ready.settings.kv_bytes}"
+        notes.append(f"{what} does not apply to {', '.join(ready.chosen.untouched)}, which run as they are")
     return Manifest(
         benchmark=task.benchmark,
         config=plain({**task.config(), "prefill_chunk_tokens": prefill_chunk_tokens}),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -34,11 +33,11 @@ class Prepared:
 
         from cli.choosing import choose, parse_budgets, parse_specs
         from cli.render import quieten_libraries
-        from evals.bench.memory import parse_bytes
         from evals.lengths import parse_lengths
         from shadowkv.geometry import dims_of
         from shadowkv.loading import context_tokens, load_config, pick_device, pick_dtype
         from shadowkv.resolving import resolve
+        from shadowkv.units import parse_bytes
 
         quieten_libraries()
         specs, budgets = parse_specs(settings.methods or ()), parse_budgets(settings.budget)
@@ -53,16 +52,15 @@ class Prepared:
         self.device = pick_device(settings.device)
         self.dtype = pick_dtype(self.device, settings.dtype)
         self.dims: Dims = dims_of(self.config, getattr(torch, self.dtype).itemsize)
-        self.methods, self.unsupported = choose(specs, budgets, self.source, self.dims)
+        chosen = choose(specs, budgets, self.source, self.dims)
+        self.methods, self.unsupported = chosen.methods, chosen.unsupported
         if settings.synthetic_kv:
-            self._refuse_made_up_keys([spec for spec, of_set in specs if not of_set])
+            self._refuse_made_up_keys({_name(asked.method) for asked in specs if not asked.of_a_set})
 
-    def _refuse_made_up_keys(self, explicit: Sequence[str]) -> None:
+    def _refuse_made_up_keys(self, named: set[str]) -> None:
         """Methods whose cost depends on the prompt: an error where named, left out where a set brought them."""
         from shadowkv.errors import SkvError
-        from shadowkv.registry import parse_method
 
-        named = {_name(parse_method(spec)) for spec in explicit}
         for method in [m for m in self.methods if m.cost_follows_text]:
             reason = "what it reads follows the prompt's hidden states, which --synthetic-kv does not have"
             if _name(method) in named or len(self.methods) == 1:

@@ -1,9 +1,10 @@
-"""Which methods a command means: `-m` specifications, named sets, one budget for all, and what cannot run here."""
+"""Which methods a command means: `-m` specifications, named sets, what all are given alike, and what cannot run."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
@@ -19,80 +20,122 @@ METHOD_SETS = {
 _DEFAULT = ("full", "shadowkv", "quest")
 
 
-class Chosen(NamedTuple):
-    """Methods to run, and the labels of those that cannot run on this model, with the reason."""
+class Asked(NamedTuple):
+    """A method as it was asked for. One that came out of a set may be given parameters that suit the model."""
 
-    methods: list[Method]
-    unsupported: dict[str, str]
+    spec: str
+    method: Method
+    of_a_set: bool
+
+    @property
+    def given(self) -> set[str]:
+        """Names of the parameters that were spelled out."""
+        return set(re.findall(r"[:,]\s*(\w+)\s*=", self.spec))
 
 
-def parse_specs(specs: Sequence[str]) -> list[tuple[str, bool]]:
-    """Every specification with sets spelled out, and whether it is a set's (so that parameters may be suggested).
+class Alike(NamedTuple):
+    """What every method that can take it is given, such as a budget: the option as typed, and how to give it."""
 
-    Raises `SkvError` on what cannot be parsed.
-    """
+    option: str
+    give: Callable[[Method], Method | None]
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """Methods to run; labels of those that cannot run on this model, with the reason; those that took nothing."""
+
+    methods: list[Method] = field(default_factory=list)
+    unsupported: dict[str, str] = field(default_factory=dict)
+    untouched: list[str] = field(default_factory=list)
+
+
+def parse_specs(specs: Sequence[str]) -> list[Asked]:
+    """Every specification, with sets spelled out. Raises `SkvError` on what cannot be parsed."""
     from shadowkv.errors import SkvError
     from shadowkv.names import did_you_mean
     from shadowkv.registry import methods, parse_method
 
-    found: list[tuple[str, bool]] = []
+    found: list[Asked] = []
     for spec in specs or _DEFAULT:
         if spec.startswith("@") and spec not in METHOD_SETS:
             known = ", ".join(METHOD_SETS)
             raise SkvError(f"unknown set of methods '{spec}'{did_you_mean(spec, METHOD_SETS)}; sets: all, {known}")
         members = tuple(methods()) if spec == "all" else METHOD_SETS.get(spec)
-        found += [(member, True) for member in members] if members else [(spec, not specs)]
-    for spec, _ in found:
-        parse_method(spec)
+        names = [(member, True) for member in members] if members else [(spec, not specs)]
+        found += [Asked(name, parse_method(name), of_a_set) for name, of_a_set in names]
     return found
 
 
-def parse_budgets(text: str | None) -> list[int]:
-    """Read `256` or `256,512`; none for no common budget."""
+def parse_budgets(text: str | None) -> list[Alike]:
+    """Read `256` or `256,512`: tokens that every method attends to in all. None for nothing."""
     from shadowkv.errors import SkvError
 
-    items = [part.strip() for part in (text or "").split(",") if part.strip()]
+    items = _items(text)
     if not all(item.isdecimal() and int(item) > 0 for item in items):
         raise SkvError(f"'{text}' is not a budget; write tokens, such as 512 or 256,512")
-    return list(dict.fromkeys(map(int, items)))
+    return [Alike(f"--budget {tokens}", lambda m, tokens=tokens: m.with_budget(tokens)) for tokens in map(int, items)]
 
 
-def choose(specs: Sequence[tuple[str, bool]], budgets: Sequence[int], source: ModelSource, dims: Dims) -> Chosen:
+def parse_kv_bytes(text: str | None, dims: Dims, tokens: int) -> list[Alike]:
+    """Read `64MiB` or `25%,50%` (of full attention): what a method holds on the device of a prompt of `tokens`."""
+    from shadowkv.errors import SkvError
+    from shadowkv.units import parse_bytes
+
+    def count(item: str) -> int:
+        share = re.fullmatch(r"(\d+(?:\.\d+)?)%", item)
+        if share is None:
+            return parse_bytes(item)
+        if not 0 < float(share[1]) <= 100:
+            raise SkvError(f"--kv-bytes {item} is not in (0, 100] %")
+        return int(float(share[1]) / 100 * dims.full_bytes_per_token * tokens)
+
+    return [
+        Alike(f"--kv-bytes {item}", lambda m, held=count(item): m.with_kv_bytes(dims, tokens, held))
+        for item in _items(text)
+    ]
+
+
+def choose(asked: Sequence[Asked], alike: Sequence[Alike], source: ModelSource, dims: Dims) -> Chosen:
     """The methods that these specifications mean on this model.
 
-    A method that chooses what to attend to appears once per budget, the others once. Raises `SkvError` if none can run.
+    A method appears once per thing that all are given, or once if it can take none. Raises `SkvError` if none can run.
     """
     from shadowkv.errors import SkvError
-    from shadowkv.registry import parse_method
 
-    asked: dict[Method, None] = {}
-    unsupported: dict[str, str] = {}
-    for spec, ours in specs:
-        method = parse_method(spec)
-        if ours:
-            method = _suggested(method, source, dims)
-        elif budgets and "budget=" in spec:
-            raise SkvError(f"{spec} has a budget of its own; give that or --budget")
-        for budget in budgets or [None]:
+    chosen = Chosen()
+    for one in asked:
+        method = _suggested(one.method, source, dims) if one.of_a_set else one.method
+        for option, give in alike or [Alike("", lambda _: None)]:
             try:
-                setting = method if budget is None else method.with_budget(budget) or method
+                changed = give(method)
+                setting = changed or method
                 setting.check(dims)
             except SkvError as error:
-                unsupported[spec if budget is None else f"{spec} at --budget {budget}"] = str(error)
-            else:
-                asked[setting] = None
-    if not asked:
-        raise SkvError(next(iter(unsupported.values())))
-    return Chosen(list(asked), unsupported)
+                chosen.unsupported[f"{one.spec} at {option}" if option else one.spec] = str(error)
+                continue
+            own = sorted(k for k in one.given if setting.params().get(k) != method.params().get(k))
+            if own:
+                raise SkvError(f"{one.spec} has a {own[0]} of its own; give that or {option.partition(' ')[0]}")
+            if setting not in chosen.methods:
+                chosen.methods.append(setting)
+                if option and changed is None:
+                    chosen.untouched.append(setting.label)
+    if not chosen.methods:
+        raise SkvError(next(iter(chosen.unsupported.values())))
+    return chosen
 
 
 def _suggested(method: Method, source: ModelSource, dims: Dims) -> Method:
     """A method of a set, with the parameters suggested for the model in place of those of an 8B one."""
     wanted: dict[str, Any] = {}
-    if method.params().get("budget") is not None:
-        wanted["budget"] = source.preset.budget if source.preset else 2048
+    if source.preset and method.params().get("budget") is not None:
+        wanted["budget"] = source.preset.budget
     if method.name == "shadowkv":
-        wanted["rank"] = source.preset.rank if source.preset else min(160, dims.width)
+        wanted["rank"] = source.preset.rank if source.preset else min(method.params()["rank"], dims.width)
     changed: Any = method
     suggested: Method = replace(changed, **wanted)
     return suggested
+
+
+def _items(text: str | None) -> list[str]:
+    return list(dict.fromkeys(part.strip() for part in (text or "").split(",") if part.strip()))

@@ -29,6 +29,12 @@ class Settings:
         str | None,
         typer.Option(help="Tokens that every method attends to in all, so that they compare: 512 or 256,512."),
     ] = None
+    kv_bytes: Annotated[
+        str | None,
+        typer.Option(
+            help="Device memory for the KV of the longest prompt, for every method that can choose: 64MiB or 25%,50%."
+        ),
+    ] = None
     out: Annotated[Path | None, typer.Option(help="Run folder; the same command continues it.")] = None
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto"
     dtype: Annotated[str, typer.Option(help="auto (fp32 on a CPU, bf16 on a GPU), float32, bfloat16, float16.")] = (

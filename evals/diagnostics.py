@@ -14,10 +14,12 @@ from torch import Tensor
 
 from shadowkv import ops
 from shadowkv.engine import Engine, Prefill
-from shadowkv.method import Bytes, DecodeCache, Dims, Guess, LayerKV, LayerwiseMethod, Method
+from shadowkv.layerwise import LayerwiseMethod
+from shadowkv.method import Bytes, DecodeCache, Guess, LayerKV, Method
 from shadowkv.methods.full import Full
-from shadowkv.prefills import SparsePrefill, WithPrefill
+from shadowkv.prefills import WithPrefill
 from shadowkv.rope import Rope
+from shadowkv.wrapper import Wrapper
 
 _LONGEST_TOKENS = 16384  # spelling positions takes n x n values per head of one layer
 
@@ -50,34 +52,14 @@ def diagnose(
 
 
 @dataclass(frozen=True)
-class _Observed(Method):
+class _Observed(Wrapper):
     """A method whose caches are compared with full attention; `made` are those made so far."""
 
-    method: Method
     made: list[_Beside] = field(default_factory=list, compare=False)
-
-    @property
-    def prefill(self) -> SparsePrefill | None:
-        return self.method.prefill
-
-    @property
-    def speculates(self) -> bool:
-        return self.method.speculates
-
-    @property
-    def needs_prompt_queries(self) -> bool:
-        return self.method.needs_prompt_queries
-
-    @property
-    def label(self) -> str:
-        return self.method.label
 
     def new_state(self, rope: Rope) -> DecodeCache:
         self.made.append(_Beside(self.method, rope))
         return self.made[-1]
-
-    def bytes_per_token(self, dims: Dims) -> Bytes:
-        return self.method.bytes_per_token(dims)
 
 
 class _Beside(DecodeCache):
@@ -112,7 +94,7 @@ class _Beside(DecodeCache):
     def _recall(self, layer: int, q: Tensor, k: Tensor, scaling: float) -> float | None:
         """By values that spell their positions: the output of attention is then its weights."""
         kv = self._prompt[layer]
-        method = getattr(self._method, "method", self._method)  # the one behind a sparse prefill
+        method = self._method.core
         tokens = kv.k.shape[2]
         if not isinstance(method, LayerwiseMethod) or "budget" not in method.params() or tokens > _LONGEST_TOKENS:
             return None

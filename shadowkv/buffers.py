@@ -65,7 +65,7 @@ class TokenBuffer(Stackable):
     def nbytes(self) -> int:
         """Bytes held, spare room included."""
         held = self._data if self._owned else self.view
-        return held.numel() * held.element_size()
+        return held.nbytes
 
     def _grow(self, count: int) -> None:
         shape = list(self._data.shape)

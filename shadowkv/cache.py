@@ -92,7 +92,7 @@ class MethodCache(Cache):
         """What the method holds, and the windows of the layers it does not serve."""
         total = sum((cache.nbytes() for cache in self._caches), Bytes(0, 0))
         windows = [layer for layer in self.layers if isinstance(layer, DynamicSlidingWindowLayer)]
-        dense = sum(x.numel() * x.element_size() for layer in windows for x in (layer.keys, layer.values))
+        dense = sum(x.nbytes for layer in windows for x in (layer.keys, layer.values))
         return total + Bytes(dense, 0)
 
     def close(self) -> None:

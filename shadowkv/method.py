@@ -8,16 +8,15 @@ after RoPE, as transformers hands them over; a batch is uniform (ragged batches 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self, cast
 
-import torch
 from torch import Tensor
 
 from shadowkv.errors import SkvError
 from shadowkv.rope import Rope
-from shadowkv.stacking import Stackable, can_stack, stack
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -59,6 +58,10 @@ class Dims:
     def width(self) -> int:
         """W = H * D, the width of one token's keys in one layer."""
         return self.kv_heads * self.head_dim
+
+    def layers_from(self, first: int) -> int:
+        """How many of these layers have the number `first` or a higher one."""
+        return sum(layer >= first for layer in self.layer_ids)
 
     @property
     def full_bytes_per_token(self) -> int:
@@ -128,61 +131,6 @@ class DecodeCache(ABC):
         """Release streams, pinned memory and the like."""
 
 
-class LayerState(Stackable, ABC):
-    """One layer's share of a `LayerwiseCache`; the arguments are those of `DecodeCache`.
-
-    Its attributes can be stacked (`shadowkv.stacking`): every tensor has the batch first.
-    """
-
-    @abstractmethod
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor: ...
-
-    @abstractmethod
-    def nbytes(self) -> Bytes: ...
-
-
-class StepwiseState(LayerState):
-    """A layer in which every new token changes what is kept or read: T tokens at once are T steps."""
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
-        steps = zip(q.split(1, dim=2), k.split(1, dim=2), v.split(1, dim=2), strict=True)
-        return torch.cat([self.step(*step, scaling) for step in steps], dim=2)
-
-    @abstractmethod
-    def step(self, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
-        """`attend` for one token."""
-
-
-class LayerwiseCache(DecodeCache):
-    """A cache whose layers know nothing of each other; the method builds each one from its `LayerKV`."""
-
-    def __init__(self, method: LayerwiseMethod, rope: Rope) -> None:
-        self._method = method
-        self._rope = rope
-        self._layers: dict[int, LayerState] = {}
-
-    def ingest(self, layer: int, kv: LayerKV) -> None:
-        self._layers[layer] = self._method.new_layer(layer, kv, self._rope)
-
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
-        return self._layers[layer].attend(q, k, v, scaling)
-
-    @classmethod
-    def join(cls, rows: list[Self]) -> Sequence[DecodeCache]:
-        # Rows that differ in shape are copied one by one, so that they too let go of their prefill.
-        together = [rows] if can_stack([row._layers for row in rows]) else [[row] for row in rows]
-        joined = [cls(group[0]._method, group[0]._rope) for group in together]
-        for cache, group in zip(joined, together, strict=True):
-            cache._layers = stack([row._layers for row in group])
-        return joined
-
-    def nbytes(self) -> Bytes:
-        return sum((state.nbytes() for state in self._layers.values()), Bytes(0, 0))
-
-    def close(self) -> None:
-        self._layers.clear()
-
-
 @dataclass(frozen=True)
 class Setting:
     """Named hyper-parameters and nothing else."""
@@ -206,6 +154,11 @@ class Setting:
 @dataclass(frozen=True)
 class Method(Setting, ABC):
     """A KV-cache method."""
+
+    @property
+    def core(self) -> Method:
+        """The method that decodes: this one, or the one that it only adds something to."""
+        return self
 
     @property
     def needs_prompt_queries(self) -> bool:
@@ -258,6 +211,13 @@ class Method(Setting, ABC):
         changed: Any = self
         return cast("Method", replace(changed, budget=tokens)) if "budget" in self.params() else None
 
+    def with_kv_bytes(self, dims: Dims, tokens: int, kv_bytes: int) -> Method | None:
+        """The most accurate setting that holds `kv_bytes` bytes at most on the device, of a prompt of `tokens`.
+
+        None if what it holds is not for the user to choose. Raises `SkvError` if the least it can hold is more.
+        """
+        return None
+
     def lossless(self, dims: Dims, tokens: int) -> Method | None:
         """The setting that must equal full attention up to `tokens` held tokens, or None if there is none."""
         return None
@@ -275,20 +235,28 @@ class Method(Setting, ABC):
         return DropInCache(model, self)
 
 
-class LayerwiseMethod(Method):
-    """A method whose layers are independent: it only has to build one layer."""
-
-    @abstractmethod
-    def new_layer(self, layer: int, kv: LayerKV, rope: Rope) -> LayerState:
-        """Build this layer's state from its dense keys and values."""
-
-    def new_state(self, rope: Rope) -> DecodeCache:
-        return LayerwiseCache(self, rope)
-
-
 def format_value(value: object) -> str:
     """How a parameter's value is spelled in a label."""
     return "auto" if value is None else str(value).lower() if isinstance(value, bool) else f"{value}"
+
+
+def largest_within(
+    make: Callable[[int], Method], low: int, high: int, dims: Dims, tokens: int, kv_bytes: int
+) -> Method:
+    """`make(n)` for the largest n from `low` to `high` with which a prompt of `tokens` takes `kv_bytes` at most.
+
+    What is held on the device must grow with n. Raises `SkvError` if even `low` takes more.
+    """
+
+    def exceeds(n: int) -> bool:
+        return make(n).prompt_bytes(dims, tokens).device > kv_bytes
+
+    within = bisect_left(range(low, high + 1), True, key=exceeds) - 1
+    if within < 0:
+        least = make(low)
+        held = least.prompt_bytes(dims, tokens).device
+        raise SkvError(f"{least.label} holds {held / 2**20:.1f} MiB of {tokens} tokens, more than was given")
+    return make(low + within)
 
 
 def require(condition: bool, message: str) -> None:

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from shadowkv.method import Bytes, DecodeCache, Dims, Method, Setting
-from shadowkv.rope import Rope
+from shadowkv.method import Dims, Method, Setting
+from shadowkv.wrapper import Wrapper
 
 
 @dataclass(frozen=True)
@@ -32,10 +32,9 @@ class SparsePrefill(Setting, ABC):
 
 
 @dataclass(frozen=True)
-class WithPrefill(Method):
+class WithPrefill(Wrapper):
     """A decode method that starts from a prompt computed by `sparse`."""
 
-    method: Method
     sparse: SparsePrefill
 
     @property
@@ -43,49 +42,22 @@ class WithPrefill(Method):
         return self.sparse
 
     @property
-    def needs_prompt_queries(self) -> bool:
-        return self.method.needs_prompt_queries
-
-    @property
-    def speculates(self) -> bool:
-        return self.method.speculates
-
-    @property
     def cost_follows_text(self) -> bool:
         return True
-
-    def new_state(self, rope: Rope) -> DecodeCache:
-        return self.method.new_state(rope)
-
-    def bytes_per_token(self, dims: Dims) -> Bytes:
-        return self.method.bytes_per_token(dims)
-
-    def prompt_bytes(self, dims: Dims, tokens: int) -> Bytes:
-        return self.method.prompt_bytes(dims, tokens)
-
-    def attended_tokens(self, dims: Dims, tokens: int, later: int = 0) -> float:
-        return self.method.attended_tokens(dims, tokens, later)
-
-    def bus_bytes(self, dims: Dims, tokens: int) -> int:
-        return self.method.bus_bytes(dims, tokens)
-
-    def with_budget(self, tokens: int) -> Method | None:
-        inner = self.method.with_budget(tokens)
-        return inner and replace(self, method=inner)
 
     def lossless(self, dims: Dims, tokens: int) -> Method | None:
         inner = self.method.lossless(dims, tokens)
         return inner and replace(self, method=inner, sparse=self.sparse.lossless(tokens))
 
     def check(self, dims: Dims) -> None:
-        self.method.check(dims)
+        super().check(dims)
         self.sparse.check(dims)
 
     def params(self) -> dict[str, Any]:
         """Those of the method, and those of the prefill under its name."""
         prefixed = {f"{self.sparse.name}.{key}": value for key, value in self.sparse.params().items()}
-        return {**self.method.params(), **prefixed}
+        return {**super().params(), **prefixed}
 
     @property
     def label(self) -> str:
-        return f"{self.method.label}+{self.sparse.label}"
+        return f"{super().label}+{self.sparse.label}"

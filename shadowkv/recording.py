@@ -113,7 +113,7 @@ class RecordingLayer(CacheLayerMixin):
     def nbytes(self) -> int:
         """Bytes of the tokens recorded, room for more included."""
         held = (self._keys, self._values, self._queries, self._q_tail)
-        return sum(x.numel() * x.element_size() for x in held if x is not None)
+        return sum(x.nbytes for x in held if x is not None)
 
     def rewind(self, tokens: int) -> None:
         """Forget everything after the first `tokens`; the buffers stay and are written over."""

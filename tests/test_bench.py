@@ -20,7 +20,7 @@ from evals.bench.latency import PARTS, LatencyRecord, measure_latency, parts_of
 from evals.bench.latency_report import write_latency_reports
 from evals.bench.lists import parse_batches
 from evals.bench.measuring import Bench
-from evals.bench.memory import MemoryShortError, Room, available_host_bytes, parse_bytes
+from evals.bench.memory import MemoryShortError, Room, available_host_bytes
 from evals.bench.prompts import RealPrompts, SyntheticPrompts
 from evals.bench.records import BenchRecord, Cell
 from evals.bench.report import write_bench_reports
@@ -414,19 +414,6 @@ def test_noise_is_told():
         == "load per core 0.10 to 0.90, SM clock 1980 to 1980 MHz, up to 0 other processes on the GPU"
     )
     assert noise_note([]) == "load not readable"
-
-
-@pytest.mark.parametrize(
-    ("text", "count"), [("80GB", 80e9), ("24GiB", 24 * 2**30), ("1.5g", 1.5e9), ("512MiB", 2**29), ("100", 100)]
-)
-def test_memory_sizes(text, count):
-    assert parse_bytes(text) == count
-
-
-@pytest.mark.parametrize("text", ["", "0", "lots", "-3GB", "5XB", "3ib"])
-def test_nonsense_is_no_memory_size(text):
-    with pytest.raises(SkvError, match="not a memory size"):
-        parse_bytes(text)
 
 
 @pytest.mark.parametrize("text", ["0", "1,0", "2,1", "1,1", "x", "", "1;2", "-1"])

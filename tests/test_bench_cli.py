@@ -45,7 +45,7 @@ def test_both_show_examples(capsys, command):
         (["--prefill-chunk", "0"], "at least 1"),
         (["--dtype", "float3"], "unknown dtype"),
         (["--engine", "vlm"], "did you mean 'vllm'"),
-        (["--memory-cap", "much"], "is not a memory size"),
+        (["--memory-cap", "much"], "is not a size; write 80GB"),
         (["--memory-cap", "10kB"], "--memory-cap 10kB is less than the weights"),
         (["-m", "shadwkv"], "did you mean 'shadowkv'"),
         (["-m", "full", "-m", "infinigen", "--synthetic-kv"], "hidden states, which --synthetic-kv does not have"),

@@ -121,3 +121,41 @@ def test_bus_bytes_where_everything_is_read():
     assert parse_method("quest:offload=true,dense_layers=0").bus_bytes(DIMS, 1000) == 4 * 2 * 1000 * 64 * 4
     short = parse_method("shadowkv:budget=1024,outliers=2,rank=8")
     assert short.bus_bytes(DIMS, 80) == 4 * 2 * (10 - 4 - 2) * 8 * 64 * 4
+
+
+@pytest.mark.parametrize("spec", CASES)
+@pytest.mark.parametrize("share", [0.6, 0.3])
+def test_kv_bytes_for_all_bound_what_is_held(spec, share):
+    """Close from below where memory can be chosen freely; what holds the same at any setting has nothing to choose."""
+    dims = Dims(24, 6, 2, 64, 4)
+    method, given = parse_method(spec), int(share * 4000 * dims.full_bytes_per_token)
+    if spec.startswith("kivi"):
+        method = parse_method("kivi")  # a scale and a zero for every two elements are more than is given here
+    equal = method.with_kv_bytes(dims, 4000, given)
+    if equal is None:
+        assert method.name in ("full", "quest", "loki", "oracle", "infinigen")
+        return
+    assert type(equal) is type(method)
+    equal.check(dims)
+    held = equal.prompt_bytes(dims, 4000).device
+    assert held <= given
+    if method.name == "kivi":
+        assert equal.bits == 8 if share == 0.6 else 4
+    elif equal.params().get("rank") != dims.width:
+        assert held > 0.96 * given
+    assert parse_method(f"{method.label}+minference").with_kv_bytes(dims, 4000, given).method == equal
+    assert parse_method(equal.label) == equal
+
+
+@pytest.mark.parametrize("name", ["kivi", "xkv", "snapkv", "h2o", "shadowkv"])
+def test_too_few_kv_bytes_are_refused_with_what_it_takes(name):
+    with pytest.raises(SkvError, match=rf"{name}.* holds \d+\.\d MiB of 4000 tokens, more than was given"):
+        parse_method(name).with_kv_bytes(DIMS, 4000, 1000)
+
+
+def test_more_kv_bytes_than_full_attention_has_keep_everything():
+    given = 2 * 4000 * DIMS.full_bytes_per_token
+    assert parse_method("snapkv").with_kv_bytes(DIMS, 4000, given).budget == 4000
+    assert parse_method("duo").with_kv_bytes(DIMS, 4000, given).retrieval == 1
+    assert parse_method("shadowkv").with_kv_bytes(DIMS, 4000, given).rank == DIMS.width
+    assert parse_method("kivi").with_kv_bytes(DIMS, 4000, given).bits == 8

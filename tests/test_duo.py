@@ -10,6 +10,7 @@ from tiny_models import random_prompt, tiny_model
 
 from shadowkv.engine import Engine
 from shadowkv.errors import SkvError
+from shadowkv.layerwise import DenseLayer
 from shadowkv.method import Dims, LayerKV
 from shadowkv.methods.duo import Duo, far_mass
 
@@ -57,8 +58,8 @@ def test_heads_are_chosen_by_the_mass_that_streaming_would_lose(groups):
     for row in range(2):
         expected = {divmod(i, HEADS) for i in naive[row].flatten().topk(2).indices.tolist()}
         got = set()
-        for layer, state in cache._layers.items():
-            flat = [i for index, heads in state._kinds if type(heads).__name__ == "_RetrievalHeads" for i in index]
+        for layer, state in cache.layers.items():
+            flat = [i for index, heads in state._kinds if isinstance(heads, DenseLayer) for i in index]
             got |= {(layer, int(i) % HEADS) for i in flat if int(i) // HEADS == row}
         assert got == expected
 

@@ -12,7 +12,8 @@ from tiny_models import FAMILIES, random_prompt, tiny_model
 
 from shadowkv.engine import Engine
 from shadowkv.errors import SkvError
-from shadowkv.method import DecodeCache, Dims, LayerKV, LayerwiseCache
+from shadowkv.layerwise import LayerwiseCache
+from shadowkv.method import DecodeCache, Dims, LayerKV
 from shadowkv.methods.full import Full
 from shadowkv.methods.infinigen import InfiniGen, skew
 

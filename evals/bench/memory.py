@@ -4,31 +4,19 @@ from __future__ import annotations
 
 import gc
 import os
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from shadowkv.errors import SkvError
 from shadowkv.method import Bytes, Dims, Method
 
-_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
-_BINARY = {"k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
 _GROWTH_TOKENS = 256  # room that buffers make for new tokens at a time
 _HOST_RESERVE = 0.05  # of what is available, left to everything else
 
 
 class MemoryShortError(MemoryError):
     """Memory that would run out: said before anything is allocated."""
-
-
-def parse_bytes(text: str) -> int:
-    """Read `80GB` (10^9) or `24GiB` (2^30)."""
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*", text.lower())
-    if found is None or float(found[1]) <= 0 or (found[3] and not found[2]):
-        raise SkvError(f"'{text}' is not a memory size; write 80GB (10^9 bytes) or 24GiB (2^30 bytes)")
-    return int(float(found[1]) * (_BINARY if found[3] else _UNITS)[found[2]])
 
 
 def size(count: float) -> str:

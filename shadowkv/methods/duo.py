@@ -23,7 +23,8 @@ from torch import Tensor
 from shadowkv import ops
 from shadowkv.buffers import TokenBuffer
 from shadowkv.errors import SkvError
-from shadowkv.method import Bytes, DecodeCache, Dims, LayerKV, LayerState, Method, require
+from shadowkv.layerwise import DenseLayer, LayeredCache, LayerState, StepwiseState
+from shadowkv.method import Bytes, DecodeCache, Dims, LayerKV, Method, largest_within, require
 from shadowkv.rope import Rope
 
 
@@ -83,16 +84,20 @@ class Duo(Method):
         held = tokens + later
         return share * held + (1 - share) * min(held, self.sinks + self.recent)
 
+    def with_kv_bytes(self, dims: Dims, tokens: int, kv_bytes: int) -> Method:
+        heads = dims.layers * dims.kv_heads
+        return largest_within(lambda n: replace(self, retrieval=round(n / heads, 4)), 0, heads, dims, tokens, kv_bytes)
+
     def lossless(self, dims: Dims, tokens: int) -> Method:
         # Half of the heads stream, with room for every token.
         return replace(self, heads=None, recent=max(tokens, 1))
 
 
-class _DuoCache(DecodeCache):
+class _DuoCache(LayeredCache):
     def __init__(self, method: Duo) -> None:
+        super().__init__()
         self._method = method
         self._prompt: dict[int, LayerKV] = {}
-        self._layers: dict[int, LayerState] = {}
 
     def ingest(self, layer: int, kv: LayerKV) -> None:
         self._prompt[layer] = kv
@@ -112,18 +117,12 @@ class _DuoCache(DecodeCache):
         best = ops.top_indices(scores.flatten(1), count)
         retrieval = torch.zeros_like(scores.flatten(1), dtype=torch.bool).scatter_(1, best, True).view_as(scores)
         for index, (layer, kv) in enumerate(self._prompt.items()):
-            self._layers[layer] = _DuoLayer(self._method, kv, retrieval[:, index])
+            self.layers[layer] = _DuoLayer(self._method, kv, retrieval[:, index])
         self._prompt.clear()
-
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
-        return self._layers[layer].attend(q, k, v, scaling)
-
-    def nbytes(self) -> Bytes:
-        return sum((state.nbytes() for state in self._layers.values()), Bytes(0, 0))
 
     def close(self) -> None:
         self._prompt.clear()
-        self._layers.clear()
+        super().close()
 
 
 class _DuoLayer(LayerState):
@@ -137,7 +136,7 @@ class _DuoLayer(LayerState):
         self._kinds: list[tuple[Tensor, LayerState]] = []
         full, streaming = flat.nonzero()[:, 0], (~flat).nonzero()[:, 0]
         if len(full):
-            self._kinds.append((full, _RetrievalHeads(_take(kv.k, full), _take(kv.v, full))))
+            self._kinds.append((full, DenseLayer(_take(kv.k, full), _take(kv.v, full))))
         if len(streaming):
             heads = _StreamingHeads(method, _take(kv.k, streaming), _take(kv.v, streaming))
             self._kinds.append((streaming, heads))
@@ -151,24 +150,11 @@ class _DuoLayer(LayerState):
         return out.view_as(q)
 
     def nbytes(self) -> Bytes:
-        indices = sum(index.numel() * index.element_size() for index, _ in self._kinds)
+        indices = sum(index.nbytes for index, _ in self._kinds)
         return sum((heads.nbytes() for _, heads in self._kinds), Bytes(indices, 0))
 
 
-class _RetrievalHeads(LayerState):
-    def __init__(self, k: Tensor, v: Tensor) -> None:
-        self._k, self._v = TokenBuffer(k, axis=2), TokenBuffer(v, axis=2)
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
-        self._k.append(k)
-        self._v.append(v)
-        return ops.attend(q, [(self._k.view, self._v.view)], scaling)
-
-    def nbytes(self) -> Bytes:
-        return Bytes(self._k.nbytes() + self._v.nbytes(), 0)
-
-
-class _StreamingHeads(LayerState):
+class _StreamingHeads(StepwiseState):
     def __init__(self, method: Duo, k: Tensor, v: Tensor) -> None:
         self._sinks, self._recent = method.sinks, method.recent
         first, last = slice(0, method.sinks), slice(max(method.sinks, k.shape[2] - method.recent), None)
@@ -176,11 +162,7 @@ class _StreamingHeads(LayerState):
         self._first_k, self._first_v = (TokenBuffer(x[:, :, first].clone(), axis=2) for x in (k, v))
         self._last_k, self._last_v = (TokenBuffer(x[:, :, last].clone(), axis=2) for x in (k, v))
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
-        steps = zip(q.split(1, dim=2), k.split(1, dim=2), v.split(1, dim=2), strict=True)
-        return torch.cat([self._step(*step, scaling) for step in steps], dim=2)
-
-    def _step(self, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
+    def step(self, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
         for first, last, new in ((self._first_k, self._last_k, k), (self._first_v, self._last_v, v)):
             last.append(new)
             if len(last) > self._recent:

@@ -27,14 +27,15 @@ from torch.nn import functional as F
 
 from shadowkv import ops
 from shadowkv.buffers import TokenBuffer
-from shadowkv.method import Bytes, Dims, LayerKV, LayerState, LayerwiseMethod, Method, StepwiseState, require
+from shadowkv.layerwise import EvictingMethod, LayerState, StepwiseState
+from shadowkv.method import Bytes, Dims, LayerKV, Method, require
 from shadowkv.rope import Rope
 
 _EVICTIONS = ("post_prefill", "greedy")
 
 
 @dataclass(frozen=True)
-class H2O(LayerwiseMethod):
+class H2O(EvictingMethod):
     """budget: tokens held · recent: the newest ones among them (auto: half) · evict: how the prompt is cut down,
     post_prefill (at once) or greedy (token by token)."""
 
@@ -42,7 +43,6 @@ class H2O(LayerwiseMethod):
     summary: ClassVar[str] = "drops the token with the least attention so far, outside a window of the newest"
     paper: ClassVar[str] = "2306.14048"
 
-    budget: int = 2048
     recent: int | None = None
     evict: str = "post_prefill"
 
@@ -76,15 +76,13 @@ class H2O(LayerwiseMethod):
             state.step(kv.q_all[:, :, now], kv.k[:, :, now], kv.v[:, :, now], kv.scaling)
         return state
 
-    def bytes_per_token(self, dims: Dims) -> Bytes:
-        return Bytes(0, 0)
-
     def prompt_bytes(self, dims: Dims, tokens: int) -> Bytes:
         bookkeeping = dims.layers * dims.kv_heads * (4 + 4)  # a score and a position
         return Bytes(min(tokens, self.budget) * (dims.full_bytes_per_token + bookkeeping), 0)
 
-    def attended_tokens(self, dims: Dims, tokens: int, later: int = 0) -> float:
-        return min(tokens + later, self.budget)
+    @property
+    def least_budget(self) -> int:
+        return self.recent or 1
 
     def lossless(self, dims: Dims, tokens: int) -> Method:
         return replace(self, budget=tokens, recent=None)
@@ -127,5 +125,5 @@ class _H2OLayer(StepwiseState):
         return ops.weighted_values(weights, self._v.view)
 
     def nbytes(self) -> Bytes:
-        tensors = (self._score, self._position)
-        return Bytes(self._k.nbytes() + self._v.nbytes() + sum(t.numel() * t.element_size() for t in tensors), 0)
+        bookkeeping = self._score.nbytes + self._position.nbytes
+        return Bytes(self._k.nbytes() + self._v.nbytes() + bookkeeping, 0)

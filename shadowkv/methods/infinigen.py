@@ -24,8 +24,8 @@ from torch import Tensor
 from shadowkv import ops
 from shadowkv.buffers import TokenBuffer
 from shadowkv.host import HostTokens
-from shadowkv.method import Bytes, DecodeCache, Dims, Guess, LayerKV, LayerwiseCache, Method, require
-from shadowkv.methods.full import Full
+from shadowkv.layerwise import DenseLayer
+from shadowkv.method import Bytes, DecodeCache, Dims, Guess, LayerKV, Method, require
 from shadowkv.ranges import ranged
 from shadowkv.rope import Rope
 
@@ -67,21 +67,21 @@ class InfiniGen(Method):
         return True
 
     def new_state(self, rope: Rope) -> DecodeCache:
-        return _InfiniGenCache(self, rope)
+        return _InfiniGenCache(self)
 
     def bytes_per_token(self, dims: Dims) -> Bytes:
-        guessed = sum(layer >= self.dense_layers for layer in dims.layer_ids)
+        guessed = dims.layers_from(self.dense_layers)
         dense_bytes = 2 * dims.width * dims.element_bytes
         partial_bytes = dims.kv_heads * self.columns(dims.head_dim) * dims.element_bytes
         return Bytes((dims.layers - guessed) * dense_bytes + guessed * partial_bytes, guessed * dense_bytes)
 
     def attended_tokens(self, dims: Dims, tokens: int, later: int = 0) -> float:
-        guessed = sum(layer >= self.dense_layers for layer in dims.layer_ids)
+        guessed = dims.layers_from(self.dense_layers)
         held = tokens + later
         return (guessed * min(held, self.budget) + (dims.layers - guessed) * held) / dims.layers
 
     def bus_bytes(self, dims: Dims, tokens: int) -> int:
-        guessed = sum(layer >= self.dense_layers for layer in dims.layer_ids)
+        guessed = dims.layers_from(self.dense_layers)
         lists = dims.q_heads if self.reduce == "per_q_head" else dims.kv_heads
         return 2 * guessed * lists * min(tokens, self.budget) * dims.head_dim * dims.element_bytes
 
@@ -94,15 +94,15 @@ class InfiniGen(Method):
 
 
 class _InfiniGenCache(DecodeCache):
-    def __init__(self, method: InfiniGen, rope: Rope) -> None:
+    def __init__(self, method: InfiniGen) -> None:
         self._method = method
-        self._dense = LayerwiseCache(Full(), rope)
+        self._dense: dict[int, DenseLayer] = {}
         self._guessed: dict[int, list[_GuessedRow]] = {}
         self._guess: Guess | None = None
 
     def ingest(self, layer: int, kv: LayerKV) -> None:
         if layer < self._method.dense_layers:
-            self._dense.ingest(layer, kv)
+            self._dense[layer] = DenseLayer(kv.k, kv.v)
             return
         rows = zip(kv.k.split(1), kv.v.split(1), kv.q_tail.split(1), strict=True)
         self._guessed[layer] = [_GuessedRow(self._method, k, v, q_tail) for k, v, q_tail in rows]
@@ -111,17 +111,18 @@ class _InfiniGenCache(DecodeCache):
         self._guess = guess
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
-        if layer not in self._guessed:
-            return self._dense.attend(layer, q, k, v, scaling)
+        if layer in self._dense:
+            return self._dense[layer].attend(q, k, v, scaling)
         assert self._guess is not None
         batch = zip(self._guessed[layer], *(x.split(1) for x in (q, k, v, self._guess(layer))), strict=True)
         return torch.cat([row.attend(*new, scaling) for row, *new in batch])
 
     def nbytes(self) -> Bytes:
-        return sum((row.nbytes() for rows in self._guessed.values() for row in rows), self._dense.nbytes())
+        dense = sum((state.nbytes() for state in self._dense.values()), Bytes(0, 0))
+        return sum((row.nbytes() for rows in self._guessed.values() for row in rows), dense)
 
     def close(self) -> None:
-        self._dense.close()
+        self._dense.clear()
         self._guessed.clear()
 
 
@@ -165,8 +166,7 @@ class _GuessedRow:
         return ops.top_indices(self._reduce(scores), min(max(count, 1), self._cap))
 
     def nbytes(self) -> Bytes:
-        skew_bytes = self._skew.numel() * self._skew.element_size()
-        return Bytes(self._partial.nbytes() + skew_bytes, self._k.nbytes() + self._v.nbytes())
+        return Bytes(self._partial.nbytes() + self._skew.nbytes, self._k.nbytes() + self._v.nbytes())
 
 
 def skew(queries: Tensor, heads: int, columns: int) -> Tensor:

@@ -19,9 +19,12 @@ from torch import Tensor
 
 from shadowkv import ops
 from shadowkv.buffers import TokenBuffer
-from shadowkv.method import Bytes, Dims, LayerKV, LayerState, LayerwiseMethod, Method, require
+from shadowkv.layerwise import LayerState, LayerwiseMethod, StepwiseState
+from shadowkv.method import Bytes, Dims, LayerKV, Method, largest_within, require
 from shadowkv.quantise import QuantisedTokens
 from shadowkv.rope import Rope
+
+_BITS = (2, 4, 8)
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,7 @@ class Kivi(LayerwiseMethod):
     residual: int = 128
 
     def __post_init__(self) -> None:
-        require(self.bits in (2, 4, 8), f"kivi: bits must be 2, 4 or 8, got {self.bits}")
+        require(self.bits in _BITS, f"kivi: bits must be 2, 4 or 8, got {self.bits}")
         require(self.group >= 1, f"kivi: group must be at least 1, got {self.group}")
         require(
             self.residual >= self.group and self.residual % self.group == 0,
@@ -66,12 +69,15 @@ class Kivi(LayerwiseMethod):
         exact = min(tokens, self.residual)
         return Bytes(exact * dims.full_bytes_per_token + (tokens - exact) * self.bytes_per_token(dims).device, 0)
 
+    def with_kv_bytes(self, dims: Dims, tokens: int, kv_bytes: int) -> Method:
+        return largest_within(lambda n: replace(self, bits=_BITS[n]), 0, len(_BITS) - 1, dims, tokens, kv_bytes)
+
     def lossless(self, dims: Dims, tokens: int) -> Method:
         group = math.gcd(self.group, dims.head_dim)
         return replace(self, group=group, residual=(tokens // group + 1) * group)
 
 
-class _KiviLayer(LayerState):
+class _KiviLayer(StepwiseState):
     """Keys leave the residual all at once when it is full; values one by one, when it overflows."""
 
     def __init__(self, method: Kivi, kv: LayerKV) -> None:
@@ -83,11 +89,7 @@ class _KiviLayer(LayerState):
         self._new_k = TokenBuffer(kv.k[:, :, old_k:], axis=2)
         self._new_v = TokenBuffer(kv.v[:, :, old_v:], axis=2)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
-        steps = zip(q.split(1, dim=2), k.split(1, dim=2), v.split(1, dim=2), strict=True)
-        return torch.cat([self._step(*step, scaling) for step in steps], dim=2)
-
-    def _step(self, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
+    def step(self, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
         self._new_k.append(k)
         self._new_v.append(v)
         keys = torch.cat((self._old_k.decode(), self._new_k.view), dim=2)

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from shadowkv import low_rank, ops
 from shadowkv.buffers import TokenBuffer
-from shadowkv.method import Bytes, Dims, LayerKV, LayerState, LayerwiseMethod, Method, StepwiseState, require
+from shadowkv.layerwise import LayerState, LayerwiseMethod, StepwiseState
+from shadowkv.method import Bytes, Dims, LayerKV, Method, require
 from shadowkv.ranges import ranged
 from shadowkv.rope import Rope
 
@@ -103,4 +104,4 @@ class _LokiLayer(StepwiseState):
 
     def nbytes(self) -> Bytes:
         buffers = sum(buffer.nbytes() for buffer in (self._k, self._v, self._projected))
-        return Bytes(buffers + sum(t.numel() * t.element_size() for t in self._basis), 0)
+        return Bytes(buffers + sum(t.nbytes for t in self._basis), 0)

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from shadowkv import ops
 from shadowkv.buffers import TokenBuffer
-from shadowkv.method import Bytes, Dims, LayerKV, LayerState, LayerwiseMethod, Method, StepwiseState, require
+from shadowkv.layerwise import LayerState, LayerwiseMethod, StepwiseState
+from shadowkv.method import Bytes, Dims, LayerKV, Method, require
 from shadowkv.rope import Rope
 
 

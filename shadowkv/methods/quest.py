@@ -18,7 +18,8 @@ from torch import Tensor
 from shadowkv import ops
 from shadowkv.buffers import TokenBuffer
 from shadowkv.host import to_host
-from shadowkv.method import Bytes, Dims, LayerKV, LayerState, LayerwiseMethod, Method, StepwiseState, require
+from shadowkv.layerwise import DenseLayer, LayerState, LayerwiseMethod, StepwiseState
+from shadowkv.method import Bytes, Dims, LayerKV, Method, require
 from shadowkv.rope import Rope
 
 
@@ -50,16 +51,16 @@ class Quest(LayerwiseMethod):
         )
 
     def new_layer(self, layer: int, kv: LayerKV, rope: Rope) -> LayerState:
-        return _QuestLayer(self, kv, dense=layer < self.dense_layers)
+        return DenseLayer(kv.k, kv.v) if layer < self.dense_layers else _QuestLayer(self, kv)
 
     def bytes_per_token(self, dims: Dims) -> Bytes:
-        paged_layers = sum(layer >= self.dense_layers for layer in dims.layer_ids)
+        paged_layers = dims.layers_from(self.dense_layers)
         extremes = 2 * dims.width * dims.element_bytes * paged_layers // self.page
         host = dims.width * dims.element_bytes * paged_layers if self.offload else 0
         return Bytes(dims.full_bytes_per_token + extremes - host, host)
 
     def attended_tokens(self, dims: Dims, tokens: int, later: int = 0) -> float:
-        choosing = sum(layer >= self.dense_layers for layer in dims.layer_ids)
+        choosing = dims.layers_from(self.dense_layers)
         held = tokens + later
         read = min(held, self.budget // self.page * self.page)
         return (choosing * read + (dims.layers - choosing) * held) / dims.layers
@@ -67,7 +68,7 @@ class Quest(LayerwiseMethod):
     def bus_bytes(self, dims: Dims, tokens: int) -> int:
         if not self.offload:
             return 0
-        choosing = sum(layer >= self.dense_layers for layer in dims.layer_ids)
+        choosing = dims.layers_from(self.dense_layers)
         read = self.budget // self.page * self.page
         if tokens < read:  # everything is read, once for all query heads
             return choosing * dims.kv_heads * tokens * dims.head_dim * dims.element_bytes
@@ -79,25 +80,17 @@ class Quest(LayerwiseMethod):
 
 
 class _QuestLayer(StepwiseState):
-    def __init__(self, method: Quest, kv: LayerKV, dense: bool) -> None:
+    def __init__(self, method: Quest, kv: LayerKV) -> None:
         self._page, self._pages_read = method.page, method.budget // method.page
         self._reduce = ops.GROUP_REDUCTIONS[method.reduce]
-        self._dense = dense
-        self._offload = method.offload and not dense
+        self._offload = method.offload
         self._k = TokenBuffer(kv.k, axis=2)
         self._v = TokenBuffer(to_host(kv.v) if self._offload else kv.v, axis=2)
         batch, heads, tokens, head_dim = kv.k.shape
-        full_pages = 0 if dense else tokens // self._page
+        full_pages = tokens // self._page
         paged = kv.k[:, :, : full_pages * self._page].reshape(batch, heads, full_pages, self._page, head_dim)
         self._low = TokenBuffer(paged.amin(dim=3), axis=2)
         self._high = TokenBuffer(paged.amax(dim=3), axis=2)
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
-        if self._dense:
-            self._k.append(k)
-            self._v.append(v)
-            return ops.attend(q, [(self._k.view, self._v.view)], scaling)
-        return super().attend(q, k, v, scaling)
 
     def step(self, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
         self._k.append(k)

@@ -25,7 +25,8 @@ from shadowkv import low_rank, ops
 from shadowkv.buffers import TokenBuffer
 from shadowkv.errors import SkvError
 from shadowkv.host import CODINGS, HostTokens
-from shadowkv.method import Bytes, Dims, LayerKV, LayerState, LayerwiseMethod, Method, StepwiseState, require
+from shadowkv.layerwise import LayerState, LayerwiseMethod, StepwiseState
+from shadowkv.method import Bytes, Dims, LayerKV, Method, largest_within, require
 from shadowkv.rope import Rope
 
 _OUTLIERS_PER_BUDGET_TOKEN = 24 / 1024  # the authors' density
@@ -128,6 +129,9 @@ class ShadowKV(LayerwiseMethod):
                 return setting
         raise SkvError(f"shadowkv: {tokens} tokens leave no room beside outliers and {self.local} local chunks")
 
+    def with_kv_bytes(self, dims: Dims, tokens: int, kv_bytes: int) -> Method:
+        return largest_within(lambda n: replace(self, rank=n, energy=0.0), 1, dims.width, dims, tokens, kv_bytes)
+
     def lossless(self, dims: Dims, tokens: int) -> Method:
         budget = -(-tokens // self.chunk) * self.chunk
         return replace(self, rank=dims.width, energy=0.0, budget=budget, outliers=2, window=16, values="native")
@@ -208,7 +212,7 @@ class _ShadowLayer(StepwiseState):
     def nbytes(self) -> Bytes:
         buffers = (self._coefficients, self._landmarks, self._landmark_chunks, self._tail_k, self._tail_v)
         tensors = (*self._basis, self._outlier_k, self._outlier_v)
-        device = sum(b.nbytes() for b in buffers) + sum(t.numel() * t.element_size() for t in tensors)
+        device = sum(b.nbytes() for b in buffers) + sum(t.nbytes for t in tensors)
         return Bytes(device, self._values.nbytes())
 
 

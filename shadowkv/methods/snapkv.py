@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from shadowkv import ops
-from shadowkv.buffers import TokenBuffer
-from shadowkv.method import OBSERVED_QUERIES, Bytes, Dims, LayerKV, LayerState, LayerwiseMethod, Method, require
+from shadowkv.layerwise import DenseLayer, EvictingMethod, LayerState
+from shadowkv.method import OBSERVED_QUERIES, Dims, LayerKV, Method, require
 from shadowkv.rope import Rope
 
 # Scores [B,Hq,n] and a kernel -> each score with its neighbours, [B,Hq,n].
@@ -31,7 +31,7 @@ _POOLINGS: dict[str, Callable[[Tensor, int], Tensor]] = {
 
 
 @dataclass(frozen=True)
-class SnapKV(LayerwiseMethod):
+class SnapKV(EvictingMethod):
     """budget: prompt tokens kept, the window included · window: last queries observed, whose tokens are kept ·
     kernel: tokens pooled, odd (1: off) · pooling: avg or max · reduce: group_max, group_mean or group_sum."""
 
@@ -39,7 +39,6 @@ class SnapKV(LayerwiseMethod):
     summary: ClassVar[str] = "drops prompt tokens once, keeps those its last queries attend to"
     paper: ClassVar[str] = "2404.14469"
 
-    budget: int = 2048
     window: int = 32
     kernel: int = 5
     pooling: str = "avg"
@@ -74,9 +73,9 @@ class SnapKV(LayerwiseMethod):
     def new_layer(self, layer: int, kv: LayerKV, rope: Rope) -> LayerState:
         budget = self.layer_budget(kv.depth, kv.k.shape[2])
         if kv.k.shape[2] <= budget:
-            return _SnapLayer(kv.k, kv.v)
+            return DenseLayer(kv.k, kv.v)
         kept = self.kept_tokens(kv, budget)
-        return _SnapLayer(ops.gather_tokens(kv.k, kept), ops.gather_tokens(kv.v, kept))
+        return DenseLayer(ops.gather_tokens(kv.k, kept), ops.gather_tokens(kv.v, kept))
 
     def kept_tokens(self, kv: LayerKV, budget: int) -> Tensor:
         """Ascending positions of the tokens to keep of a prompt longer than `budget`: [B,H,budget]."""
@@ -88,27 +87,12 @@ class SnapKV(LayerwiseMethod):
         window = torch.arange(older, tokens, device=kv.k.device).expand(batch, heads, -1)
         return torch.cat((ops.top_indices(scores, budget - self.window), window), dim=2)
 
-    def bytes_per_token(self, dims: Dims) -> Bytes:
-        return Bytes(0, 0)
-
-    def prompt_bytes(self, dims: Dims, tokens: int) -> Bytes:
-        return Bytes(min(tokens, self.budget) * dims.full_bytes_per_token, 0)
-
     def attended_tokens(self, dims: Dims, tokens: int, later: int = 0) -> float:
         return min(tokens, self.budget) + later
 
+    @property
+    def least_budget(self) -> int:
+        return self.window + 1
+
     def lossless(self, dims: Dims, tokens: int) -> Method:
         return replace(self, budget=max(tokens, self.window + 1))
-
-
-class _SnapLayer(LayerState):
-    def __init__(self, k: Tensor, v: Tensor) -> None:
-        self._k, self._v = TokenBuffer(k, axis=2), TokenBuffer(v, axis=2)
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
-        self._k.append(k)
-        self._v.append(v)
-        return ops.attend(q, [(self._k.view, self._v.view)], scaling)
-
-    def nbytes(self) -> Bytes:
-        return Bytes(self._k.nbytes() + self._v.nbytes(), 0)

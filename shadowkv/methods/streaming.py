@@ -20,12 +20,13 @@ from torch import Tensor
 
 from shadowkv import ops
 from shadowkv.buffers import TokenBuffer
-from shadowkv.method import Bytes, Dims, LayerKV, LayerState, LayerwiseMethod, Method, StepwiseState, require
+from shadowkv.layerwise import EvictingMethod, LayerState, StepwiseState
+from shadowkv.method import Bytes, Dims, LayerKV, Method, require
 from shadowkv.rope import Rope
 
 
 @dataclass(frozen=True)
-class StreamingLLM(LayerwiseMethod):
+class StreamingLLM(EvictingMethod):
     """budget: tokens held, sinks and window · sinks: first tokens kept for good · rerotate: positions inside the
     cache (paper) instead of the true ones."""
 
@@ -33,7 +34,6 @@ class StreamingLLM(LayerwiseMethod):
     summary: ClassVar[str] = "the first tokens and a rolling window of the newest, nothing between"
     paper: ClassVar[str] = "2309.17453"
 
-    budget: int = 2048
     sinks: int = 4
     rerotate: bool = True
 
@@ -47,14 +47,9 @@ class StreamingLLM(LayerwiseMethod):
     def new_layer(self, layer: int, kv: LayerKV, rope: Rope) -> LayerState:
         return _StreamingLayer(self, layer, kv, rope)
 
-    def bytes_per_token(self, dims: Dims) -> Bytes:
-        return Bytes(0, 0)
-
-    def prompt_bytes(self, dims: Dims, tokens: int) -> Bytes:
-        return Bytes(min(tokens, self.budget) * dims.full_bytes_per_token, 0)
-
-    def attended_tokens(self, dims: Dims, tokens: int, later: int = 0) -> float:
-        return min(tokens + later, self.budget)
+    @property
+    def least_budget(self) -> int:
+        return self.sinks + 1
 
     def lossless(self, dims: Dims, tokens: int) -> Method:
         return replace(self, budget=max(tokens, self.sinks + 1))

@@ -17,34 +17,24 @@ from torch import Tensor
 
 from shadowkv import ops
 from shadowkv.buffers import TokenBuffer
-from shadowkv.method import Bytes, Dims, LayerKV, LayerState, LayerwiseMethod, Method, StepwiseState, require
+from shadowkv.layerwise import EvictingMethod, LayerState, StepwiseState
+from shadowkv.method import Bytes, Dims, LayerKV, Method, require
 from shadowkv.rope import Rope
 
 
 @dataclass(frozen=True)
-class TOVA(LayerwiseMethod):
+class TOVA(EvictingMethod):
     """budget: tokens held."""
 
     name: ClassVar[str] = "tova"
     summary: ClassVar[str] = "drops the token that the newest query attends to least, over all heads of a layer"
     paper: ClassVar[str] = "2401.06104"
 
-    budget: int = 2048
-
     def __post_init__(self) -> None:
         require(self.budget >= 1, f"tova: budget must be at least 1, got {self.budget}")
 
     def new_layer(self, layer: int, kv: LayerKV, rope: Rope) -> LayerState:
         return _TovaLayer(self, kv)
-
-    def bytes_per_token(self, dims: Dims) -> Bytes:
-        return Bytes(0, 0)
-
-    def prompt_bytes(self, dims: Dims, tokens: int) -> Bytes:
-        return Bytes(min(tokens, self.budget) * dims.full_bytes_per_token, 0)
-
-    def attended_tokens(self, dims: Dims, tokens: int, later: int = 0) -> float:
-        return min(tokens + later, self.budget)
 
     def lossless(self, dims: Dims, tokens: int) -> Method:
         return replace(self, budget=tokens)
@@ -79,5 +69,4 @@ class _TovaLayer(StepwiseState):
         return ops.weighted_values(weights, self._v.view)
 
     def nbytes(self) -> Bytes:
-        attended = self._attended.numel() * self._attended.element_size()
-        return Bytes(self._k.nbytes() + self._v.nbytes() + attended, 0)
+        return Bytes(self._k.nbytes() + self._v.nbytes() + self._attended.nbytes, 0)

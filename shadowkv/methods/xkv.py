@@ -19,7 +19,7 @@ from torch import Tensor
 
 from shadowkv import low_rank, ops
 from shadowkv.buffers import TokenBuffer
-from shadowkv.method import Bytes, DecodeCache, Dims, LayerKV, Method, require
+from shadowkv.method import Bytes, DecodeCache, Dims, LayerKV, Method, largest_within, require
 from shadowkv.ranges import ranged
 from shadowkv.rope import Rope
 
@@ -71,6 +71,16 @@ class XKV(Method):
         """The rank of a group of `layers` layers: a smaller last group gets its share."""
         return -(-rank * layers // self.group)
 
+    def with_kv_bytes(self, dims: Dims, tokens: int, kv_bytes: int) -> Method:
+        # Keys and values keep the proportion of their ranks.
+        width, larger = self.group * dims.width, max(self.rank_k, self.rank_v)
+
+        def of(rank: int) -> Method:
+            rank_k, rank_v = (max(rank * own // larger, 1) for own in (self.rank_k, self.rank_v))
+            return replace(self, rank_k=rank_k, rank_v=rank_v)
+
+        return largest_within(of, 1, width, dims, tokens, kv_bytes)
+
     def lossless(self, dims: Dims, tokens: int) -> Method:
         return replace(self, rank_k=self.group * dims.width, rank_v=self.group * dims.width)
 
@@ -85,7 +95,7 @@ class _Factors(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        return sum(x.numel() * x.element_size() for x in (self.coefficients, self.vectors, self.mean))
+        return sum(x.nbytes for x in (self.coefficients, self.vectors, self.mean))
 
     @ranged("rebuild")
     def rebuild(self, place: int, heads: int) -> Tensor:

@@ -1,0 +1,132 @@
+"""The usual kind of method: layers know nothing of each other, so that building one layer is all there is to do."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from shadowkv import ops
+from shadowkv.buffers import TokenBuffer
+from shadowkv.method import Bytes, DecodeCache, Dims, LayerKV, Method, largest_within
+from shadowkv.rope import Rope
+from shadowkv.stacking import Stackable, can_stack, stack
+
+
+class LayerState(Stackable, ABC):
+    """What is kept of one layer; the arguments are those of `DecodeCache`.
+
+    Its attributes can be stacked (`shadowkv.stacking`): every tensor has the batch first.
+    """
+
+    @abstractmethod
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor: ...
+
+    @abstractmethod
+    def nbytes(self) -> Bytes: ...
+
+
+class StepwiseState(LayerState):
+    """A layer in which every new token changes what is kept or read: T tokens at once are T steps."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
+        steps = zip(q.split(1, dim=2), k.split(1, dim=2), v.split(1, dim=2), strict=True)
+        return torch.cat([self.step(*step, scaling) for step in steps], dim=2)
+
+    @abstractmethod
+    def step(self, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
+        """`attend` for one token."""
+
+
+class DenseLayer(LayerState):
+    """Keys and values as they came, read exactly. k and v [B,H,n,D] are held as they are, never written to."""
+
+    def __init__(self, k: Tensor, v: Tensor) -> None:
+        # They stay where they are, often in the prefill: two segments cost less than copying a whole cache.
+        self._start = (k, v)
+        self._new_k, self._new_v = (TokenBuffer(x[:, :, :0], axis=2) for x in self._start)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
+        self._new_k.append(k)
+        self._new_v.append(v)
+        return ops.attend(q, [self._start, (self._new_k.view, self._new_v.view)], scaling)
+
+    def nbytes(self) -> Bytes:
+        return Bytes(sum(x.nbytes for x in self._start) + self._new_k.nbytes() + self._new_v.nbytes(), 0)
+
+
+class LayeredCache(DecodeCache):
+    """A cache that decodes layer by layer; what fills `layers` is left to `ingest` and `complete`."""
+
+    def __init__(self) -> None:
+        self.layers: dict[int, LayerState] = {}
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
+        return self.layers[layer].attend(q, k, v, scaling)
+
+    def nbytes(self) -> Bytes:
+        return sum((state.nbytes() for state in self.layers.values()), Bytes(0, 0))
+
+    def close(self) -> None:
+        self.layers.clear()
+
+
+class LayerwiseCache(LayeredCache):
+    """A cache whose layers the method builds one by one, each from its own `LayerKV`."""
+
+    def __init__(self, method: LayerwiseMethod, rope: Rope) -> None:
+        super().__init__()
+        self._method = method
+        self._rope = rope
+
+    def ingest(self, layer: int, kv: LayerKV) -> None:
+        self.layers[layer] = self._method.new_layer(layer, kv, self._rope)
+
+    @classmethod
+    def join(cls, rows: list[Self]) -> Sequence[DecodeCache]:
+        # Rows that differ in shape are copied one by one, so that they too let go of their prefill.
+        together = [rows] if can_stack([row.layers for row in rows]) else [[row] for row in rows]
+        joined = [cls(group[0]._method, group[0]._rope) for group in together]
+        for cache, group in zip(joined, together, strict=True):
+            cache.layers = stack([row.layers for row in group])
+        return joined
+
+
+class LayerwiseMethod(Method):
+    """A method whose layers are independent."""
+
+    @abstractmethod
+    def new_layer(self, layer: int, kv: LayerKV, rope: Rope) -> LayerState:
+        """Build this layer's state from its dense keys and values."""
+
+    def new_state(self, rope: Rope) -> DecodeCache:
+        return LayerwiseCache(self, rope)
+
+
+@dataclass(frozen=True)
+class EvictingMethod(LayerwiseMethod):
+    """A method that holds `budget` tokens and forgets the others; memory does not grow with the prompt."""
+
+    budget: int = 2048
+
+    def bytes_per_token(self, dims: Dims) -> Bytes:
+        return Bytes(0, 0)
+
+    def prompt_bytes(self, dims: Dims, tokens: int) -> Bytes:
+        return Bytes(min(tokens, self.budget) * dims.full_bytes_per_token, 0)
+
+    def attended_tokens(self, dims: Dims, tokens: int, later: int = 0) -> float:
+        return min(tokens + later, self.budget)
+
+    @property
+    def least_budget(self) -> int:
+        """The smallest budget that goes with the other parameters."""
+        return 1
+
+    def with_kv_bytes(self, dims: Dims, tokens: int, kv_bytes: int) -> Method:
+        low = self.least_budget
+        return largest_within(lambda n: replace(self, budget=n), low, max(tokens, low), dims, tokens, kv_bytes)
