@@ -72,16 +72,18 @@ class _Prepared:
     def questions(self) -> Sequence[Question]:
         return self.task.questions(self.tokenizer)
 
+    @cached_property
+    def left_out(self) -> dict[str, str]:
+        return self.task.left_out(self.tokenizer)
+
 
 def run(make_task: MakeTask, settings: Settings) -> int:
     """Run or continue a benchmark and show its results; returns the exit code."""
     from shadowkv.wording import plain_line
 
     ready = _Prepared(make_task, settings)
-    questions, left_out = ready.questions, ready.task.left_out()
-    for reason in dict.fromkeys(left_out.values()):
-        names = ", ".join(name for name, why in left_out.items() if why == reason)
-        print(f"skv: left out: {names}: {plain_line(reason)}", file=sys.stderr)
+    questions = ready.questions
+    tell_left_out(ready.left_out)
     for label, reason in ready.unsupported.items():
         print(f"skv: unsupported: {label}: {plain_line(reason)}", file=sys.stderr)
     if settings.dry_run:
@@ -90,7 +92,7 @@ def run(make_task: MakeTask, settings: Settings) -> int:
     for record in unscored if not settings.quiet else []:
         said = f"{record.method} @ {record.length} {record.task} {record.sample}: {record.error}"
         print(f"skv: unscored: {plain_line(said)}", file=sys.stderr)
-    return 1 if unscored or left_out or ready.unsupported else 0
+    return 1 if unscored or ready.left_out or ready.unsupported else 0
 
 
 def _run(ready: _Prepared, questions: Sequence[Question]) -> list[Record]:
@@ -133,7 +135,7 @@ def _run(ready: _Prepared, questions: Sequence[Question]) -> list[Record]:
             "rows": [asdict(row) for row in report.rows],
             "tables": [asdict(table) for table in report.tables],
             "unscored": len(unscored),
-            "left_out": ready.task.left_out(),
+            "left_out": ready.left_out,
             "unsupported": ready.unsupported,
         }
         print(json.dumps({**summary, **rest}, indent=1))
@@ -212,6 +214,15 @@ def _check_options(settings: Settings) -> None:
         check_writable(settings.out)
 
 
+def tell_left_out(left_out: dict[str, str]) -> None:
+    """Name the tasks that cannot be run here, those of one reason together."""
+    from shadowkv.wording import plain_line
+
+    for reason in dict.fromkeys(left_out.values()):
+        names = ", ".join(name for name, why in left_out.items() if why == reason)
+        print(f"skv: left out: {names}: {plain_line(reason)}", file=sys.stderr)
+
+
 def check_writable(out: Path) -> None:
     """Refuse an output folder that cannot be made, before minutes go into loading; opening the run decides."""
     from shadowkv.errors import SkvError
@@ -224,12 +235,12 @@ def check_writable(out: Path) -> None:
 
 
 def _manifest(ready: _Prepared, prefill_chunk_tokens: int, loaded: LoadedModel) -> Manifest:
-    from evals.manifest import Manifest, plain, this_session
+    from evals.manifest import Manifest, described, plain, this_session
 
     task = ready.task
     notes = ["dummy weights: scores mean nothing, only times and bytes do"] if loaded.dummy else []
     notes += task.notes()
-    notes += [f"left out: {name}: {why}" for name, why in task.left_out().items()]
+    notes += [f"left out: {name}: {why}" for name, why in ready.left_out.items()]
     notes += [f"unsupported: {label}: {why}" for label, why in ready.unsupported.items()]
     if ready.chosen.untouched:
         what = "--budget" if ready.settings.kv_bytes is None else f"--kv-bytes {ready.settings.kv_bytes}"
@@ -237,7 +248,7 @@ def _manifest(ready: _Prepared, prefill_chunk_tokens: int, loaded: LoadedModel) 
     return Manifest(
         benchmark=task.benchmark,
         config=plain({**task.config(), "prefill_chunk_tokens": prefill_chunk_tokens}),
-        methods={method.label: plain(method.params()) for method in ready.methods},
+        methods={method.label: plain(described(method)) for method in ready.methods},
         selection=plain(task.selection()),
         model={
             "name": loaded.name,

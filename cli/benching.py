@@ -37,7 +37,7 @@ class Prepared:
         from shadowkv.geometry import dims_of
         from shadowkv.loading import context_tokens, load_config, pick_device, pick_dtype
         from shadowkv.resolving import resolve
-        from shadowkv.units import parse_bytes
+        from shadowkv.sizes import parse_bytes
 
         quieten_libraries()
         specs, budgets = parse_specs(settings.methods or ()), parse_budgets(settings.budget)

@@ -79,12 +79,12 @@ def parse_budgets(text: str | None) -> list[Alike]:
 def parse_kv_bytes(text: str | None, dims: Dims, tokens: int) -> list[Alike]:
     """Read `64MiB` or `25%,50%` (of full attention): what a method holds on the device of a prompt of `tokens`."""
     from shadowkv.errors import SkvError
-    from shadowkv.units import parse_bytes
+    from shadowkv.sizes import parse_bytes
 
     def count(item: str) -> int:
         share = re.fullmatch(r"(\d+(?:\.\d+)?)%", item)
         if share is None:
-            return parse_bytes(item)
+            return parse_bytes(item, "--kv-bytes")
         if not 0 < float(share[1]) <= 100:
             raise SkvError(f"--kv-bytes {item} is not in (0, 100] %")
         return int(float(share[1]) / 100 * dims.full_bytes_per_token * tokens)
@@ -128,7 +128,7 @@ def choose(asked: Sequence[Asked], alike: Sequence[Alike], source: ModelSource, 
 def _suggested(method: Method, source: ModelSource, dims: Dims) -> Method:
     """A method of a set, with the parameters suggested for the model in place of those of an 8B one."""
     wanted: dict[str, Any] = {}
-    if source.preset and method.params().get("budget") is not None:
+    if source.preset and method.params().get("budget") and method.with_budget(source.preset.budget):
         wanted["budget"] = source.preset.budget
     if method.name == "shadowkv":
         wanted["rank"] = source.preset.rank if source.preset else min(method.params()["rank"], dims.width)

@@ -28,7 +28,7 @@ def ruler(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
 ) -> int:
     """Write RULER's prompts, made to measure for a model's tokenizer, as JSONL in NVIDIA's schema."""
-    from cli.accuracy import check_writable
+    from cli.accuracy import check_writable, tell_left_out
     from cli.render import console, quieten_libraries, status
     from evals.ruler.files import write_files
     from shadowkv.loading import context_tokens, load_config, load_tokenizer
@@ -40,8 +40,10 @@ def ruler(
     context = context_tokens(source, load_config(source, trust_remote_code=trust_remote_code))
     run = prompts.generated(context, runnable=False)
     tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
+    left_out = run.left_out(tokenizer)
+    tell_left_out(left_out)
     with status("making prompts", quiet=quiet) as update:
         paths = write_files(run, tokenizer, out, lambda done, total: update(f"{done}/{total}"))
     if not quiet:
         console().print(f"{out}: {len(paths)} files", markup=False, highlight=False, soft_wrap=True)
-    return 0
+    return 1 if left_out else 0

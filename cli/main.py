@@ -14,7 +14,18 @@ from typing import Annotated
 import typer
 from typer.exceptions import TyperException
 
-from cli import bench_latency, bench_throughput, data_ruler, eval_longbench, eval_niah, eval_ruler, info, pull
+from cli import (
+    bench_latency,
+    bench_throughput,
+    calibrate,
+    data_ruler,
+    eval_longbench,
+    eval_niah,
+    eval_ruler,
+    info,
+    plan,
+    pull,
+)
 from shadowkv.errors import SkvError
 
 _INTERRUPTED = "interrupted; run the same command to continue"
@@ -40,9 +51,11 @@ app.add_typer(bench, name="bench")
 data = typer.Typer(no_args_is_help=True, help="Write a benchmark's prompts to files.")
 data.command("ruler", epilog=data_ruler.EPILOG)(data_ruler.ruler)
 app.add_typer(data, name="data")
+app.command("plan", epilog=plan.EPILOG)(plan.plan)
 app.command("models", epilog=info.MODELS_EPILOG)(info.models)
 app.command("methods", epilog=info.METHODS_EPILOG)(info.methods)
 app.command("pull", epilog=pull.EPILOG)(pull.pull)
+app.command("calibrate", epilog=calibrate.EPILOG)(calibrate.calibrate)
 
 
 def _version(wanted: bool) -> None:

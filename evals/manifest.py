@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from shadowkv.errors import SkvError
+from shadowkv.method import Setting
 
 SCHEMA = 1
 _PACKAGES = ("skv", "torch", "transformers", "tokenizers", "safetensors", "numpy", "pandas", "matplotlib", "triton")
@@ -108,6 +110,12 @@ def this_session(argv: Sequence[str], device: str) -> Session:
         git=_git(Path(__file__).parent),
         machine=machine,
     )
+
+
+def described(method: Setting) -> dict[str, Any]:
+    """Every parameter of a method, and the checksum of each file that one names."""
+    sums = {f"{key}.sha256": hashlib.sha256(path.read_bytes()).hexdigest() for key, path in method.files().items()}
+    return {**method.params(), **sums}
 
 
 def plain(value: Any) -> Any:

@@ -55,7 +55,7 @@ def write_score_by_group(
         if not len(known):
             continue
         x, y, low, high = known.T
-        spread = np.nan_to_num(np.stack((y - low, high - y)), nan=0.0).clip(min=0)
+        spread = _whiskers(y, low, high)
         colour, marker = COLOURS[place % len(COLOURS)], MARKERS[place % len(MARKERS)]
         axis.errorbar(x, y, spread, label=label, capsize=2, lw=1.2, ms=4, color=colour, marker=marker)
     axis.set_xticks(range(len(groups)), [name for name, _ in groups])
@@ -81,7 +81,7 @@ def write_score_by_bytes(path: Path, rows: Sequence[Row], title: str) -> Path:
         x = [(row.device_bytes or 0.0) / (row.prompt_tokens or 1.0) / 1024 for row in found]
         scores = 100 * np.array([[row.score, row.score_low, row.score_high] for row in found], dtype=float)
         y, low, high = scores.T
-        spread = np.nan_to_num(np.stack((y - low, high - y)), nan=0.0).clip(min=0)
+        spread = _whiskers(y, low, high)
         colour = COLOURS[place % len(COLOURS)]
         marker = MARKERS[(place + place // len(COLOURS)) % len(MARKERS)]
         axis.errorbar(x, y, spread, label=name, color=colour, marker=marker, ms=5, lw=0.8, elinewidth=0.5, capsize=2)
@@ -110,7 +110,7 @@ def write_task_bars(path: Path, records: Sequence[Record], title: str, tasks: Se
         cells = [_score([r for r in records if r.method == label and r.task == task]) for task in tasks]
         y, low, high = np.array(cells, dtype=float).T
         x = np.arange(len(tasks)) + (place - (len(labels) - 1) / 2) * width
-        spread = np.nan_to_num(np.stack((y - low, high - y)), nan=0.0).clip(min=0)
+        spread = _whiskers(y, low, high)
         colour = COLOURS[place % len(COLOURS)]
         axis.bar(x, y, width, yerr=spread, label=label, color=colour, ecolor="0.5", error_kw={"lw": 0.9}, alpha=0.85)
         for at in x[np.isnan(y)]:
@@ -128,6 +128,12 @@ def _score(records: Sequence[Record]) -> tuple[float | None, float | None, float
         return None, None, None
     low, high = spread or (mean, mean)
     return 100 * mean, 100 * low, 100 * high
+
+
+def _whiskers(means: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
+    """Intervals [N] as lengths below and above their means, [2,N]; none where a mean has no interval."""
+    lengths: np.ndarray = np.nan_to_num(np.stack((means - low, high - means)), nan=0.0).clip(min=0)
+    return lengths
 
 
 def _finish(axis: Any) -> None:

@@ -7,6 +7,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from evals.jsonl import check_text
 from evals.seeding import seeded
 from shadowkv.errors import SkvError
 from shadowkv.packs import pack_manifest, pack_path
@@ -66,9 +67,9 @@ def _from_file(path: Path) -> Haystack:
             loaded = json.loads(raw)
             rows = loaded if isinstance(loaded, list) else [loaded]
             raw = "\n\n".join(row["text"] if isinstance(row, dict) else row for row in rows)
-        raw.encode()  # JSON can spell half a character, which no tokenizer takes
     except (ValueError, KeyError, TypeError):
         raise SkvError(f"haystack {path} is not JSON with a 'text' field in every row") from None
+    check_text(f"haystack {path}", raw)
     return _made(path.name, "file", raw, comparable=False)
 
 

@@ -84,6 +84,6 @@ class Task(ABC):
         """What every table of this task must say."""
         return []
 
-    def left_out(self) -> dict[str, str]:
-        """Tasks that were asked for and cannot be run here, with the reason of each."""
+    def left_out(self, tokenizer: Any) -> dict[str, str]:
+        """Tasks that were asked for and are not among the questions, with the reason why each cannot be run here."""
         return {}

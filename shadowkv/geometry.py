@@ -23,6 +23,8 @@ def sliding_windows(config: PreTrainedConfig) -> list[int | None]:
 def dims_of(config: PreTrainedConfig, element_bytes: int) -> Dims:
     """Geometry of the layers that a method serves."""
     config = config.get_text_config()
+    if getattr(config, "kv_lora_rank", None) is not None:
+        raise SkvError("latent attention (MLA) is not supported: its cache holds no keys and values per head")
     served = tuple(i for i, window in enumerate(sliding_windows(config)) if window is None)
     return Dims(
         layers=len(served),

@@ -116,8 +116,8 @@ class EvictingMethod(LayerwiseMethod):
     def bytes_per_token(self, dims: Dims) -> Bytes:
         return Bytes(0, 0)
 
-    def prompt_bytes(self, dims: Dims, tokens: int) -> Bytes:
-        return Bytes(min(tokens, self.budget) * dims.full_bytes_per_token, 0)
+    def memory_parts(self, dims: Dims, tokens: int) -> dict[str, Bytes]:
+        return {"keys and values": Bytes(min(tokens, self.budget) * dims.full_bytes_per_token, 0)}
 
     def attended_tokens(self, dims: Dims, tokens: int, later: int = 0) -> float:
         return min(tokens + later, self.budget)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shadowkv.errors import SkvError
+from shadowkv.model_size import count_parameters
 from shadowkv.packs import kept_checksums, sha256_of
 from shadowkv.resolving import ModelSource
 from shadowkv.wording import one_line
@@ -144,12 +145,7 @@ def pick_dtype(device: str, dtype: str) -> str:
 
 def weights_bytes(config: Any, element_bytes: int) -> int:
     """Size of a model's parameters, without making them."""
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        parameters = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
-    return int(element_bytes * parameters)
+    return element_bytes * count_parameters(config).total
 
 
 def weights_sha256(folder: Path) -> str:

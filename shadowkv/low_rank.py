@@ -1,4 +1,4 @@
-"""Rank-r approximation of a layer's pre-RoPE keys, by eigendecomposition of their Gram matrix.
+"""Rank-r approximation of keys before RoPE, and of values, by eigendecomposition of their Gram matrix.
 
 The Gram matrix is W x W however long the prompt is: no SVD of [S, W] is ever taken. Keys are centred first: an
 affine fit of rank r is never worse than a linear one, and models with a bias on the key projection (Qwen2) would
@@ -11,6 +11,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from shadowkv import ops
+from shadowkv.ranges import ranged
 
 _BLOCK_TOKENS = 8192
 
@@ -49,3 +52,52 @@ def _rank_for(descending: Tensor, energy: float) -> int:
     held = descending.clamp(min=0).cumsum(dim=-1)
     short = held < energy * held[..., -1:]
     return int(short.sum(dim=-1).max()) + 1 if bool(short.any()) else 1
+
+
+class SharedFactors(NamedTuple):
+    """Keys or values of a group of layers: x ~ coefficients @ vectors + mean, layer after layer in the last axis."""
+
+    coefficients: Tensor  # [B,n,r], shared by the layers
+    vectors: Tensor  # [B,r,layers*W]
+    mean: Tensor  # [B,1,layers*W]
+    layers: int
+
+    @property
+    def nbytes(self) -> int:
+        return sum(x.nbytes for x in (self.coefficients, self.vectors, self.mean))
+
+    @ranged("rebuild")
+    def rebuild(self, place: int, heads: int) -> Tensor:
+        """What the layer at `place` of the group had, [B,H,n,D]."""
+        vectors, mean = self._of(place, heads)
+        return self.coefficients[:, None] @ vectors + mean
+
+    @ranged("rebuild")
+    def rebuild_at(self, place: int, index: Tensor) -> Tensor:
+        """Chosen tokens of what the layer at `place` had. index [B,H,s] -> [B,H,s,D]."""
+        own = self._columns(place)
+        return ops.rebuild(self.coefficients, self.vectors[:, :, own], self.mean[:, :, own], index)
+
+    @ranged("attention")
+    def weigh(self, weights: Tensor, place: int) -> Tensor:
+        """weights @ rebuild(place), without rebuilding. weights [B,H,m,n] -> [B,H,m,D]."""
+        vectors, mean = self._of(place, weights.shape[1])
+        return (weights @ self.coefficients[:, None]) @ vectors + weights.sum(dim=-1, keepdim=True) * mean
+
+    def _of(self, place: int, heads: int) -> tuple[Tensor, Tensor]:
+        """Vectors [B,H,r,D] and mean [B,H,1,D] of one layer."""
+        own = self._columns(place)
+        vectors, mean = (x[:, :, own].unflatten(2, (heads, -1)).transpose(1, 2) for x in (self.vectors, self.mean))
+        return vectors, mean
+
+    def _columns(self, place: int) -> slice:
+        width = self.vectors.shape[2] // self.layers
+        return slice(place * width, (place + 1) * width)
+
+
+def share(layers: list[Tensor], rank: int, dtype: torch.dtype) -> SharedFactors:
+    """The best factors of the layers side by side. layers [B,H,n,D] each."""
+    side_by_side = torch.cat([x.float().transpose(1, 2).flatten(2) for x in layers], dim=2)
+    basis = fit(side_by_side, rank)
+    coefficients = basis.project(side_by_side).to(dtype)
+    return SharedFactors(coefficients, basis.vectors.to(dtype), basis.mean.to(dtype), len(layers))

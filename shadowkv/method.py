@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self, cast
 
 from torch import Tensor
@@ -143,6 +144,10 @@ class Setting:
         """Every hyper-parameter with its value."""
         return {f.name: getattr(self, f.name) for f in fields(self)}
 
+    def files(self) -> dict[str, Path]:
+        """Files that parameters name, by parameter: their contents are part of the setting."""
+        return {}
+
     @property
     def label(self) -> str:
         """Canonical spelling: the name and what differs from the defaults, sorted; `parse_method` reads it."""
@@ -188,9 +193,34 @@ class Method(Setting, ABC):
     def bytes_per_token(self, dims: Dims) -> Bytes:
         """What one more prompt token costs in a batch of one, over all layers (constant terms left out)."""
 
+    def memory_parts(self, dims: Dims, tokens: int) -> dict[str, Bytes]:
+        """What is held of a prompt of this length in a batch of one, by name: all that `nbytes()` counts after it.
+
+        The largest number, where it depends on the text.
+        """
+        return {"keys and values": Bytes(*(tokens * held for held in self.bytes_per_token(dims)))}
+
     def prompt_bytes(self, dims: Dims, tokens: int) -> Bytes:
-        """The planner's memory for a prompt of this length in a batch of one, small constant terms left out."""
-        return Bytes(*(tokens * held for held in self.bytes_per_token(dims)))
+        """The sum of `memory_parts`."""
+        return sum(self.memory_parts(dims, tokens).values(), Bytes(0, 0))
+
+    def workspace_bytes(self, dims: Dims, tokens: int) -> int:
+        """Keys and values that a step gathers, rebuilds or decodes for one layer, in a batch of one.
+
+        Device memory beside what is held; one layer at a time needs it.
+        """
+        return 0
+
+    def read_bytes(self, dims: Dims, tokens: int) -> int:
+        """Device memory that one decoded token has to read, over all layers, in a batch of one.
+
+        Each byte once for every list of tokens that asks for it, whatever an implementation copies in between.
+        """
+        return self.prompt_bytes(dims, tokens).device
+
+    def step_flop(self, dims: Dims, tokens: int) -> int:
+        """Floating-point operations of one decoded token's attention, over all layers, in a batch of one."""
+        return round(4 * dims.layers * dims.q_heads * dims.head_dim * self.attended_tokens(dims, tokens))
 
     def attended_tokens(self, dims: Dims, tokens: int, later: int = 0) -> float:
         """Tokens that a decode step attends to after a prompt of `tokens` and `later` more, mean over layers and heads.

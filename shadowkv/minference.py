@@ -70,6 +70,9 @@ class MInference(SparsePrefill):
         for key in ("vertical", "slash", "sinks", "local", "blocks"):
             require(getattr(self, key) >= 1, f"minference: {key} must be at least 1, got {getattr(self, key)}")
 
+    def files(self) -> dict[str, Path]:
+        return {} if self.heads is None else {"heads": Path(self.heads).expanduser()}
+
     def check(self, dims: Dims) -> None:
         if self.heads is None:
             return

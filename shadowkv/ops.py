@@ -185,5 +185,5 @@ def rebuild(coefficients: Tensor, vectors: Tensor, mean: Tensor, index: Tensor) 
     batch, heads, count = index.shape
     rank = coefficients.shape[-1]
     rows = coefficients.gather(1, index.reshape(batch, -1, 1).expand(-1, -1, rank)).view(batch, heads, count, rank)
-    by_head = vectors.view(batch, rank, heads, -1).transpose(1, 2)
-    return rows @ by_head + mean.view(batch, 1, heads, -1).transpose(1, 2)
+    by_head = vectors.reshape(batch, rank, heads, -1).transpose(1, 2)
+    return rows @ by_head + mean.reshape(batch, 1, heads, -1).transpose(1, 2)

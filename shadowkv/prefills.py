@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -57,6 +58,9 @@ class WithPrefill(Wrapper):
         """Those of the method, and those of the prefill under its name."""
         prefixed = {f"{self.sparse.name}.{key}": value for key, value in self.sparse.params().items()}
         return {**super().params(), **prefixed}
+
+    def files(self) -> dict[str, Path]:
+        return {**super().files(), **{f"{self.sparse.name}.{key}": path for key, path in self.sparse.files().items()}}
 
     @property
     def label(self) -> str:

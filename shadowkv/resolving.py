@@ -33,8 +33,11 @@ class ModelSource:
     described: str
 
 
-def resolve(name: str, *, dummy: bool = False) -> ModelSource:
-    """What `--model name` means here and now; raises `SkvError` if its files cannot be had."""
+def resolve(name: str, *, dummy: bool = False, config_only: bool = False) -> ModelSource:
+    """What `--model name` means here and now; raises `SkvError` if its files cannot be had.
+
+    `config_only` asks for no weights, and takes a preset's architecture where its files are not on this machine.
+    """
     preset = presets().get(name)
     path = Path(name).expanduser()
     if preset is None and path.suffix == ".gguf":
@@ -53,16 +56,16 @@ def resolve(name: str, *, dummy: bool = False) -> ModelSource:
     if preset is not None and preset.pack is not None and (folder := pack_path(preset.pack)) is not None:
         return ModelSource(name, folder, preset, f"pack {preset.pack}")
     hub_id = preset.hub_id if preset is not None else name
-    cached = _cached(hub_id)
+    cached = _cached(hub_id, config_only)
     if cached is not None:
         return ModelSource(name, cached, preset, f"Hub {hub_id}@{cached.name[:12]}")
-    if dummy and preset is not None:
+    if (dummy or config_only) and preset is not None:
         return ModelSource(name, None, preset, f"architecture of {hub_id}")
-    return ModelSource(name, _downloaded(hub_id, preset), preset, f"Hub {hub_id}")
+    return ModelSource(name, _downloaded(hub_id, preset, config_only), preset, f"Hub {hub_id}")
 
 
-def _cached(hub_id: str) -> Path | None:
-    """The snapshot of a model in the local Hub cache, if its weights are there."""
+def _cached(hub_id: str, config_only: bool) -> Path | None:
+    """The snapshot of a model in the local Hub cache, if what is asked for is there."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -70,7 +73,8 @@ def _cached(hub_id: str) -> Path | None:
         folder = Path(snapshot_download(hub_id, local_files_only=True))
     except (LocalEntryNotFoundError, ValueError):
         return None
-    return folder if _complete(folder) else None
+    there = (folder / "config.json").is_file() if config_only else _complete(folder)
+    return folder if there else None
 
 
 def _complete(folder: Path) -> bool:
@@ -87,7 +91,7 @@ def _complete(folder: Path) -> bool:
     return all((folder / shard).is_file() for shard in shards)
 
 
-def _downloaded(hub_id: str, preset: Preset | None) -> Path:
+def _downloaded(hub_id: str, preset: Preset | None, config_only: bool) -> Path:
     from huggingface_hub import constants, snapshot_download
 
     pull = f"skv pull {preset.pack}" if preset is not None and preset.pack else None
@@ -98,7 +102,9 @@ def _downloaded(hub_id: str, preset: Preset | None) -> Path:
     if not _reachable(constants.ENDPOINT):
         raise SkvError(f"{hub_id} is not on this machine and the Hub cannot be reached; {help_line}")
     try:
-        wanted = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py"]
+        wanted = ["config.json", "*.py"]
+        if not config_only:
+            wanted += ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
         return Path(snapshot_download(hub_id, allow_patterns=wanted))
     except Exception as error:  # the Hub client's HTTP library, and so its exceptions, differ between its versions
         raise SkvError(f"{hub_id} cannot be downloaded: {one_line(error)}; {help_line}") from error

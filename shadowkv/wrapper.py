@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shadowkv.method import Bytes, DecodeCache, Dims, Method
@@ -44,8 +45,17 @@ class Wrapper(Method):
     def bytes_per_token(self, dims: Dims) -> Bytes:
         return self.method.bytes_per_token(dims)
 
-    def prompt_bytes(self, dims: Dims, tokens: int) -> Bytes:
-        return self.method.prompt_bytes(dims, tokens)
+    def memory_parts(self, dims: Dims, tokens: int) -> dict[str, Bytes]:
+        return self.method.memory_parts(dims, tokens)
+
+    def workspace_bytes(self, dims: Dims, tokens: int) -> int:
+        return self.method.workspace_bytes(dims, tokens)
+
+    def read_bytes(self, dims: Dims, tokens: int) -> int:
+        return self.method.read_bytes(dims, tokens)
+
+    def step_flop(self, dims: Dims, tokens: int) -> int:
+        return self.method.step_flop(dims, tokens)
 
     def attended_tokens(self, dims: Dims, tokens: int, later: int = 0) -> float:
         return self.method.attended_tokens(dims, tokens, later)
@@ -70,6 +80,9 @@ class Wrapper(Method):
 
     def params(self) -> dict[str, Any]:
         return self.method.params()
+
+    def files(self) -> dict[str, Path]:
+        return self.method.files()
 
     @property
     def label(self) -> str:

@@ -48,7 +48,7 @@ def test_help_is_fast_and_light():
 COMMANDS = [["eval", "niah"], ["eval", "ruler"], ["eval", "longbench"], ["data", "ruler"]]
 
 
-@pytest.mark.parametrize("command", [*COMMANDS, ["models"], ["methods"], ["pull"]])
+@pytest.mark.parametrize("command", [*COMMANDS, ["plan"], ["models"], ["methods"], ["pull"]])
 def test_every_command_shows_examples(capsys, command):
     assert main([*command, "--help"]) == 0
     assert "Examples:" in capsys.readouterr().out
@@ -155,6 +155,22 @@ def test_ruler_runs_shows_its_tables_and_reads_back_what_it_wrote(capsys, tiny_f
     assert main([*argv, "--data", str(tmp_path / "prompts"), "--out", str(tmp_path / "again"), "-q"]) == 0
     again = read_run(tmp_path / "again")[1]
     assert sorted(r.prompt_sha256 for r in again) == sorted(r.prompt_sha256 for r in records)
+
+
+def test_a_ruler_task_that_cannot_fill_a_length_is_named_and_the_others_run(capsys, tiny_folder, tmp_path, monkeypatch):
+    from evals.ruler.own_materials import OwnMaterials
+
+    monkeypatch.setattr(OwnMaterials, "words", lambda self, kind: [f"{kind}{i}" for i in range(10)])
+    argv = ["--model", str(tiny_folder), "--tasks", "cwe,fwe", "--lengths", "3k", "--samples", "1", "--wording", "own"]
+    left_out = "left out: cwe at 3072: its 30 words do not fill that length"
+    assert main(["eval", "ruler", *argv, "-m", "full", "--out", str(tmp_path / "run")]) == 1
+    assert f"skv: {left_out}" in capsys.readouterr().err
+    manifest, records = read_run(tmp_path / "run")
+    assert [r.task for r in records] == ["fwe"]
+    assert left_out in manifest.notes
+    assert main(["data", "ruler", *argv, "--out", str(tmp_path / "prompts")]) == 1
+    assert f"skv: {left_out}" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "prompts" / "3072").iterdir()] == ["fwe"]
 
 
 def test_unknown_commands_and_packs_are_one_line(capsys):
@@ -368,8 +384,11 @@ def test_lists_are_json_for_scripts(capsys):
     assert main(["pull"]) == 0
 
 
-@pytest.mark.parametrize("command", [["models"], ["methods"], []])
-def test_names_stay_whole_on_a_narrow_terminal(capsys, niah, monkeypatch, command):
+@pytest.mark.parametrize(
+    ("command", "names"),
+    [(["models"], presets), (["methods"], methods), ([], lambda: ["full", "quest:budget=64"])],
+)
+def test_names_stay_whole_on_a_narrow_terminal(capsys, niah, monkeypatch, command, names):
     """80 columns are what a new terminal has: what a row is about must be readable, and copyable, there."""
     from rich.console import Console
 
@@ -378,8 +397,7 @@ def test_names_stay_whole_on_a_narrow_terminal(capsys, niah, monkeypatch, comman
     monkeypatch.setattr(render, "console", lambda *, stderr=False: Console(stderr=stderr, width=80))
     assert main(command or niah) == 0
     said = capsys.readouterr().out
-    names = {"models": presets(), "methods": methods()}.get(*command, "") if command else ["full", "quest:budget=64"]
-    assert all(any(line.split()[:1] == [name] or name in line for line in said.splitlines()) for name in names)
+    assert {*names()} <= {line.split()[0] for line in said.splitlines() if line.strip()}
     table = [line for line in said.splitlines() if "samples.jsonl" not in line]  # paths are printed whole
     assert max(map(len, table)) <= 80
 

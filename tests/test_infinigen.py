@@ -15,7 +15,7 @@ from shadowkv.errors import SkvError
 from shadowkv.layerwise import LayerwiseCache
 from shadowkv.method import DecodeCache, Dims, LayerKV
 from shadowkv.methods.full import Full
-from shadowkv.methods.infinigen import InfiniGen, skew
+from shadowkv.methods.infinigen import InfiniGen, rotation
 
 PROMPT = 80
 
@@ -78,10 +78,10 @@ def test_each_step_reads_the_tokens_within_alpha_of_the_best_guess(groups, dim, 
 
 def test_the_skew_is_a_rotation_and_changes_no_score():
     q, k = rand(2, 6, 40, 16), rand(2, 2, 50, 16, seed=1)
-    rotation = skew(q, heads=2, columns=16)
-    torch.testing.assert_close(rotation.mT @ rotation, torch.eye(16).expand(2, 2, 16, 16), rtol=0, atol=1e-5)
+    turned = rotation(q, heads=2)
+    torch.testing.assert_close(turned.mT @ turned, torch.eye(16).expand(2, 2, 16, 16), rtol=0, atol=1e-5)
     grouped = q.view(2, 2, -1, 16)
-    torch.testing.assert_close((grouped @ rotation) @ (k @ rotation).mT, grouped @ k.mT, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close((grouped @ turned) @ (k @ turned).mT, grouped @ k.mT, rtol=1e-4, atol=1e-4)
 
 
 def test_a_larger_alpha_reads_more_up_to_the_budget():

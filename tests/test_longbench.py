@@ -118,6 +118,20 @@ def test_truncation_comes_before_the_chat_template(folder):
         assert text.endswith("</u><a>") is wrapped
 
 
+def test_a_prompt_without_a_chat_template_has_no_end(folder):
+    """A tokenizer that ends every text would have the model go on with something else than the answer."""
+    from tokenizers import processors
+
+    made = load_tokenizer(ModelSource("bytes", None, find_preset("llama3.1-8b"), "dummy"))
+    made.eos_token = "?"
+    special = [(mark, made.convert_tokens_to_ids(mark)) for mark in "!?"]
+    made.backend_tokenizer.post_processor = processors.TemplateProcessing(single="! $A ?", special_tokens=special)
+    for task in ("hotpotqa", "lcc"):
+        ids = next(bench(folder, task).examples(made)).input_ids
+        assert made.decode(ids).startswith("!")
+        assert not made.decode(ids).endswith("?")
+
+
 def test_samsum_stops_at_a_line_break_after_at_least_one_token(tokenizer, folder):
     newline = tokenizer("\n")["input_ids"][-1]
     for task in TASKS:
@@ -200,9 +214,10 @@ def test_unusable_rows_are_named_with_file_and_line(tokenizer, folder):
 
 
 def test_rows_that_cannot_be_judged_are_refused(tokenizer, folder):
-    """Without its classes or its form, a right answer would score 0, or end the run."""
+    """Without any classes or its form, a right answer would score 0, or end the run."""
     for task, change, says in (
-        ("trec", {"all_classes": None}, "does not hold the answer"),
+        ("trec", {"all_classes": None}, "'all_classes' is missing or empty"),
+        ("lsht", {"all_classes": []}, "'all_classes' is missing or empty"),
         ("trec", {"all_classes": "Food"}, "is not a list of texts"),
         ("passage_retrieval_en", {"answers": ["3"]}, "not of the form 'Paragraph 12'"),
         ("lcc", {"context": "\ud800"}, "half a character"),
@@ -212,6 +227,14 @@ def test_rows_that_cannot_be_judged_are_refused(tokenizer, folder):
         (folder / f"{task}.jsonl").write_text(json.dumps(row) + "\n")
         with pytest.raises(SkvError, match=says):
             bench(folder, task).questions(tokenizer)
+
+
+def test_an_answer_outside_its_classes_is_judged_as_the_authors_do(tokenizer, folder):
+    """They give it 0; refusing the row would refuse the whole official file."""
+    row = {**longbench_rows.rows("trec")[0], "answers": ["Colour"]}
+    (folder / "trec.jsonl").write_text(json.dumps(row) + "\n")
+    (example,) = bench(folder, "trec").examples(tokenizer)
+    assert bench(folder, "trec").score(example, "Colour") == 0.0
 
 
 def test_a_damaged_zip_is_named(tokenizer, folder, tmp_path):
@@ -277,8 +300,8 @@ def test_without_jieba_chinese_tasks_are_left_out_and_the_rest_runs(tokenizer, f
     real = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "jieba" else real(name, *a))
     benchmark = bench(folder)
-    assert benchmark.left_out().keys() == {"multifieldqa_zh", "dureader", "vcsum"}
-    assert all("pip install 'skv[zh]'" in reason for reason in benchmark.left_out().values())
+    assert benchmark.left_out(tokenizer).keys() == {"multifieldqa_zh", "dureader", "vcsum"}
+    assert all("pip install 'skv[zh]'" in reason for reason in benchmark.left_out(tokenizer).values())
     assert len(benchmark.questions(tokenizer)) == 2 * 18
     with pytest.raises(SkvError, match=r"vcsum: needs jieba"):
         bench(folder, "vcsum").questions(tokenizer)

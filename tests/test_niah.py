@@ -88,6 +88,24 @@ def test_depths_and_lengths_of_a_haystack_share_their_beginning(tokenizer):
         assert shared(made[left], made[right]) >= made[left].meta["needle_token"]
 
 
+def test_without_a_chat_template_prompts_begin_as_the_tokenizer_begins_and_have_no_end():
+    """Also where no attribute names the beginning (GLM); an end would have the model go on with something else."""
+    from tokenizers import processors
+
+    made = load_tokenizer(BYTES)
+    begin, end = made.convert_tokens_to_ids("!"), made.convert_tokens_to_ids("?")
+    made.eos_token = "?"
+    made.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="! ! $A ?", special_tokens=[("!", begin), ("?", end)]
+    )
+    for example in grid(lengths=(1024,)).examples(made):
+        assert len(example.input_ids) <= 1024
+        assert example.input_ids[:2] == (begin, begin)
+        assert example.input_ids[2] != begin
+        assert made.decode(example.input_ids).endswith(" is")
+        assert begin not in example.input_ids[2:], "pieces are joined, not begun anew"
+
+
 def test_a_length_without_room_is_one_line():
     with pytest.raises(SkvError, match="leaves no room for a haystack"):
         list(grid(lengths=(64,)).examples(load_tokenizer(BYTES)))

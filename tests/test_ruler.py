@@ -13,7 +13,7 @@ from evals.names import choose_tasks
 from evals.ruler import metrics
 from evals.ruler.files import RulerFiles, write_files
 from evals.ruler.fitting import Draft, fit
-from evals.ruler.materials import OFFICIAL_SHA256, Essay, PulledMaterials, sha16
+from evals.ruler.materials import Essay, PulledMaterials, sha16
 from evals.ruler.report import ruler_tables
 from evals.ruler.task import Ruler
 from evals.ruler.tasks import PROFILES, TASKS
@@ -142,6 +142,27 @@ def test_the_documents_of_a_question_are_in_its_prompt(tokenizer, task, wording)
         assert numbered == list(range(1, len(numbered) + 1))
 
 
+def test_corpora_are_read_once_a_run(tokenizer, monkeypatch):
+    """HotpotQA takes a second and 60 MB."""
+    from evals.ruler.own_materials import OwnMaterials
+
+    read, corpus = [], OwnMaterials._own_corpus
+    monkeypatch.setattr(OwnMaterials, "_own_corpus", lambda self, name: read.append(name) or corpus(self, name))
+    benchmark = Ruler(lengths=(2048, 4096), tasks=("qa_1", "qa_2"), samples=1, wording="own")
+    assert len(list(benchmark.examples(tokenizer, benchmark.questions(tokenizer)))) == 4
+    assert sorted(read) == ["hotpotqa", "squad"]
+
+
+# sha256[:16] of NVIDIA's templates and answer prefixes, at commit c3f5e3b of its repository.
+OFFICIAL_SHA256 = {
+    "niah": ("b373c00e238df12b", "994f3a46e763414f"),
+    "variable_tracking": ("fcfaf2eab2bc3e35", "4a4e9010ec4141a3"),
+    "common_words_extraction": ("45fff5d17627b65a", "8ee526599bbc7372"),
+    "freq_words_extraction": ("a0c7b873cf500d6c", "9a72271c5762c96d"),
+    "qa": ("18a659c9723f24f1", "255204f061d7e266"),
+}
+
+
 @needs_pack
 def test_templates_are_the_official_ones():
     pulled = PulledMaterials()
@@ -241,7 +262,7 @@ def test_files_beyond_the_context_or_not_there_are_said(tokenizer, tmp_path):
     with pytest.raises(SkvError, match="beyond this model's context of 1024"):
         RulerFiles(tmp_path, (), tuple(TASKS), context_tokens=1024).questions(tokenizer)
     part = RulerFiles(tmp_path, (2048, 4096), ("vt", "qa_1"), all_tasks=False)
-    assert part.left_out() == {"qa_1 at 2048": "no file", "vt at 4096": "no file", "qa_1 at 4096": "no file"}
+    assert part.left_out(tokenizer) == {"qa_1 at 2048": "no file", "vt at 4096": "no file", "qa_1 at 4096": "no file"}
     one, two = (RulerFiles(tmp_path, (), tuple(TASKS), samples=n).sources() for n in (1, 2))
     assert one == two, "a run can grow"
 
@@ -291,11 +312,27 @@ def test_an_unfittable_length_is_an_error_and_no_loop(tokenizer, task):
         list(run(task, lengths=(160,), samples=1).examples(tokenizer))
 
 
-def test_a_length_beyond_the_word_list_is_an_error(tokenizer, monkeypatch):
+@pytest.fixture
+def few_words(monkeypatch):
+    """Word lists that common words run out of at 16K, as the real ones do at 256K."""
     from evals.ruler.own_materials import OwnMaterials
 
     monkeypatch.setattr(OwnMaterials, "words", lambda self, kind: [f"{kind}{i}" for i in range(60)])
-    with pytest.raises(SkvError, match="180 words of cwe do not fill 16384 tokens"):
+
+
+def test_a_length_beyond_the_word_list_is_left_out_with_its_reason(tokenizer, few_words):
+    benchmark = run("cwe", tasks=("niah_single_1", "cwe", "fwe"), lengths=(2048, 16384), samples=2)
+    questions = benchmark.questions(tokenizer)
+    assert benchmark.left_out(tokenizer) == {"cwe at 16384": "its 180 words do not fill that length"}
+    assert {(q.task, q.length_tokens) for q in questions} == {
+        ("niah_single_1", 2048), ("cwe", 2048), ("fwe", 2048), ("niah_single_1", 16384), ("fwe", 16384),
+    }  # fmt: skip
+    assert [example.question for example in benchmark.examples(tokenizer)] == list(questions)
+    assert run("cwe", lengths=(2048,)).left_out(tokenizer) == {}
+
+
+def test_a_length_beyond_the_word_list_is_an_error_where_nothing_else_is_asked_for(tokenizer, few_words):
+    with pytest.raises(SkvError, match="none of the tasks can be run; cwe at 16384: its 180 words do not fill"):
         run("cwe", lengths=(16384,)).questions(tokenizer)
 
 

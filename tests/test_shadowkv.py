@@ -28,7 +28,7 @@ def test_outliers_and_landmarks_partition_the_context(kv, rope):
     state = METHOD.new_layer(1, kv, rope)
     chunks = 300 // 8 - 4
     for head in range(2):
-        regular = set(state._landmark_chunks.view[0, head].tolist())
+        regular = set(state._landmarks.numbers.view[0, head].tolist())
         kept = state._outlier_k[0, head].view(5, 8, 16)
         outliers = {c for c in range(chunks) if any(torch.equal(kv.k[0, head, c * 8 : c * 8 + 8], o) for o in kept)}
         assert len(outliers) == 5
@@ -51,8 +51,8 @@ def test_selection_depends_on_neither_rank_nor_values(kv, rope):
     for rank, values in ((12, kv.v), (3, kv.v), (12, torch.randn_like(kv.v))):
         state = ShadowKV(rank=rank, budget=64, outliers=5).new_layer(1, kv._replace(v=values), rope)
         keys, _ = state._select(q, 0.25)
-        scores = ops.chunk_scores(q, state._landmarks.view, 0.25)
-        chosen.append(state._landmark_chunks.view.gather(2, ops.top_indices(scores, 8)))
+        scores = ops.chunk_scores(q, state._landmarks.means.view, 0.25)
+        chosen.append(state._landmarks.numbers.view.gather(2, ops.top_indices(scores, 8)))
         assert keys.shape == (1, 2, 64, 16)
         assert torch.isfinite(state.attend(q, k, v, 0.25)).all()
     assert torch.equal(chosen[0], chosen[1])
@@ -63,8 +63,8 @@ def test_full_rank_rebuilds_exact_keys_and_error_falls_with_rank(kv, rope):
     q, errors = torch.randn(1, 4, 1, 16), []
     for rank in (2, 8, 20, 32):
         state = ShadowKV(rank=rank, budget=64, outliers=5).new_layer(1, kv, rope)
-        scores = ops.chunk_scores(q, state._landmarks.view, 0.25)
-        chunks = state._landmark_chunks.view.gather(2, ops.top_indices(scores, 8)).long()
+        scores = ops.chunk_scores(q, state._landmarks.means.view, 0.25)
+        chunks = state._landmarks.numbers.view.gather(2, ops.top_indices(scores, 8)).long()
         index = ops.token_indices(chunks, 8)
         keys, values = state._select(q, 0.25)
         errors.append((keys - ops.gather_tokens(kv.k, index)).norm().item())
@@ -92,4 +92,4 @@ def test_generated_tokens_become_chunks_after_the_window(kv, rope):
         state.attend(torch.randn(1, 4, 1, 16), torch.randn(1, 2, 1, 16), torch.randn(1, 2, 1, 16), 0.25)
     assert len(state._landmarks) == before + 3
     assert len(state._tail_k) == tail + 16
-    assert state._landmark_chunks.view[0, 0, -3:].tolist() == [33, 34, 35]
+    assert state._landmarks.numbers.view[0, 0, -3:].tolist() == [33, 34, 35]

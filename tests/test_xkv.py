@@ -6,9 +6,11 @@ import pytest
 import torch
 from tiny_models import random_prompt, tiny_model
 
+from shadowkv import ops
 from shadowkv.engine import Engine
 from shadowkv.errors import SkvError
 from shadowkv.method import Dims
+from shadowkv.methods.shadowkv import ShadowKV
 from shadowkv.methods.xkv import XKV
 from shadowkv.rope import Rope
 
@@ -43,7 +45,8 @@ def test_factors_are_the_truncated_svd_of_the_layers_side_by_side(family, head_d
     cache, layers, rope = built(XKV(group=2, rank_k=24, rank_v=40), model), recorded(model), Rope(model)
     first, second = cache._groups
     expected = [(first, 0), (first, 1), (second, 0)]
-    assert all(m.group is g and m.place == p for m, (g, p) in zip(cache._members.values(), expected, strict=True))
+    views = [state._factors for state in cache.layers.values()]
+    assert all(view[:2] == group and view.place == place for view, (group, place) in zip(views, expected, strict=True))
     heads, positions = layers[0].k.shape[1], torch.arange(TOKENS)
     pre_rope = [rope.unrotate(i, kv.k, positions, TOKENS) for i, kv in enumerate(layers)]
     parts = {0: (pre_rope, 24), 1: ([kv.v for kv in layers], 40)}
@@ -67,9 +70,9 @@ def test_layers_that_are_alike_cost_one_layer():
     for layer in (0, 1):
         cache.ingest(layer, kv)
     cache.complete()
-    torch.testing.assert_close(cache._groups[0].values.rebuild(1, 2), kv.v, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(cache._groups[0][1].rebuild(1, 2), kv.v, rtol=1e-3, atol=1e-4)
     positions = torch.arange(TOKENS)
-    keys = rope.rotate(1, cache._groups[0].keys.rebuild(1, 2), positions, TOKENS)
+    keys = rope.rotate(1, cache._groups[0][0].rebuild(1, 2), positions, TOKENS)
     torch.testing.assert_close(keys, kv.k, rtol=1e-3, atol=1e-4)
 
 
@@ -84,3 +87,42 @@ def test_ranks_beyond_a_group_are_refused():
     with pytest.raises(SkvError, match="rank_v=129 exceeds the width of 4 layers of this model, 128"):
         XKV(rank_k=128, rank_v=129).check(dims)
     XKV(rank_k=128, rank_v=128).check(dims)
+
+
+@pytest.mark.parametrize("family", ["llama", "llama-mqa", "llama-mha", "glm"])
+@pytest.mark.parametrize("rank", [8, 16])
+def test_chosen_chunks_of_one_layer_are_those_of_shadowkv(family, rank):
+    """Groups of one layer and full-rank values: the same chunks, the same keys, as long as new tokens stay exact."""
+    model = tiny_model(family)
+    engine = Engine(model)
+    settings = {"budget": 48, "chunk": 8, "local": 2, "outliers": 3}
+    chosen = XKV(group=1, rank_k=rank, rank_v=engine.dims.width, select=True, **settings)
+    prefill = engine.prefill(random_prompt(TOKENS))
+    outputs = []
+    for method in (chosen, ShadowKV(rank=rank, **settings)):
+        cache = engine.replay(prefill, method)
+        outputs.append(torch.stack([engine.extend(cache, token[None, None]) for token in random_prompt(12, seed=4)[0]]))
+    torch.testing.assert_close(*outputs, rtol=1e-3, atol=1e-3)
+
+
+def test_a_step_reads_what_it_is_said_to_read(monkeypatch):
+    model = tiny_model("llama")
+    engine, method = Engine(model), XKV(group=2, rank_k=20, rank_v=24, select=True, budget=48, local=2, outliers=3)
+    cache = engine.replay(engine.prefill(random_prompt(TOKENS)), method)
+    read = []
+    attend = ops.attend
+
+    def counting(q, segments, scaling):
+        read.append(sum(k.shape[2] for k, _ in segments))
+        return attend(q, segments, scaling)
+
+    monkeypatch.setattr(ops, "attend", counting)
+    engine.extend(cache, torch.tensor([[5]]))
+    assert set(read) == {method.attended_tokens(engine.dims, TOKENS, 1)}
+    assert method.attended_tokens(engine.dims, TOKENS) == 48 + 3 * 8 + 2 * 8
+
+
+def test_a_budget_applies_only_where_chunks_are_chosen():
+    assert XKV().with_budget(256) is None
+    dims = Dims(4, 4, 2, 64, 4)
+    assert 240 <= XKV(select=True).with_budget(256).attended_tokens(dims, 4000) <= 256

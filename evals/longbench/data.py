@@ -16,7 +16,7 @@ from shadowkv.errors import SkvError
 from shadowkv.packs import sha256_of
 from shadowkv.wording import one_line
 
-HUB_REPO, HUB_FILE = "THUDM/LongBench", "data.zip"
+_HUB_REPO, _HUB_FILE = "THUDM/LongBench", "data.zip"
 
 
 @dataclass(frozen=True)
@@ -35,10 +35,10 @@ class Rows:
     """Where rows are read from. `where` is a folder of <task>.jsonl files or a zip of them; None means the Hub."""
 
     def __init__(self, where: str | None) -> None:
-        path = Path(where).expanduser() if where else _from_hub(HUB_REPO, HUB_FILE)
+        path = Path(where).expanduser() if where else hub_file(_HUB_REPO, _HUB_FILE)
         if not path.exists():
             raise SkvError(f"{path} does not exist; --data takes a folder of <task>.jsonl files or data.zip")
-        self._from_hub = where is None
+        self._from_hub = not where
         self._path = path
         self._members = _zip_members(path) if path.is_file() else None
 
@@ -70,7 +70,7 @@ class Rows:
         else:
             files = sorted(self._path.glob("*.jsonl"))
             sums = hashlib.sha256("".join(f"{f.name}{sha256_of(f)}" for f in files).encode()).hexdigest()
-        return {"name": HUB_REPO if self._from_hub else "files", "sha256": sums}
+        return {"name": _HUB_REPO if self._from_hub else "files", "sha256": sums}
 
     def _lines(self, name: str) -> Iterator[bytes]:
         if self._members is None:
@@ -83,10 +83,6 @@ class Rows:
 
 def hub_file(repo: str, name: str) -> Path:
     """A file of a dataset on the Hub, downloaded once. HF_HUB_OFFLINE is honoured by the library, at once."""
-    return _from_hub(repo, name)
-
-
-def _from_hub(repo: str, name: str) -> Path:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 

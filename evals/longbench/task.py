@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import groupby
+from itertools import groupby, islice
 from typing import Any
 
-from evals.chat import Chat
+from evals.chat import Chat, prompt_ids
 from evals.longbench.data import Row, Rows
 from evals.longbench.metrics import first_line, needs
 from evals.longbench.prompts import Templates, templates
@@ -75,37 +75,37 @@ class LongBench(Task):
             raise SkvError(f"none of the tasks can be run; {task}: {reason}")
         return tasks
 
-    def left_out(self) -> dict[str, str]:
+    def left_out(self, tokenizer: Any) -> dict[str, str]:
         return {self._label(task): reason for task, reason in self._why_not.items()}
 
     def questions(self, tokenizer: Any) -> Sequence[Question]:
         _ = self._templates  # an unusable template is an error before anything is tokenised
-        found = []
+        found: list[Question] = []
         for task in self._runnable:
             kept = (
                 Question(self._label(task), self.max_prompt_tokens, f"row={i}")
                 for i, row in enumerate(self._rows.read(self._label(task)))
                 if not self.min_tokens or self._prompt_tokens(tokenizer, task, row) > self.min_tokens
             )
-            found += [question for question, _ in zip(kept, range(self.samples or 10**9), strict=False)]
+            found += islice(kept, self.samples)
         if not found:
             raise SkvError(f"no row has a prompt of more than --min-tokens {self.min_tokens} tokens")
         return found
 
     def examples(self, tokenizer: Any, wanted: Collection[Question] | None = None) -> Iterator[Example]:
+        chat = Chat(tokenizer)
         asked = self.questions(tokenizer) if wanted is None else wanted
         for label, questions in groupby(asked, key=lambda question: question.task):
             rows = self._rows.read(label)
             for question in questions:
-                yield self._example(tokenizer, question, rows[int(question.sample.removeprefix("row="))])
+                yield self._example(tokenizer, chat, question, rows[int(question.sample.removeprefix("row="))])
 
-    def _example(self, tokenizer: Any, question: Question, row: Row) -> Example:
+    def _example(self, tokenizer: Any, chat: Chat, question: Question, row: Row) -> Example:
         spec = self._spec(question.task)
         text = without_middle(tokenizer, self._filled(spec.name, row), self.max_prompt_tokens)
-        chat = Chat(tokenizer)
-        ids = chat.ids(chat.text(text)) if spec.chat else tokenizer(text, verbose=False)["input_ids"]
+        ids = chat.ids(chat.text(text)) if spec.chat else prompt_ids(tokenizer, text, special=True)
         # Models go on with another dialogue; the authors stop them at the first line break, after at least one token.
-        newline = tokenizer("\n", add_special_tokens=False)["input_ids"][-1:] if spec.name == "samsum" else []
+        newline = prompt_ids(tokenizer, "\n", special=False)[-1:] if spec.name == "samsum" else []
         return Example(
             benchmark=self.benchmark,
             task=question.task,
@@ -149,4 +149,4 @@ class LongBench(Task):
         return self._templates.by_task[task].format(context=row.context, input=row.input)
 
     def _prompt_tokens(self, tokenizer: Any, task: str, row: Row) -> int:
-        return len(tokenizer(self._filled(task, row), verbose=False)["input_ids"])
+        return len(prompt_ids(tokenizer, self._filled(task, row), special=True))

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from evals.chat import Chat, rendered
+from evals.chat import Chat, prompt_ids, rendered
 from evals.niah.protocols import Needle
 from evals.seeding import seeded
 from shadowkv.errors import SkvError
@@ -34,7 +34,7 @@ class Haystacks:
         held = self._ids.get(round_, [])
         characters = max(count * 6, 2000)
         while len(held) < count:
-            held = self._tokenise(self._from_start(round_, characters))
+            held = prompt_ids(self._tokenizer, self._from_start(round_, characters), special=False)
             # The last tokens change when the text goes on, so they are not to be relied on.
             held = held[: max(len(held) - 16, 0)]
             characters *= 2
@@ -50,10 +50,6 @@ class Haystacks:
         after = next((i for i in range(wanted, len(ids)) if self._ends_sentence(ids[i - 1])), None)
         return before if before is not None else after if after is not None else wanted
 
-    def repeats(self, round_: int) -> bool:
-        """Whether the text had to be repeated for this round."""
-        return len(self._tokenizer.decode(self._ids.get(round_, []))) > len(self._text)
-
     def _from_start(self, round_: int, characters: int) -> str:
         start = 0
         if round_ > 0 or self._seed != 0:
@@ -61,10 +57,6 @@ class Haystacks:
             start = self._text.find(". ", anywhere) + 2 if ". " in self._text[anywhere:] else 0
         copies = -(-(start + characters) // len(self._text))
         return "\n\n".join([self._text] * (copies + 1))[start : start + characters]
-
-    def _tokenise(self, text: str) -> list[int]:
-        ids: list[int] = self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        return ids
 
     def _ends_sentence(self, token: int) -> bool:
         if token not in self._ends:
@@ -78,19 +70,18 @@ def frame(tokenizer: Any, instruction: str, needle: Needle) -> tuple[list[int], 
     chat = Chat(tokenizer)
     prefix = needle.answer_prefix if chat.templated else f"\n{needle.answer_prefix}"
     before, _, after = chat.text(message, prefix).partition(_CONTEXT)
-    special = [] if chat.templated else [i for i in tokenizer("")["input_ids"][:1] if i == tokenizer.bos_token_id]
-    return special + _plain(tokenizer, before), _plain(tokenizer, after)
+    return chat.ids(before), prompt_ids(tokenizer, after, special=False)
 
 
 def follow_up(tokenizer: Any, needle: Needle) -> list[int]:
     """Tokens between an answer and the next one: the end of the turn, the question and the start of its answer."""
     if not getattr(tokenizer, "chat_template", None):
-        return _plain(tokenizer, f"\n\n{needle.question}\n{needle.answer_prefix}")
+        return prompt_ids(tokenizer, f"\n\n{needle.question}\n{needle.answer_prefix}", special=False)
     turns = [("user", "."), ("assistant", _CONTEXT), ("user", needle.question)]
     _, found, after = rendered(tokenizer, turns).partition(_CONTEXT)
     if not found:
         raise SkvError("this model's chat template drops or changes earlier answers; --turns cannot be used")
-    return _plain(tokenizer, after + needle.answer_prefix)
+    return prompt_ids(tokenizer, after + needle.answer_prefix, special=False)
 
 
 def assemble_many(
@@ -104,7 +95,7 @@ def assemble_many(
 ) -> tuple[list[int], list[int]]:
     """A text with several needles, and the question of the first one: ids of both parts, `budget` tokens in all."""
     before, asked = frame(tokenizer, instruction, needles[0])
-    facts = [_plain(tokenizer, f" {needle.fact}") for needle in needles]
+    facts = [prompt_ids(tokenizer, f" {needle.fact}", special=False) for needle in needles]
     room = budget - len(before) - len(asked) - sum(map(len, facts))
     if room < _LEAST_ROOM * len(needles):
         raise SkvError(
@@ -125,7 +116,7 @@ def assemble(
 ) -> tuple[tuple[int, ...], int]:
     """A prompt of exactly `budget` tokens and the index of its needle's first token."""
     before, after = frame(tokenizer, instruction, needle)
-    fact = _plain(tokenizer, f" {needle.fact}")
+    fact = prompt_ids(tokenizer, f" {needle.fact}", special=False)
     room = budget - len(before) - len(fact) - len(after)
     if room < _LEAST_ROOM:
         raise SkvError(
@@ -135,8 +126,3 @@ def assemble(
     hay = haystacks.ids(round_, room)
     at = haystacks.cut(hay, depth)
     return (*before, *hay[:at], *fact, *hay[at:], *after), len(before) + at
-
-
-def _plain(tokenizer: Any, text: str) -> list[int]:
-    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
-    return ids

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import ast
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
 
 from evals import metrics
+from evals.literals import literals
 from evals.seeding import seeded
 from evals.sources import essays_folder
 from shadowkv.errors import SkvError
@@ -90,8 +90,12 @@ class Kamradt(Protocol):
     _key = "Dolores Park"
 
     def needle(self, seed: int, length_tokens: int, depth: float, round_: int) -> Needle:
-        literals = _literals()
-        return Needle(literals["needle"].strip(), literals["retrieval_question"].strip(), "", self._key)
+        settings = literals(essays_folder() / "run.py")
+        try:
+            fact, question = (settings[name][0].strip() for name in ("needle", "retrieval_question"))
+        except (KeyError, AttributeError):
+            raise SkvError("the pulled essays lack Kamradt's needle; run 'skv pull essays --force'") from None
+        return Needle(fact, question, "", self._key)
 
     def score(self, prediction: str, reference: str) -> float:
         return metrics.contains_text(prediction, reference)
@@ -106,17 +110,3 @@ def find_protocol(name: str) -> Protocol:
         known = ", ".join(PROTOCOLS)
         raise SkvError(f"unknown protocol '{name}'{did_you_mean(name, PROTOCOLS)}; protocols: {known}")
     return PROTOCOLS[name]()
-
-
-def _literals() -> dict[str, str]:
-    """String defaults of the package's settings class, read without running any of its code."""
-    path = essays_folder() / "run.py"
-    found: dict[str, str] = {}
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.value is not None:
-            value = node.value.value if isinstance(node.value, ast.Constant) else None
-            if isinstance(value, str):
-                found.setdefault(node.target.id, value)
-    if not {"needle", "retrieval_question"} <= found.keys():
-        raise SkvError("the pulled essays lack Kamradt's needle; run 'skv pull essays --force'")
-    return found

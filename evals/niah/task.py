@@ -73,15 +73,21 @@ class Niah(Task):
         budget = length - min(self.max_new_tokens, int(length * _SLACK))
         needle = protocol.needle(self.seed, length, depth, round_)
         ids, at = assemble(tokenizer, haystacks, protocol.instruction, needle, budget, depth, round_)
+        meta = {"depth": depth, "round": round_, "needle_token": at}
+        return self._example(length, cell_name(depth, round_), ids, (needle.reference,), meta)
+
+    def _example(
+        self, length: int, sample: str, ids: Sequence[int], references: tuple[str, ...], meta: dict[str, Any]
+    ) -> Example:
         return Example(
             benchmark=self.benchmark,
             task=self.protocol,
             length_tokens=length,
-            sample=cell_name(depth, round_),
-            input_ids=ids,
-            references=(needle.reference,),
+            sample=sample,
+            input_ids=tuple(ids),
+            references=references,
             max_new_tokens=self.max_new_tokens,
-            meta={"depth": depth, "round": round_, "needle_token": at},
+            meta=meta,
         )
 
     def score(self, example: Example, prediction: str) -> float:

@@ -57,23 +57,11 @@ class MultiTurnNiah(Niah):
         turns = []
         for turn, (ids, needle, own) in enumerate(zip(fed[-self.turns :], needles, depths, strict=True), 1):
             meta = {"depth": own, "round": round_, "turn": turn}
-            turns.append(self._turn(length, f"{text},turn={turn}", ids, needle.reference, meta))
+            turns.append(self._example(length, f"{text},turn={turn}", ids, (needle.reference,), meta))
         if self.first_query_in_prefill:
             return replace(turns[0], later=tuple(turns[1:]))
-        unasked = self._turn(length, text, context, None, {"depth": depth, "round": round_})
+        unasked = self._example(length, text, context, (), {"depth": depth, "round": round_})
         return replace(unasked, later=tuple(turns))
-
-    def _turn(self, length: int, sample: str, ids: list[int], reference: str | None, meta: dict[str, Any]) -> Example:
-        return Example(
-            benchmark=self.benchmark,
-            task=self.protocol,
-            length_tokens=length,
-            sample=sample,
-            input_ids=tuple(ids),
-            references=() if reference is None else (reference,),
-            max_new_tokens=self.max_new_tokens,
-            meta=meta,
-        )
 
     def _depths(self, length: int, depth: float, round_: int) -> list[float]:
         """Depth of each turn's needle, in percent, no two the same."""

@@ -23,12 +23,12 @@ class QuestionAnswering(Family):
     dataset: str
 
     def count(self, shop: Workshop) -> int:
-        return len(shop.corpus(self.dataset).questions)
+        return len(shop.materials.corpus(self.dataset).questions)
 
     def draft(self, shop: Workshop, rng: Random, length_tokens: int, number: int) -> Draft:
         prompt, prefix = shop.materials.template(self.template_name)
         form = shop.materials.sentence("document")
-        documents, questions = shop.corpus(self.dataset)
+        documents, questions = shop.materials.corpus(self.dataset)
         question = questions[number]
         own = [documents[i] for i in question.documents]
         order, places = replayed(rng), replayed(rng)

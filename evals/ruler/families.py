@@ -10,7 +10,7 @@ from random import Random
 from typing import ClassVar
 
 from evals.ruler.fitting import Draft
-from evals.ruler.materials import Corpus, Materials
+from evals.ruler.materials import Materials
 
 
 class Workshop:
@@ -20,7 +20,6 @@ class Workshop:
         self.materials = materials
         self.tokens_of = tokens_of  # text -> its number of tokens, without any template
         self.seed = seed
-        self._corpora: dict[str, Corpus] = {}
 
     @cached_property
     def adjectives(self) -> list[str]:
@@ -34,11 +33,6 @@ class Workshop:
     def pool(self) -> list[str]:
         """Nouns, adjectives and verbs together, sorted."""
         return sorted({*self.nouns, *self.adjectives, *self.materials.words("verb")})
-
-    def corpus(self, dataset: str) -> Corpus:
-        if dataset not in self._corpora:
-            self._corpora[dataset] = self.materials.corpus(dataset)
-        return self._corpora[dataset]
 
 
 @dataclass(frozen=True)

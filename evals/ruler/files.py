@@ -80,7 +80,7 @@ class RulerFiles(RulerTask):
             if path.parts[-3].isdecimal() and path.parts[-2] in TASKS
         }
 
-    def left_out(self) -> dict[str, str]:
+    def left_out(self, tokenizer: Any) -> dict[str, str]:
         lengths = self.lengths or sorted({length for length, _ in self._cells})
         missing = [(n, task) for n in lengths for task in self.tasks if (n, task) not in self._cells]
         return {} if self.all_tasks else {f"{task} at {n}": "no file" for n, task in missing}

@@ -26,15 +26,6 @@ _USED = (
     *("adjectivelist.txt", "nounlist.txt", "verblist.txt"),
 )
 
-# sha256[:16] of NVIDIA's templates and answer prefixes, at commit c3f5e3b of its repository.
-OFFICIAL_SHA256 = {
-    "niah": ("b373c00e238df12b", "994f3a46e763414f"),
-    "variable_tracking": ("fcfaf2eab2bc3e35", "4a4e9010ec4141a3"),
-    "common_words_extraction": ("45fff5d17627b65a", "8ee526599bbc7372"),
-    "freq_words_extraction": ("a0c7b873cf500d6c", "9a72271c5762c96d"),
-    "qa": ("18a659c9723f24f1", "255204f061d7e266"),
-}
-
 
 class Template(NamedTuple):
     """A task's wording: what the user says, and how the answer begins."""
@@ -82,6 +73,7 @@ class Materials(ABC):
 
     def __init__(self, haystack_spec: str | None = None) -> None:
         self._haystack = None if haystack_spec is None else haystack(haystack_spec)
+        self._corpora: dict[str, Corpus] = {}
 
     @abstractmethod
     def template(self, family: str) -> Template:
@@ -96,14 +88,19 @@ class Materials(ABC):
         """The words of kind `adjective`, `noun` or `verb`, sorted."""
 
     @abstractmethod
-    def corpus(self, dataset: str) -> Corpus:
-        """The documents and questions of `squad` or `hotpotqa`."""
+    def _own_corpus(self, dataset: str) -> Corpus: ...
 
     @abstractmethod
     def _own_essay(self) -> str: ...
 
     @abstractmethod
     def _own_description(self) -> dict[str, Any]: ...
+
+    def corpus(self, dataset: str) -> Corpus:
+        """The documents and questions of `squad` or `hotpotqa`, read once."""
+        if dataset not in self._corpora:
+            self._corpora[dataset] = self._own_corpus(dataset)
+        return self._corpora[dataset]
 
     @cached_property
     def essay(self) -> Essay:
@@ -150,7 +147,7 @@ class PulledMaterials(Materials):
         lines = (self._folder / f"{kind}list.txt").read_text(encoding="utf-8").splitlines()
         return sorted({line.strip() for line in lines if line.strip()})
 
-    def corpus(self, dataset: str) -> Corpus:
+    def _own_corpus(self, dataset: str) -> Corpus:
         return _READERS[dataset](self._folder / f"{dataset}.json")
 
     def _own_essay(self) -> str:

@@ -74,7 +74,7 @@ class OwnMaterials(Materials):
         longer = product(starts, middles, "aeiou", "lmnrst", ends)
         return sorted({"".join(parts) for parts in longer})
 
-    def corpus(self, dataset: str) -> Corpus:
+    def _own_corpus(self, dataset: str) -> Corpus:
         """Articles of a few paragraphs, each naming one tradesman; `hotpotqa` asks across two of ten documents."""
         rng = seeded("own corpus", dataset)
         filler = haystack("synthetic").text.split("\n\n")

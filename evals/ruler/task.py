@@ -21,7 +21,9 @@ from shadowkv.names import did_you_mean
 
 DEFAULT_LENGTHS = tuple(1024 * k for k in (4, 8, 16, 32, 64, 128))
 _WORDINGS: dict[str, Callable[[str | None], Materials]] = {"official": PulledMaterials, "own": OwnMaterials}
-_ALL_QUESTIONS_FIT_TOKENS = 8192  # from here on, the documents that come with a question are never too long
+# From here on, the documents that come with a question are hardly ever too long (HotpotQA's take at most 3.7k tokens of
+# SmolLM2's; in single bytes, 7 % of them do not fit), so how many questions fit is not counted beforehand.
+_QUESTIONS_FIT_TOKENS = 8192
 _FULL = 0.9  # a prompt that cannot fill this share of its length is not that task at that length
 
 
@@ -61,15 +63,23 @@ class Ruler(RulerTask):
 
     def questions(self, tokenizer: Any) -> Sequence[Question]:
         maker = _Maker(self, tokenizer)
-        for length in self.lengths:
-            for task in self.tasks:
-                maker.check(task, length)
-        return [
-            Question(task, length, f"sample={i}")
-            for length in self.lengths
-            for task in self.tasks
-            for i in range(self.samples)
-        ]
+        why_not = self._why_not(maker)
+        cells = [(task, n) for n in self.lengths for task in self.tasks if (task, n) not in why_not]
+        if not cells:
+            (task, length), reason = next(iter(why_not.items()))
+            raise SkvError(f"none of the tasks can be run; {task} at {length}: {reason}")
+        for task, length in cells:
+            maker.check(task, length)
+        return [Question(task, length, f"sample={i}") for task, length in cells for i in range(self.samples)]
+
+    def left_out(self, tokenizer: Any) -> dict[str, str]:
+        why_not = self._why_not(_Maker(self, tokenizer))
+        return {f"{task} at {length}": reason for (task, length), reason in why_not.items()}
+
+    def _why_not(self, maker: _Maker) -> dict[tuple[str, int], str]:
+        """Tasks that cannot fill a length, with the reason."""
+        reasons = {(task, length): maker.unfilled(task, length) for length in self.lengths for task in self.tasks}
+        return {cell: reason for cell, reason in reasons.items() if reason}
 
     def examples(self, tokenizer: Any, wanted: Collection[Question] | None = None) -> Iterator[Example]:
         return (example for example, _ in self.prompts(tokenizer, wanted))
@@ -108,16 +118,19 @@ class _Maker:
         available = TASKS[task].count(self._shop)
         if available is not None and self._run.samples > available:
             raise SkvError(f"--samples {self._run.samples} is more than the {available} questions of {task}")
-        if available is not None and length < _ALL_QUESTIONS_FIT_TOKENS:
+        if available is not None and length < _QUESTIONS_FIT_TOKENS:
             self._number(task, length, self._run.samples - 1)  # are there as many whose own documents fit?
         draft, budget = self._draft(task, length, 0), length - TASKS[task].max_new_tokens
         needed = len(self._ids(draft, draft.message(draft.smallest)))
         if needed > budget and available is None:
             raise too_short(task, length, needed + TASKS[task].max_new_tokens)
-        if draft.largest is not None and len(self._ids(draft, draft.message(draft.largest))) < _FULL * budget:
-            raise SkvError(
-                f"the {draft.largest} words of {task} do not fill {length} tokens; leave the task out with --tasks"
-            )
+
+    def unfilled(self, task: str, length: int) -> str | None:
+        """Why all that a task has cannot fill a length, or None where it can."""
+        draft, budget = self._draft(task, length, 0), length - TASKS[task].max_new_tokens
+        if draft.largest is None or len(self._ids(draft, draft.message(draft.largest))) >= _FULL * budget:
+            return None
+        return f"its {draft.largest} words do not fill that length"
 
     def prompt(self, question: Question) -> tuple[Example, str]:
         task, length = question.task, question.length_tokens

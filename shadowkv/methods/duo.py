@@ -48,6 +48,9 @@ class Duo(Method):
         require(self.sinks >= 0, f"duo: sinks must not be negative, got {self.sinks}")
         require(self.recent >= 1, f"duo: recent must be at least 1, got {self.recent}")
 
+    def files(self) -> dict[str, Path]:
+        return {} if self.heads is None else {"heads": Path(self.heads).expanduser()}
+
     def check(self, dims: Dims) -> None:
         gates = self.gates()
         if gates is None:
@@ -68,11 +71,16 @@ class Duo(Method):
         heads = self.retrieval_heads(dims.layers * dims.kv_heads)
         return Bytes(2 * heads * dims.head_dim * dims.element_bytes, 0)
 
-    def prompt_bytes(self, dims: Dims, tokens: int) -> Bytes:
+    def memory_parts(self, dims: Dims, tokens: int) -> dict[str, Bytes]:
         heads = dims.layers * dims.kv_heads
         kept = self.retrieval_heads(heads)
-        held = kept * tokens + (heads - kept) * min(tokens, self.sinks + self.recent)
-        return Bytes(2 * held * dims.head_dim * dims.element_bytes, 0)
+        token_bytes = 2 * dims.head_dim * dims.element_bytes
+        streaming = (heads - kept) * min(tokens, self.sinks + self.recent)
+        head_number_bytes = 8
+        return {
+            "retrieval heads": Bytes(kept * (tokens * token_bytes + head_number_bytes), 0),
+            "streaming heads": Bytes(streaming * token_bytes + (heads - kept) * head_number_bytes, 0),
+        }
 
     def retrieval_heads(self, heads: int) -> int:
         """How many of `heads` KV heads, over all layers, keep everything."""

@@ -76,9 +76,12 @@ class H2O(EvictingMethod):
             state.step(kv.q_all[:, :, now], kv.k[:, :, now], kv.v[:, :, now], kv.scaling)
         return state
 
-    def prompt_bytes(self, dims: Dims, tokens: int) -> Bytes:
-        bookkeeping = dims.layers * dims.kv_heads * (4 + 4)  # a score and a position
-        return Bytes(min(tokens, self.budget) * (dims.full_bytes_per_token + bookkeeping), 0)
+    def memory_parts(self, dims: Dims, tokens: int) -> dict[str, Bytes]:
+        held = min(tokens, self.budget)
+        return {
+            "keys and values": Bytes(held * dims.full_bytes_per_token, 0),
+            "scores and positions": Bytes(held * dims.layers * dims.kv_heads * (4 + 4), 0),
+        }
 
     @property
     def least_budget(self) -> int:

@@ -1,8 +1,9 @@
 """InfiniGen: keys and values on the host; each layer's attention is guessed from what the layer before it saw.
 
 Paper: https://arxiv.org/abs/2406.19707. Known differences from the authors' code:
-- the skew is made per request from the prompt's last queries, after RoPE; theirs is made offline from a calibration
-  text and folded into the weights (OPT) or applied from a file (Llama);
+- by default the skew is made per request from the prompt's last queries, after RoPE, and needs no data;
+  `skew=NAME` takes one made offline from a calibration text (`skv calibrate infinigen`), as theirs is, whose columns
+  are still chosen per request. It is applied after RoPE and never folded into weights, which a RoPE cannot have;
 - host keys stay as they are, since selected tokens are read with the true query: only the partial keys are skewed;
 - the guess applies the guessed layer's own norm to the earlier layer's input (theirs has the earlier layer's norm);
 - it is made when the guessed layer starts, from the same numbers: nothing is fetched ahead, so times are not theirs;
@@ -16,6 +17,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
 from typing import ClassVar
 
 import torch
@@ -23,6 +26,7 @@ from torch import Tensor
 
 from shadowkv import ops
 from shadowkv.buffers import TokenBuffer
+from shadowkv.calibration import calibration_file, load_calibration
 from shadowkv.host import HostTokens
 from shadowkv.layerwise import DenseLayer
 from shadowkv.method import Bytes, DecodeCache, Dims, Guess, LayerKV, Method, require
@@ -34,7 +38,8 @@ from shadowkv.rope import Rope
 class InfiniGen(Method):
     """budget: most tokens read per step · alpha: read tokens whose guessed score is within this of the best ·
     ratio: share of the skewed key channels that the guess looks at · dense_layers: first layers left full, on the
-    device · reduce: per_q_head, group_max, group_mean or group_sum."""
+    device · reduce: per_q_head, group_max, group_mean or group_sum · skew: a calibration by `skv calibrate`, name or
+    file (auto: from the prompt itself)."""
 
     name: ClassVar[str] = "infinigen"
     summary: ClassVar[str] = "full cache on the host, reads what the previous layer's input lets expect"
@@ -45,6 +50,7 @@ class InfiniGen(Method):
     ratio: float = 0.2
     dense_layers: int = 2
     reduce: str = "per_q_head"
+    skew: str | None = None
 
     def __post_init__(self) -> None:
         require(
@@ -57,6 +63,32 @@ class InfiniGen(Method):
             self.reduce in ops.GROUP_REDUCTIONS,
             f"infinigen: reduce={self.reduce} is unknown; one of {', '.join(ops.GROUP_REDUCTIONS)}",
         )
+
+    def check(self, dims: Dims) -> None:
+        if self.skew is None:
+            return
+        shape = (dims.kv_heads, dims.head_dim, dims.head_dim)
+        fits = all(
+            layer in self.rotations and self.rotations[layer].shape == shape
+            for layer in dims.layer_ids
+            if layer >= self.dense_layers
+        )
+        require(fits, f"infinigen: the calibration '{self.skew}' is of a model of another geometry than this one")
+
+    def files(self) -> dict[str, Path]:
+        return {} if self.skew is None else {"skew": calibration_file(self.name, self.skew)}
+
+    @cached_property
+    def rotations(self) -> dict[int, Tensor]:
+        """The calibration of `skew`: [H,D,D] by layer number."""
+        assert self.skew is not None
+        return load_calibration(self.name, self.skew)
+
+    @staticmethod
+    def calibrate(kv: LayerKV) -> Tensor:
+        """One layer's tensor of a calibration, from the prefill of a text with all its queries. [H,D,D] fp32."""
+        assert kv.q_all is not None
+        return rotation(kv.q_all, kv.k.shape[1])[0]
 
     def columns(self, head_dim: int) -> int:
         """Channels of the partial keys."""
@@ -85,6 +117,29 @@ class InfiniGen(Method):
         lists = dims.q_heads if self.reduce == "per_q_head" else dims.kv_heads
         return 2 * guessed * lists * min(tokens, self.budget) * dims.head_dim * dims.element_bytes
 
+    def memory_parts(self, dims: Dims, tokens: int) -> dict[str, Bytes]:
+        guessed = dims.layers_from(self.dense_layers)
+        dense_bytes = 2 * dims.width * dims.element_bytes
+        skew = dims.head_dim * dims.kv_heads * self.columns(dims.head_dim) * dims.element_bytes
+        partial = tokens * dims.kv_heads * self.columns(dims.head_dim) * dims.element_bytes
+        return {
+            "keys and values": Bytes((dims.layers - guessed) * tokens * dense_bytes, guessed * tokens * dense_bytes),
+            "partial keys": Bytes(guessed * (partial + skew), 0),
+        }
+
+    def workspace_bytes(self, dims: Dims, tokens: int) -> int:
+        lists = dims.q_heads if self.reduce == "per_q_head" else dims.kv_heads
+        return 2 * lists * min(tokens, self.budget) * dims.head_dim * dims.element_bytes
+
+    def read_bytes(self, dims: Dims, tokens: int) -> int:
+        # Attention reads here what has come over the bus.
+        return self.prompt_bytes(dims, tokens).device + self.bus_bytes(dims, tokens)
+
+    def step_flop(self, dims: Dims, tokens: int) -> int:
+        guessed = dims.layers_from(self.dense_layers)
+        guess = 2 * guessed * dims.q_heads * tokens * self.columns(dims.head_dim)
+        return super().step_flop(dims, tokens) + guess
+
     def with_budget(self, tokens: int) -> Method:
         # How many tokens are near enough to the best one depends on the text: at a given number, the cap decides alone.
         return replace(self, budget=tokens, alpha=math.inf)
@@ -105,7 +160,8 @@ class _InfiniGenCache(DecodeCache):
             self._dense[layer] = DenseLayer(kv.k, kv.v)
             return
         rows = zip(kv.k.split(1), kv.v.split(1), kv.q_tail.split(1), strict=True)
-        self._guessed[layer] = [_GuessedRow(self._method, k, v, q_tail) for k, v, q_tail in rows]
+        given = None if self._method.skew is None else self._method.rotations[layer]
+        self._guessed[layer] = [_GuessedRow(self._method, given, *row) for row in rows]
 
     def foresee(self, guess: Guess) -> None:
         self._guess = guess
@@ -129,10 +185,11 @@ class _InfiniGenCache(DecodeCache):
 class _GuessedRow:
     """One layer of one prompt: rows of a batch differ in how many tokens they read."""
 
-    def __init__(self, method: InfiniGen, k: Tensor, v: Tensor, q_tail: Tensor) -> None:
+    def __init__(self, method: InfiniGen, given: Tensor | None, k: Tensor, v: Tensor, q_tail: Tensor) -> None:
         self._alpha, self._cap = method.alpha, method.budget - 1
         self._reduce = ops.GROUP_REDUCTIONS[method.reduce]
-        self._skew = skew(q_tail, k.shape[1], method.columns(k.shape[3])).to(k.dtype)
+        turned = rotation(q_tail, k.shape[1]) if given is None else given.to(k.device)[None]
+        self._skew = largest_directions(q_tail, turned, method.columns(k.shape[3])).to(k.dtype)
         self._partial = TokenBuffer(k @ self._skew, axis=2)
         self._k, self._v = HostTokens(k), HostTokens(v)
 
@@ -169,15 +226,23 @@ class _GuessedRow:
         return Bytes(self._partial.nbytes() + self._skew.nbytes, self._k.nbytes() + self._v.nbytes())
 
 
-def skew(queries: Tensor, heads: int, columns: int) -> Tensor:
-    """The `columns` orthonormal directions, per KV head, along which its queries are largest. fp32 [B,H,D,columns].
+def rotation(queries: Tensor, heads: int) -> Tensor:
+    """Right singular vectors of the queries of each KV head's group. [B,Hq,n,D] -> fp32 [B,H,D,D], in columns.
 
-    queries [B,Hq,n,D]. They are right singular vectors of the queries of a group, ranked by the sum of |q a|. All of
-    them together are a rotation, which changes no product of a query and a key.
+    Together they are a rotation, which changes no product of a query and a key.
     """
     batch, _, _, head_dim = queries.shape
     stacked = queries.reshape(batch, heads, -1, head_dim).double()
     vectors: Tensor = torch.linalg.eigh(stacked.mT @ stacked).eigenvectors
-    size = (stacked @ vectors).abs().sum(dim=2).float()
-    best = ops.top_indices(size, columns)
-    return vectors.gather(3, best[:, :, None].expand(-1, -1, head_dim, -1)).float()
+    return vectors.float()
+
+
+def largest_directions(queries: Tensor, rotation: Tensor, count: int) -> Tensor:
+    """The `count` columns a of a rotation along which a group's queries are largest, by the sum of |q a|.
+
+    queries [B,Hq,n,D], rotation [B,H,D,D] -> [B,H,D,count].
+    """
+    batch, _, _, head_dim = queries.shape
+    stacked = queries.float().reshape(batch, rotation.shape[1], -1, head_dim)
+    best = ops.top_indices((stacked @ rotation).abs().sum(dim=2), count)
+    return rotation.gather(3, best[:, :, None].expand(-1, -1, head_dim, -1))

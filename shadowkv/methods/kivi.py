@@ -65,9 +65,16 @@ class Kivi(LayerwiseMethod):
         scale_and_zero = 2 * torch.float16.itemsize
         return Bytes(round(2 * dims.layers * dims.width * (self.bits / 8 + scale_and_zero / self.group)), 0)
 
-    def prompt_bytes(self, dims: Dims, tokens: int) -> Bytes:
-        exact = min(tokens, self.residual)
-        return Bytes(exact * dims.full_bytes_per_token + (tokens - exact) * self.bytes_per_token(dims).device, 0)
+    def memory_parts(self, dims: Dims, tokens: int) -> dict[str, Bytes]:
+        # Keys leave the residual all at once when it is full, values one by one.
+        exact = tokens % self.residual + min(tokens, self.residual)
+        return {
+            "codes, scales and zeros": Bytes((2 * tokens - exact) * self.bytes_per_token(dims).device // 2, 0),
+            "newest tokens": Bytes(exact * dims.full_bytes_per_token // 2, 0),
+        }
+
+    def workspace_bytes(self, dims: Dims, tokens: int) -> int:
+        return 2 * tokens * dims.width * dims.element_bytes
 
     def with_kv_bytes(self, dims: Dims, tokens: int, kv_bytes: int) -> Method:
         return largest_within(lambda n: replace(self, bits=_BITS[n]), 0, len(_BITS) - 1, dims, tokens, kv_bytes)

@@ -66,6 +66,33 @@ class Loki(LayerwiseMethod):
     def attended_tokens(self, dims: Dims, tokens: int, later: int = 0) -> float:
         return min(tokens + later, self.budget)
 
+    def memory_parts(self, dims: Dims, tokens: int) -> dict[str, Bytes]:
+        heads, rank = dims.layers * dims.kv_heads, self.rank_for(dims.head_dim)
+        basis = heads * (rank + 1) * dims.head_dim * 4  # components and mean of the keys, fp32
+        return {
+            "keys and values": Bytes(tokens * dims.full_bytes_per_token, 0),
+            "projected keys": Bytes(heads * tokens * rank * dims.element_bytes + basis, 0),
+        }
+
+    def workspace_bytes(self, dims: Dims, tokens: int) -> int:
+        return 2 * self._gathered(dims, tokens) * dims.head_dim * dims.element_bytes
+
+    def read_bytes(self, dims: Dims, tokens: int) -> int:
+        gathered = self._gathered(dims, tokens)
+        if not gathered:
+            return tokens * dims.full_bytes_per_token
+        projected = self.memory_parts(dims, tokens)["projected keys"].device
+        return projected + 2 * dims.layers * gathered * dims.head_dim * dims.element_bytes
+
+    def step_flop(self, dims: Dims, tokens: int) -> int:
+        ranked = tokens * self.rank_for(dims.head_dim) if self._gathered(dims, tokens) else 0
+        return super().step_flop(dims, tokens) + 2 * dims.layers * dims.q_heads * ranked
+
+    def _gathered(self, dims: Dims, tokens: int) -> int:
+        """Tokens of all lists that a layer gathers; 0 where it reads everything in place."""
+        lists = dims.q_heads if self.reduce == "per_q_head" else dims.kv_heads
+        return lists * self.budget if self.budget <= tokens else 0
+
     def lossless(self, dims: Dims, tokens: int) -> Method:
         return replace(self, budget=tokens)
 

@@ -52,6 +52,10 @@ class Oracle(LayerwiseMethod):
     def attended_tokens(self, dims: Dims, tokens: int, later: int = 0) -> float:
         return tokens + later if self.top_p else min(tokens + later, self.budget)
 
+    def step_flop(self, dims: Dims, tokens: int) -> int:
+        # Values of tokens that were not chosen are weighed by zero.
+        return 4 * dims.layers * dims.q_heads * dims.head_dim * tokens
+
     def with_budget(self, tokens: int) -> Method | None:
         return None if self.top_p else replace(self, budget=tokens)
 

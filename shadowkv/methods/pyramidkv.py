@@ -40,5 +40,5 @@ class PyramidKV(SnapKV):
         depths = [depth_of(place, dims.layers) for place in range(dims.layers)]
         return sum(min(tokens, self.layer_budget(depth, tokens)) for depth in depths) / dims.layers + later
 
-    def prompt_bytes(self, dims: Dims, tokens: int) -> Bytes:
-        return Bytes(round(self.attended_tokens(dims, tokens) * dims.full_bytes_per_token), 0)
+    def memory_parts(self, dims: Dims, tokens: int) -> dict[str, Bytes]:
+        return {"keys and values": Bytes(round(self.attended_tokens(dims, tokens) * dims.full_bytes_per_token), 0)}

@@ -75,6 +75,37 @@ class Quest(LayerwiseMethod):
         lists = dims.q_heads if self.reduce == "per_q_head" else dims.kv_heads
         return choosing * lists * read * dims.head_dim * dims.element_bytes
 
+    def memory_parts(self, dims: Dims, tokens: int) -> dict[str, Bytes]:
+        token_bytes = dims.layers_from(self.dense_layers) * dims.width * dims.element_bytes
+        host = tokens * token_bytes if self.offload else 0
+        return {
+            "keys and values": Bytes(tokens * dims.full_bytes_per_token - host, host),
+            "page extremes": Bytes(2 * (tokens // self.page) * token_bytes, 0),
+        }
+
+    def workspace_bytes(self, dims: Dims, tokens: int) -> int:
+        return 2 * self._gathered(dims, tokens) * dims.head_dim * dims.element_bytes
+
+    def read_bytes(self, dims: Dims, tokens: int) -> int:
+        gathered = self._gathered(dims, tokens)
+        if not gathered:
+            return tokens * dims.full_bytes_per_token
+        choosing = dims.layers_from(self.dense_layers)
+        chosen = 2 * choosing * gathered * dims.head_dim * dims.element_bytes
+        dense = tokens * dims.full_bytes_per_token * (dims.layers - choosing) // dims.layers
+        return dense + self.memory_parts(dims, tokens)["page extremes"].device + chosen
+
+    def step_flop(self, dims: Dims, tokens: int) -> int:
+        scored = tokens // self.page if self._gathered(dims, tokens) else 0
+        bounds = 4 * dims.layers_from(self.dense_layers) * dims.q_heads * scored * dims.head_dim
+        return super().step_flop(dims, tokens) + bounds
+
+    def _gathered(self, dims: Dims, tokens: int) -> int:
+        """Tokens of all lists that a layer gathers; 0 where it reads everything in place."""
+        read = self.budget // self.page * self.page
+        lists = dims.q_heads if self.reduce == "per_q_head" else dims.kv_heads
+        return lists * read if read <= tokens else 0
+
     def lossless(self, dims: Dims, tokens: int) -> Method:
         return replace(self, budget=(tokens // self.page + 1) * self.page, dense_layers=0)
 

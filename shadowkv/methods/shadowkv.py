@@ -19,21 +19,18 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from shadowkv import low_rank, ops
 from shadowkv.buffers import TokenBuffer
-from shadowkv.errors import SkvError
 from shadowkv.host import CODINGS, HostTokens
+from shadowkv.landmarks import Landmarks, SelectsChunks
 from shadowkv.layerwise import LayerState, LayerwiseMethod, StepwiseState
 from shadowkv.method import Bytes, Dims, LayerKV, Method, largest_within, require
 from shadowkv.rope import Rope
 
-_OUTLIERS_PER_BUDGET_TOKEN = 24 / 1024  # the authors' density
-
 
 @dataclass(frozen=True)
-class ShadowKV(LayerwiseMethod):
+class ShadowKV(LayerwiseMethod, SelectsChunks):
     """rank: directions kept of a layer's keys · budget: tokens rebuilt per step · chunk: tokens per landmark ·
     local: newest prompt chunks kept exact · outliers: badly summarised chunks kept exact (auto: 24 per 1024 of
     budget) · energy: choose the rank per layer by this share of the squared norm, instead of rank (0: off) ·
@@ -44,24 +41,14 @@ class ShadowKV(LayerwiseMethod):
     paper: ClassVar[str] = "2410.21465"
 
     rank: int = 160
-    budget: int = 2048
-    chunk: int = 8
-    local: int = 4
-    outliers: int | None = None
     energy: float = 0.0
     window: int = 128
     values: str = "native"
 
     def __post_init__(self) -> None:
-        require(self.chunk >= 1, f"shadowkv: chunk must be at least 1, got {self.chunk}")
+        super().__post_init__()
         require(self.rank >= 1, f"shadowkv: rank must be at least 1, got {self.rank}")
-        require(
-            self.budget >= self.chunk,
-            f"shadowkv: budget={self.budget} is smaller than one chunk of {self.chunk} tokens",
-        )
-        require(self.local >= 0, f"shadowkv: local must not be negative, got {self.local}")
         require(self.window >= 1, f"shadowkv: window must be at least 1, got {self.window}")
-        require(self.outliers is None or self.outliers >= 0, f"shadowkv: outliers={self.outliers} is negative")
         require(0 <= self.energy <= 1, f"shadowkv: energy={self.energy} is not in [0, 1]")
         require(
             not self.energy or self.rank == ShadowKV.rank,
@@ -71,11 +58,6 @@ class ShadowKV(LayerwiseMethod):
             self.values in CODINGS,
             f"shadowkv: values={self.values} is unknown; one of {', '.join(CODINGS)}",
         )
-
-    @property
-    def outlier_chunks(self) -> int:
-        """Chunks kept exact because their landmark summarises them badly."""
-        return round(self.budget * _OUTLIERS_PER_BUDGET_TOKEN) if self.outliers is None else self.outliers
 
     @property
     def cost_follows_text(self) -> bool:
@@ -98,15 +80,19 @@ class ShadowKV(LayerwiseMethod):
         value_bytes = CODINGS[self.values].token_bytes(dims.head_dim, dims.element_bytes)
         return Bytes(round(dims.layers * per_layer), dims.layers * dims.kv_heads * value_bytes)
 
-    def prompt_bytes(self, dims: Dims, tokens: int) -> Bytes:
-        chunks = max(tokens // self.chunk - self.local, 0)
-        context = chunks * self.chunk
-        exact = min(self.outlier_chunks, chunks) * self.chunk + tokens - context
+    def memory_parts(self, dims: Dims, tokens: int) -> dict[str, Bytes]:
+        context, exact = self.context_tokens(tokens), self.exact_tokens(tokens)
         rank = dims.width if self.energy else self.rank
-        basis = (rank + 1) * dims.width * dims.element_bytes  # directions and mean of the keys
-        per_token = self.bytes_per_token(dims)
-        device = context * per_token.device + exact * dims.full_bytes_per_token + dims.layers * basis
-        return Bytes(device, context * per_token.host)
+        basis = (rank + 1) * dims.width  # directions and mean of the keys
+        factors = dims.layers * (context * rank + basis) * dims.element_bytes
+        number_bytes = 4  # which chunk a landmark stands for
+        landmark = dims.width * dims.element_bytes + dims.kv_heads * number_bytes
+        return {
+            "factors": Bytes(factors, 0),
+            "landmarks": Bytes(dims.layers * self.landmarks(tokens) * landmark, 0),
+            "outlier and local tokens": Bytes(exact * dims.full_bytes_per_token, 0),
+            "values": Bytes(0, context * self.bytes_per_token(dims).host),
+        }
 
     def attended_tokens(self, dims: Dims, tokens: int, later: int = 0) -> float:
         chunks = self.budget // self.chunk + self.outlier_chunks + self.local
@@ -115,19 +101,28 @@ class ShadowKV(LayerwiseMethod):
         return min(tokens + later, chunks * self.chunk + exact)
 
     def bus_bytes(self, dims: Dims, tokens: int) -> int:
-        candidates = max(tokens // self.chunk - self.local - self.outlier_chunks, 0)
-        read = min(candidates, self.budget // self.chunk) * self.chunk
         coding = CODINGS[self.values].token_bytes(dims.head_dim, dims.element_bytes)
-        return dims.layers * dims.kv_heads * read * coding
+        return dims.layers * dims.kv_heads * self.chosen_tokens(tokens) * coding
+
+    def workspace_bytes(self, dims: Dims, tokens: int) -> int:
+        return 2 * self.chosen_tokens(tokens) * dims.width * dims.element_bytes
+
+    def read_bytes(self, dims: Dims, tokens: int) -> int:
+        rank = dims.width if self.energy else self.rank
+        # Every head rebuilds its own tokens, from rows of the coefficients that all heads share.
+        rows = dims.kv_heads * self.chosen_tokens(tokens) * rank
+        factors = dims.layers * (rows + (rank + 1) * dims.width) * dims.element_bytes
+        landmarks = self.memory_parts(dims, tokens)["landmarks"].device
+        return landmarks + factors + round(self.attended_tokens(dims, tokens) * dims.full_bytes_per_token)
+
+    def step_flop(self, dims: Dims, tokens: int) -> int:
+        rank = dims.width if self.energy else self.rank
+        scored = dims.q_heads * self.landmarks(tokens)
+        rebuilt = dims.kv_heads * self.chosen_tokens(tokens) * rank
+        return super().step_flop(dims, tokens) + 2 * dims.layers * dims.head_dim * (scored + rebuilt)
 
     def with_budget(self, tokens: int) -> Method:
-        # The outliers grow with the budget, so the largest one that leaves room for them is searched for.
-        for budget in range(tokens // self.chunk * self.chunk, 0, -self.chunk):
-            setting = replace(self, budget=budget)
-            # The prompt's last tokens, too few for a chunk, are attended to as well.
-            if budget + (setting.outlier_chunks + self.local + 1) * self.chunk - 1 <= tokens:
-                return setting
-        raise SkvError(f"shadowkv: {tokens} tokens leave no room beside outliers and {self.local} local chunks")
+        return self.within_budget(tokens)
 
     def with_kv_bytes(self, dims: Dims, tokens: int, kv_bytes: int) -> Method:
         return largest_within(lambda n: replace(self, rank=n, energy=0.0), 1, dims.width, dims, tokens, kv_bytes)
@@ -143,9 +138,8 @@ class _ShadowLayer(StepwiseState):
     def __init__(self, method: ShadowKV, layer: int, kv: LayerKV, rope: Rope) -> None:
         self._layer, self._rope = layer, rope
         self._chunk, self._chunks_read = method.chunk, method.budget // method.chunk
-        batch, heads, tokens, head_dim = kv.k.shape
-        chunks = max(tokens // method.chunk - method.local, 0)
-        self._context_tokens = chunks * method.chunk
+        tokens = kv.k.shape[2]
+        self._context_tokens = method.context_tokens(tokens)
         self._tail_room = tokens - self._context_tokens + method.window
         self._tokens = tokens
 
@@ -157,15 +151,8 @@ class _ShadowLayer(StepwiseState):
         self._basis = low_rank.Basis(*(x.to(kv.k.dtype) for x in basis))
         self._values = HostTokens(values, method.values)
 
-        chunked = keys.reshape(batch, heads, chunks, method.chunk, head_dim)
-        landmarks = chunked.float().mean(dim=3)
-        outliers = _worst_summarised(chunked, landmarks, min(method.outlier_chunks, chunks))
-        regular = _complement(outliers, chunks)
-        self._landmarks = TokenBuffer(ops.gather_tokens(landmarks, regular).to(kv.k.dtype), axis=2)
-        self._landmark_chunks = TokenBuffer(regular.int(), axis=2)
-        outlier_tokens = ops.token_indices(outliers, method.chunk)
-        self._outlier_k = ops.gather_tokens(keys, outlier_tokens)
-        self._outlier_v = ops.gather_tokens(values, outlier_tokens)
+        self._landmarks, outliers = Landmarks.of(keys, method.chunk, method.outlier_chunks)
+        self._outlier_k, self._outlier_v = ops.gather_tokens(keys, outliers), ops.gather_tokens(values, outliers)
         self._tail_k = TokenBuffer(kv.k[:, :, self._context_tokens :], axis=2)
         self._tail_v = TokenBuffer(kv.v[:, :, self._context_tokens :], axis=2)
 
@@ -182,10 +169,7 @@ class _ShadowLayer(StepwiseState):
 
     def _select(self, q: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
         """Keys and values of the chunks that matter most to q, rebuilt and fetched. [B,H,s,D] each."""
-        scores = ops.chunk_scores(q, self._landmarks.view, scaling)
-        best = ops.top_indices(scores, self._chunks_read)
-        chunks = self._landmark_chunks.view.gather(2, best).long()
-        index = ops.token_indices(chunks, self._chunk)
+        index = self._landmarks.choose(q, self._chunks_read, scaling)
         k = ops.rebuild(self._coefficients.view, *self._basis, index)
         k = self._rope.rotate(self._layer, k, index, self._tokens)
         return k, self._values.gather(index)
@@ -197,9 +181,7 @@ class _ShadowLayer(StepwiseState):
         coefficients = self._basis.project(self._pre_rope(keys, first=self._context_tokens))
         self._coefficients.append(coefficients.to(keys.dtype))
         self._values.append(values)
-        self._landmarks.append(keys.float().mean(dim=2, keepdim=True).to(keys.dtype))
-        number = self._context_tokens // self._chunk
-        self._landmark_chunks.append(torch.full((*keys.shape[:2], 1), number, dtype=torch.int32, device=keys.device))
+        self._landmarks.append(keys, self._context_tokens // self._chunk)
         self._tail_k.drop_front(self._chunk)
         self._tail_v.drop_front(self._chunk)
         self._context_tokens += self._chunk
@@ -210,20 +192,7 @@ class _ShadowLayer(StepwiseState):
         return self._rope.unrotate(self._layer, keys, positions, self._tokens).transpose(1, 2).flatten(2)
 
     def nbytes(self) -> Bytes:
-        buffers = (self._coefficients, self._landmarks, self._landmark_chunks, self._tail_k, self._tail_v)
+        buffers = (self._coefficients, self._landmarks, self._tail_k, self._tail_v)
         tensors = (*self._basis, self._outlier_k, self._outlier_v)
         device = sum(b.nbytes() for b in buffers) + sum(t.nbytes for t in tensors)
         return Bytes(device, self._values.nbytes())
-
-
-def _worst_summarised(chunked: Tensor, landmarks: Tensor, count: int) -> Tensor:
-    """The chunks with a token least like its landmark. chunked [B,H,C,c,D] -> ascending chunk numbers [B,H,count]."""
-    likeness = F.cosine_similarity(chunked.float(), landmarks[:, :, :, None], dim=-1).amin(dim=-1)
-    return ops.top_indices(-likeness, count) if count else likeness[..., :0].long()
-
-
-def _complement(chosen: Tensor, total: int) -> Tensor:
-    """The numbers below `total` that are not in `chosen` [B,H,o], ascending: [B,H,total-o]."""
-    batch, heads, count = chosen.shape
-    kept = torch.ones(batch, heads, total, dtype=torch.bool, device=chosen.device).scatter_(2, chosen, False)
-    return kept.nonzero()[:, 2].view(batch, heads, total - count)

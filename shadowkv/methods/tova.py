@@ -36,6 +36,10 @@ class TOVA(EvictingMethod):
     def new_layer(self, layer: int, kv: LayerKV, rope: Rope) -> LayerState:
         return _TovaLayer(self, kv)
 
+    def memory_parts(self, dims: Dims, tokens: int) -> dict[str, Bytes]:
+        held = min(tokens, self.budget)
+        return {**super().memory_parts(dims, tokens), "scores": Bytes(held * dims.layers * 4, 0)}
+
     def lossless(self, dims: Dims, tokens: int) -> Method:
         return replace(self, budget=tokens)
 

@@ -3,9 +3,11 @@
 Paper: https://arxiv.org/abs/2503.18893. Known differences from the authors' code:
 - keys and values are centred before the factorisation, which is by the Gram matrix in fp64 instead of an SVD;
 - groups are of consecutive layers that the method serves; a last, smaller group has its ranks scaled down with it;
-- a step rebuilds all keys of a layer; values are never rebuilt, since attention can weigh their coefficients. There is
-  no budget and no fused kernel, so decoding is slower than full attention, while the bytes held are those of the
-  factors. Selective reconstruction (xKV-SR) is not part of this method;
+- without `select`, a step rebuilds all keys of a layer; values are never rebuilt, since attention can weigh their
+  coefficients. There is no fused kernel, so decoding is slower than full attention, while the bytes held are those of
+  the factors;
+- with it, a step rebuilds the keys and values of chunks that ShadowKV would choose (their selective reconstruction).
+  Outliers and local chunks are kept exact beside the factors, which hold them too;
 - generated tokens are kept exact, as theirs are.
 """
 
@@ -19,14 +21,16 @@ from torch import Tensor
 
 from shadowkv import low_rank, ops
 from shadowkv.buffers import TokenBuffer
+from shadowkv.landmarks import Landmarks, SelectsChunks
+from shadowkv.layerwise import LayeredCache, LayerState, StepwiseState
 from shadowkv.method import Bytes, DecodeCache, Dims, LayerKV, Method, largest_within, require
-from shadowkv.ranges import ranged
 from shadowkv.rope import Rope
 
 
 @dataclass(frozen=True)
-class XKV(Method):
-    """group: consecutive layers that share factors · rank_k, rank_v: directions kept of a group's keys, values."""
+class XKV(SelectsChunks):
+    """group: consecutive layers that share factors · rank_k, rank_v: directions kept of a group's keys, values ·
+    select: read a few chunks per step instead of everything; then budget, chunk, local, outliers as for shadowkv."""
 
     name: ClassVar[str] = "xkv"
     summary: ClassVar[str] = "keys and values in low-rank factors shared by neighbouring layers"
@@ -35,8 +39,10 @@ class XKV(Method):
     group: int = 4
     rank_k: int = 384
     rank_v: int = 576
+    select: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(self.group >= 1, f"xkv: group must be at least 1, got {self.group}")
         require(self.rank_k >= 1, f"xkv: rank_k must be at least 1, got {self.rank_k}")
         require(self.rank_v >= 1, f"xkv: rank_v must be at least 1, got {self.rank_v}")
@@ -53,19 +59,80 @@ class XKV(Method):
     def new_state(self, rope: Rope) -> DecodeCache:
         return _XKVCache(self, rope)
 
-    def bytes_per_token(self, dims: Dims) -> Bytes:
-        whole, rest = divmod(dims.layers, self.group)
-        ranks = whole * (self.rank_k + self.rank_v) + self.share(self.rank_k, rest) + self.share(self.rank_v, rest)
-        return Bytes(ranks * dims.element_bytes, 0)
+    def new_layer(self, layer: int, kv: LayerKV, factors: LayerFactors, rope: Rope) -> LayerState:
+        """What one layer needs beside the factors that its group shares."""
+        kind = _ChosenLayer if self.select else _WholeLayer
+        return kind(self, layer, kv, factors, rope)
 
-    def prompt_bytes(self, dims: Dims, tokens: int) -> Bytes:
+    def bytes_per_token(self, dims: Dims) -> Bytes:
+        landmarks = self._landmark_bytes(dims) // self.chunk if self.select else 0
+        return Bytes(self._ranks_per_token(dims) * dims.element_bytes + landmarks, 0)
+
+    def memory_parts(self, dims: Dims, tokens: int) -> dict[str, Bytes]:
+        directions = self._ranks_of_layers(dims) + 2 * dims.layers  # and the means of keys and values
+        parts = {
+            "coefficients": Bytes(tokens * self._ranks_per_token(dims) * dims.element_bytes, 0),
+            "directions": Bytes(directions * dims.width * dims.element_bytes, 0),
+        }
+        if self.select:
+            parts["landmarks"] = Bytes(self.landmarks(tokens) * self._landmark_bytes(dims), 0)
+            parts["outlier and local tokens"] = Bytes(self.exact_tokens(tokens) * dims.full_bytes_per_token, 0)
+        return parts
+
+    def _ranks_per_token(self, dims: Dims) -> int:
+        return sum(self.share(self.rank_k, size) + self.share(self.rank_v, size) for size in self._groups(dims))
+
+    def _ranks_of_layers(self, dims: Dims) -> int:
+        """Summed over layers, the directions of keys and values that each one has a share of."""
+        groups = self._groups(dims)
+        return sum(size * (self.share(self.rank_k, size) + self.share(self.rank_v, size)) for size in groups)
+
+    def _landmark_bytes(self, dims: Dims) -> int:
+        """One landmark of every layer, and the numbers of its chunk."""
+        return dims.layers * (dims.width * dims.element_bytes + dims.kv_heads * 4)
+
+    def attended_tokens(self, dims: Dims, tokens: int, later: int = 0) -> float:
+        read = self.chosen_tokens(tokens) + self.exact_tokens(tokens) if self.select else tokens
+        return min(read, tokens) + later
+
+    def with_budget(self, tokens: int) -> Method | None:
+        return self.within_budget(tokens) if self.select else None
+
+    def workspace_bytes(self, dims: Dims, tokens: int) -> int:
+        # Values are rebuilt only where chunks are chosen.
+        rebuilt = 2 * self.chosen_tokens(tokens) if self.select else tokens
+        return rebuilt * dims.width * dims.element_bytes
+
+    def read_bytes(self, dims: Dims, tokens: int) -> int:
+        parts = self.memory_parts(dims, tokens)
+        directions = parts["directions"].device
+        # Every layer of a group reads the group's coefficients for itself, and its own share of the directions.
+        ranks = self._ranks_of_layers(dims)
+        if not self.select:
+            return tokens * ranks * dims.element_bytes + directions
+        rows = dims.kv_heads * self.chosen_tokens(tokens) * ranks * dims.element_bytes
+        return rows + directions + parts["landmarks"].device + parts["outlier and local tokens"].device
+
+    def step_flop(self, dims: Dims, tokens: int) -> int:
+        flop = 0
+        for size in self._groups(dims):
+            rank_k, rank_v = self.share(self.rank_k, size), self.share(self.rank_v, size)
+            if self.select:
+                rebuilt = dims.kv_heads * self.chosen_tokens(tokens) * (rank_k + rank_v) * dims.head_dim
+                scored = dims.q_heads * self.landmarks(tokens) * dims.head_dim
+                read = 2 * dims.q_heads * round(self.attended_tokens(dims, tokens)) * dims.head_dim
+                flop += 2 * size * (rebuilt + scored + read)
+            else:
+                rebuilt = dims.kv_heads * tokens * rank_k * dims.head_dim
+                scored = dims.q_heads * tokens * dims.head_dim
+                weighed = dims.q_heads * (tokens * rank_v + rank_v * dims.head_dim)
+                flop += 2 * size * (rebuilt + scored + weighed)
+        return flop
+
+    def _groups(self, dims: Dims) -> list[int]:
+        """How many layers each group has."""
         whole, rest = divmod(dims.layers, self.group)
-        ranks = self.rank_k + self.rank_v
-        directions = whole * (ranks + 2) * self.group  # and the means of keys and values
-        if rest:
-            directions += (self.share(self.rank_k, rest) + self.share(self.rank_v, rest) + 2) * rest
-        coefficients = tokens * self.bytes_per_token(dims).device
-        return Bytes(coefficients + directions * dims.width * dims.element_bytes, 0)
+        return [self.group] * whole + [rest] * (rest > 0)
 
     def share(self, rank: int, layers: int) -> int:
         """The rank of a group of `layers` layers: a smaller last group gets its share."""
@@ -82,61 +149,77 @@ class XKV(Method):
         return largest_within(of, 1, width, dims, tokens, kv_bytes)
 
     def lossless(self, dims: Dims, tokens: int) -> Method:
-        return replace(self, rank_k=self.group * dims.width, rank_v=self.group * dims.width)
+        whole = self.group * dims.width
+        budget = -(-max(tokens, 1) // self.chunk) * self.chunk
+        return replace(self, rank_k=whole, rank_v=whole, budget=budget)
 
 
-class _Factors(NamedTuple):
-    """Keys or values of a group of layers: x ~ coefficients @ vectors + mean, layer after layer in the last axis."""
+class LayerFactors(NamedTuple):
+    """One layer's view of the factors of its group."""
 
-    coefficients: Tensor  # [B,n,r], shared by the layers
-    vectors: Tensor  # [B,r,layers*W]
-    mean: Tensor  # [B,1,layers*W]
-    layers: int
-
-    @property
-    def nbytes(self) -> int:
-        return sum(x.nbytes for x in (self.coefficients, self.vectors, self.mean))
-
-    @ranged("rebuild")
-    def rebuild(self, place: int, heads: int) -> Tensor:
-        """What the layer at `place` of the group had, [B,H,n,D]."""
-        vectors, mean = self._of(place, heads)
-        return self.coefficients[:, None] @ vectors + mean
-
-    @ranged("attention")
-    def weigh(self, weights: Tensor, place: int) -> Tensor:
-        """weights @ rebuild(place), without rebuilding. weights [B,H,m,n] -> [B,H,m,D]."""
-        vectors, mean = self._of(place, weights.shape[1])
-        return (weights @ self.coefficients[:, None]) @ vectors + weights.sum(dim=-1, keepdim=True) * mean
-
-    def _of(self, place: int, heads: int) -> tuple[Tensor, Tensor]:
-        """Vectors [B,H,r,D] and mean [B,H,1,D] of one layer."""
-        width = self.vectors.shape[2] // self.layers
-        own = slice(place * width, (place + 1) * width)
-        vectors, mean = (x[:, :, own].unflatten(2, (heads, -1)).transpose(1, 2) for x in (self.vectors, self.mean))
-        return vectors, mean
+    keys: low_rank.SharedFactors  # before RoPE
+    values: low_rank.SharedFactors
+    place: int  # of the layer in the group
 
 
-class _Group(NamedTuple):
-    keys: _Factors  # before RoPE
-    values: _Factors
+class _WholeLayer(LayerState):
+    """Every token is read: keys are rebuilt, values weighed by their coefficients. Factors are counted elsewhere."""
+
+    def __init__(self, method: XKV, layer: int, kv: LayerKV, factors: LayerFactors, rope: Rope) -> None:
+        self._layer, self._rope, self._factors = layer, rope, factors
+        self._prompt_tokens = kv.k.shape[2]
+        self._new_k, self._new_v = (TokenBuffer(x[:, :, :0], axis=2) for x in (kv.k, kv.v))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
+        self._new_k.append(k)
+        self._new_v.append(v)
+        place = self._factors.place
+        keys = self._factors.keys.rebuild(place, k.shape[1])
+        positions = torch.arange(self._prompt_tokens, device=keys.device)
+        keys = self._rope.rotate(self._layer, keys, positions, self._prompt_tokens + len(self._new_k))
+        of_prompt, of_new = ops.segment_weights(q, (keys, self._new_k.view), scaling)
+        return (self._factors.values.weigh(of_prompt, place) + of_new @ self._new_v.view).view_as(q)
+
+    def nbytes(self) -> Bytes:
+        return Bytes(self._new_k.nbytes() + self._new_v.nbytes(), 0)
 
 
-class _Member(NamedTuple):
-    """One layer of a group, and its tokens that came after the prompt."""
+class _ChosenLayer(StepwiseState):
+    """Chunks are chosen by their landmarks and rebuilt; outliers, local chunks and new tokens are exact."""
 
-    group: _Group
-    place: int
-    new_k: TokenBuffer
-    new_v: TokenBuffer
+    def __init__(self, method: XKV, layer: int, kv: LayerKV, factors: LayerFactors, rope: Rope) -> None:
+        self._layer, self._rope, self._factors = layer, rope, factors
+        self._chunks_read = method.budget // method.chunk
+        self._tokens = kv.k.shape[2]
+        context = method.context_tokens(self._tokens)
+        self._landmarks, outliers = Landmarks.of(kv.k[:, :, :context], method.chunk, method.outlier_chunks)
+        self._outliers = ops.gather_tokens(kv.k, outliers), ops.gather_tokens(kv.v, outliers)
+        # Copies, because slices of the whole prompt would keep it alive.
+        self._tail_k, self._tail_v = (TokenBuffer(x[:, :, context:].clone(), axis=2) for x in (kv.k, kv.v))
+
+    def step(self, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
+        self._tail_k.append(k)
+        self._tail_v.append(v)
+        self._tokens += 1
+        exact = [self._outliers, (self._tail_k.view, self._tail_v.view)]
+        if not len(self._landmarks):
+            return ops.attend(q, exact, scaling)
+        index = self._landmarks.choose(q, self._chunks_read, scaling)
+        keys, values = (part.rebuild_at(self._factors.place, index) for part in self._factors[:2])
+        keys = self._rope.rotate(self._layer, keys, index, self._tokens)
+        return ops.attend(q, [(keys, values), *exact], scaling)
+
+    def nbytes(self) -> Bytes:
+        exact = sum(x.nbytes for x in self._outliers) + self._tail_k.nbytes() + self._tail_v.nbytes()
+        return Bytes(self._landmarks.nbytes() + exact, 0)
 
 
-class _XKVCache(DecodeCache):
+class _XKVCache(LayeredCache):
     def __init__(self, method: XKV, rope: Rope) -> None:
+        super().__init__()
         self._method, self._rope = method, rope
         self._prompt: dict[int, LayerKV] = {}  # layers whose group is not full yet
-        self._groups: list[_Group] = []
-        self._members: dict[int, _Member] = {}
+        self._groups: list[tuple[low_rank.SharedFactors, low_rank.SharedFactors]] = []
 
     def ingest(self, layer: int, kv: LayerKV) -> None:
         self._prompt[layer] = kv
@@ -152,45 +235,23 @@ class _XKVCache(DecodeCache):
         layers, share = len(self._prompt), self._method.share
         keys = [self._pre_rope(layer, kv.k) for layer, kv in self._prompt.items()]
         values = [kv.v for kv in self._prompt.values()]
-        group = _Group(
-            _factors(keys, share(self._method.rank_k, layers), values[0].dtype),
-            _factors(values, share(self._method.rank_v, layers), values[0].dtype),
+        group = (
+            low_rank.share(keys, share(self._method.rank_k, layers), values[0].dtype),
+            low_rank.share(values, share(self._method.rank_v, layers), values[0].dtype),
         )
         self._groups.append(group)
         for place, (layer, kv) in enumerate(self._prompt.items()):
-            new_k, new_v = (TokenBuffer(x[:, :, :0], axis=2) for x in (kv.k, kv.v))
-            self._members[layer] = _Member(group, place, new_k, new_v)
+            self.layers[layer] = self._method.new_layer(layer, kv, LayerFactors(*group, place), self._rope)
         self._prompt.clear()
-
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
-        group, place, new_k, new_v = self._members[layer]
-        new_k.append(k)
-        new_v.append(v)
-        keys = group.keys.rebuild(place, k.shape[1])
-        prompt_tokens = keys.shape[2]
-        positions = torch.arange(prompt_tokens, device=keys.device)
-        keys = self._rope.rotate(layer, keys, positions, prompt_tokens + len(new_k))
-        of_prompt, of_new = ops.segment_weights(q, (keys, new_k.view), scaling)
-        return (group.values.weigh(of_prompt, place) + of_new @ new_v.view).view_as(q)
 
     def _pre_rope(self, layer: int, k: Tensor) -> Tensor:
         positions = torch.arange(k.shape[2], device=k.device)
         return self._rope.unrotate(layer, k, positions, k.shape[2])
 
     def nbytes(self) -> Bytes:
-        factors = sum(part.nbytes for group in self._groups for part in group)
-        new = sum(member.new_k.nbytes() + member.new_v.nbytes() for member in self._members.values())
-        return Bytes(factors + new, 0)
+        return Bytes(sum(part.nbytes for group in self._groups for part in group), 0) + super().nbytes()
 
     def close(self) -> None:
         self._prompt.clear()
         self._groups.clear()
-        self._members.clear()
-
-
-def _factors(layers: list[Tensor], rank: int, dtype: torch.dtype) -> _Factors:
-    """The best factors of the layers side by side. layers [B,H,n,D] each."""
-    side_by_side = torch.cat([x.float().transpose(1, 2).flatten(2) for x in layers], dim=2)
-    basis = low_rank.fit(side_by_side, rank)
-    coefficients = basis.project(side_by_side).to(dtype)
-    return _Factors(coefficients, basis.vectors.to(dtype), basis.mean.to(dtype), len(layers))
+        super().close()

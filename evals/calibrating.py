@@ -1,0 +1,53 @@
+"""Calibration of methods that learn something about a model from a text, whichever text it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from evals.sources import haystack
+from shadowkv.engine import Engine
+from shadowkv.errors import SkvError
+from shadowkv.method import LayerKV
+from shadowkv.methods.infinigen import InfiniGen
+from shadowkv.names import did_you_mean
+
+_MIN_TOKENS = 256
+# One layer of a text's prefill, with all queries -> what a method keeps of it.
+Learner = Callable[[LayerKV], Tensor]
+LEARNERS: Mapping[str, Learner] = MappingProxyType({InfiniGen.name: InfiniGen.calibrate})
+
+
+def find_calibrated(method: str) -> Learner:
+    """How a method learns; raises `SkvError` where it does not."""
+    if method not in LEARNERS:
+        raise SkvError(f"'{method}' needs no calibration{did_you_mean(method, LEARNERS)}; only: {', '.join(LEARNERS)}")
+    return LEARNERS[method]
+
+
+def calibration_ids(tokenizer: Any, text: str, tokens: int, context_tokens: int) -> tuple[Tensor, dict[str, str]]:
+    """The first `tokens` tokens of a text, [1,tokens], and what it is. Raises `SkvError` if it has too few."""
+    if tokens < _MIN_TOKENS:
+        raise SkvError(f"--tokens must be at least {_MIN_TOKENS}, got {tokens}")
+    if tokens > context_tokens:
+        raise SkvError(f"--tokens {tokens} is beyond this model's context of {context_tokens}")
+    source = haystack(text)
+    ids = tokenizer(source.text)["input_ids"]
+    if len(ids) < tokens:
+        raise SkvError(
+            f"calibration text {source.name} is too short: {len(ids)} tokens of {tokens}; "
+            f"give a longer --text or fewer --tokens"
+        )
+    return torch.tensor([ids[:tokens]]), {"text": source.name, "text_sha256": source.sha256, "tokens": str(tokens)}
+
+
+def calibration_of(learner: Learner, model: PreTrainedModel, ids: Tensor) -> dict[int, Tensor]:
+    """What is learnt in each layer that methods serve, by layer number, on the CPU."""
+    recording = Engine(model, record_queries=True).prefill(ids).recording
+    served = [(n, layer) for n, layer in enumerate(recording.recorded) if layer.window is None]
+    return {n: learner(layer.layer_kv(None, 0)).cpu() for n, layer in served}
