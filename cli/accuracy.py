@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     # The model's context in tokens -> the task, or an error about a length beyond it.
     MakeTask = Callable[[int], Task]
 
-_DTYPES = ("auto", "float32", "bfloat16", "float16")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 class _Prepared:
@@ -204,8 +204,8 @@ def _check_options(settings: Settings) -> None:
     from shadowkv.names import did_you_mean
 
     dtype, chunk = settings.dtype, settings.prefill_chunk_tokens
-    if dtype not in _DTYPES:
-        raise SkvError(f"unknown dtype '{dtype}'{did_you_mean(dtype, _DTYPES)}; one of {', '.join(_DTYPES)}")
+    if dtype not in DTYPES:
+        raise SkvError(f"unknown dtype '{dtype}'{did_you_mean(dtype, DTYPES)}; one of {', '.join(DTYPES)}")
     if settings.budget is not None and settings.kv_bytes is not None:
         raise SkvError("--budget and --kv-bytes would each decide what methods keep; give one of them")
     if chunk is not None and chunk < 1:

@@ -14,7 +14,18 @@ from typing import Annotated
 import typer
 from typer.exceptions import TyperException
 
-from cli import calibrate, data_ruler, eval_longbench, eval_niah, eval_ruler, info, plan, pull
+from cli import (
+    bench_latency,
+    bench_throughput,
+    calibrate,
+    data_ruler,
+    eval_longbench,
+    eval_niah,
+    eval_ruler,
+    info,
+    plan,
+    pull,
+)
 from shadowkv.errors import SkvError
 
 _INTERRUPTED = "interrupted; run the same command to continue"
@@ -33,6 +44,10 @@ evaluate.command("niah", epilog=eval_niah.EPILOG)(eval_niah.niah)
 evaluate.command("ruler", epilog=eval_ruler.EPILOG)(eval_ruler.ruler)
 evaluate.command("longbench", epilog=eval_longbench.EPILOG)(eval_longbench.longbench)
 app.add_typer(evaluate, name="eval")
+bench = typer.Typer(no_args_is_help=True, help="Measure speed and memory.")
+bench.command("throughput", epilog=bench_throughput.EPILOG)(bench_throughput.throughput)
+bench.command("latency", epilog=bench_latency.EPILOG)(bench_latency.latency)
+app.add_typer(bench, name="bench")
 data = typer.Typer(no_args_is_help=True, help="Write a benchmark's prompts to files.")
 data.command("ruler", epilog=data_ruler.EPILOG)(data_ruler.ruler)
 app.add_typer(data, name="data")

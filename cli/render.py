@@ -49,6 +49,11 @@ def print_summary(title: str, report: Report, notes: Sequence[str]) -> None:
     for table in report.tables:
         print_table(table)
     print_table(cost_table(title, report.rows), narrow=cost_table(title, report.rows, dense=True))
+    print_notes(notes)
+
+
+def print_notes(notes: Sequence[str]) -> None:
+    """What a reader must know, below the tables."""
     for note in notes:
         console().print(f"[yellow]{escape(note)}[/]")
 
@@ -92,7 +97,21 @@ def _drawn(figures: Figures, *, dense: bool) -> Table:
 
 @contextmanager
 def progress(*, shown: bool) -> Iterator[Callable[[Step], None]]:
-    """A bar on stderr with the time that is left, fed with steps of a run."""
+    """A bar on stderr with the time that is left, fed with steps of an accuracy run."""
+    with progress_bar(shown=shown) as advance:
+
+        def on_step(step: Step) -> None:
+            said = "computing the first prompt"
+            if step.record is not None:
+                said = f"{step.record.method} @ {step.record.length}: {safe(step.record.prediction, 24)}"
+            advance(step.done, step.total, said)
+
+        yield on_step
+
+
+@contextmanager
+def progress_bar(*, shown: bool) -> Iterator[Callable[[int, int, str], None]]:
+    """A bar on stderr, fed with how many of how many are done, and what is being done."""
     # What is being done comes last and gives way: on a narrow terminal the time that is left must stay readable.
     said_last = TextColumn("{task.description}", table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis"))
     bar = Progress(
@@ -101,14 +120,7 @@ def progress(*, shown: bool) -> Iterator[Callable[[Step], None]]:
     )  # fmt: skip
     with bar:
         handle = bar.add_task("starting", total=None)
-
-        def advance(step: Step) -> None:
-            said = "computing the first prompt"
-            if step.record is not None:
-                said = f"{step.record.method} @ {step.record.length}: {safe(step.record.prediction, 24)}"
-            bar.update(handle, total=step.total, completed=step.done, description=said)
-
-        yield advance
+        yield lambda done, total, said: bar.update(handle, total=total, completed=done, description=said)
 
 
 @contextmanager

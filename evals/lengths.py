@@ -5,7 +5,7 @@ from __future__ import annotations
 from shadowkv.errors import SkvError
 
 
-def parse_lengths(text: str, context_tokens: int | None) -> tuple[int, ...]:
+def parse_lengths(text: str, context_tokens: int | None, option: str = "--lengths") -> tuple[int, ...]:
     """Read `1k,2k,4096`; k is 1024 tokens. Raises `SkvError` on nonsense and beyond the context, if one is given."""
     lengths = []
     for item in filter(None, (part.strip().lower() for part in text.split(","))):
@@ -18,5 +18,5 @@ def parse_lengths(text: str, context_tokens: int | None) -> tuple[int, ...]:
             raise SkvError(f"length {item} ({tokens} tokens) is beyond this model's context of {context_tokens} tokens")
         lengths.append(tokens)
     if not lengths:
-        raise SkvError("no lengths given; for example --lengths 1k,2k,4k")
+        raise SkvError(f"no lengths given; for example {option} 1k,2k,4k")
     return tuple(dict.fromkeys(lengths))

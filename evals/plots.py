@@ -18,7 +18,7 @@ from evals.tables import tokens
 _DPI = 200
 # Okabe and Ito's colours, which colour-blind readers can tell apart, and a marker for each: print has no colours.
 COLOURS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7", "#999933")
-_MARKERS = "osD^vP*X"
+MARKERS = "osD^vP*X"
 
 
 def new_figure(width: float, height: float, title: str) -> Figure:
@@ -56,7 +56,7 @@ def write_score_by_group(
             continue
         x, y, low, high = known.T
         spread = _whiskers(y, low, high)
-        colour, marker = COLOURS[place % len(COLOURS)], _MARKERS[place % len(_MARKERS)]
+        colour, marker = COLOURS[place % len(COLOURS)], MARKERS[place % len(MARKERS)]
         axis.errorbar(x, y, spread, label=label, capsize=2, lw=1.2, ms=4, color=colour, marker=marker)
     axis.set_xticks(range(len(groups)), [name for name, _ in groups])
     axis.set_xlabel(axis_label, fontsize=8)
@@ -83,7 +83,7 @@ def write_score_by_bytes(path: Path, rows: Sequence[Row], title: str) -> Path:
         y, low, high = scores.T
         spread = _whiskers(y, low, high)
         colour = COLOURS[place % len(COLOURS)]
-        marker = _MARKERS[(place + place // len(COLOURS)) % len(_MARKERS)]
+        marker = MARKERS[(place + place // len(COLOURS)) % len(MARKERS)]
         axis.errorbar(x, y, spread, label=name, color=colour, marker=marker, ms=5, lw=0.8, elinewidth=0.5, capsize=2)
     axis.set_xscale("log", base=2)
     axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")

@@ -5,16 +5,33 @@ from __future__ import annotations
 import errno
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Hashable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, Generic, NamedTuple, Protocol, TypeVar
 
 from filelock import FileLock, Timeout
 
 from evals.manifest import Manifest
 from shadowkv.errors import SkvError
+
+
+class Kept(Protocol):
+    """A record that a run folder can hold: a dataclass, one line of JSON each."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+    FILE: ClassVar[str]
+
+    @property
+    def key(self) -> Hashable: ...
+
+    @property
+    def final(self) -> bool:
+        """Whether what it answers is settled; otherwise it may be tried again."""
+
+
+R = TypeVar("R", bound=Kept)
 
 
 class Key(NamedTuple):
@@ -30,6 +47,8 @@ class Key(NamedTuple):
 @dataclass(frozen=True)
 class Record:
     """One answer. `score` is null unless `status` is ok: a failure is never a zero."""
+
+    FILE: ClassVar[str] = "samples.jsonl"
 
     benchmark: str
     task: str
@@ -61,30 +80,35 @@ class Record:
         return Key(self.benchmark, self.task, self.length, self.sample, self.method)
 
     @property
+    def final(self) -> bool:
+        return self.score is not None
+
+    @property
     def decode_ms_per_token(self) -> float | None:
         """Time of one decode step; the first token costs none, since it comes from the prefill."""
         steps = self.new_tokens if self.stopped else self.new_tokens - 1
         return 1000 * self.decode_s / steps if steps > 0 and self.status == "ok" else None
 
 
-class RunFolder:
-    """Records of one run, read from and appended to `samples.jsonl`; use `open_run` to get one."""
+class RunFolder(Generic[R]):
+    """Records of one run, read from and appended to the file of their kind; use `open_run` to get one."""
 
-    def __init__(self, path: Path, manifest: Manifest) -> None:
+    def __init__(self, path: Path, manifest: Manifest, kind: type[R]) -> None:
         self.path = path
         self.manifest = manifest
-        self.repaired_lines, self.records = _read(path / "samples.jsonl", repair=True)
+        self.file = path / kind.FILE
+        self.repaired_lines, self.records = _read(self.file, kind, repair=True)
 
-    def has(self, key: Key) -> bool:
+    def has(self, key: Hashable) -> bool:
         """Whether this question is answered; a failed one may be tried again."""
-        return key in self.records and self.records[key].score is not None
+        return key in self.records and self.records[key].final
 
-    def append(self, record: Record) -> None:
+    def append(self, record: R) -> None:
         """Write one record and make sure it stays written."""
         if self.has(record.key):
             raise ValueError(f"{record.key} is already answered")
         line = (json.dumps(asdict(record), ensure_ascii=False) + "\n").encode()
-        file = os.open(self.path / "samples.jsonl", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        file = os.open(self.file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         try:
             written = os.write(file, line)
             if written != len(line):
@@ -97,8 +121,13 @@ class RunFolder:
         self.records[record.key] = record
 
 
+def open_run(path: Path, manifest: Manifest) -> AbstractContextManager[RunFolder[Record]]:
+    """`open_records` of answers."""
+    return open_records(path, manifest, Record)
+
+
 @contextmanager
-def open_run(path: Path, manifest: Manifest) -> Iterator[RunFolder]:
+def open_records(path: Path, manifest: Manifest, kind: type[R]) -> Iterator[RunFolder[R]]:
     """Start or continue the run in `path`, alone.
 
     Raises `SkvError` if another process is writing there, if the folder holds another configuration (naming what
@@ -113,12 +142,12 @@ def open_run(path: Path, manifest: Manifest) -> Iterator[RunFolder]:
     except OSError as error:
         raise SkvError(f"cannot write to {path}: {error.strerror or error}") from error
     try:
-        yield RunFolder(path, _described(path, manifest))
+        yield RunFolder(path, _described(path, manifest, kind.FILE), kind)
     finally:
         lock.release()
 
 
-def _described(path: Path, manifest: Manifest) -> Manifest:
+def _described(path: Path, manifest: Manifest, file: str) -> Manifest:
     """Write run.json, or check that the one there is of this configuration and add to it."""
     described = path / "run.json"
     if described.is_file():
@@ -127,7 +156,7 @@ def _described(path: Path, manifest: Manifest) -> Manifest:
         if differing:
             raise SkvError(f"{path} holds a run of another configuration; choose another --out ({differing})")
         manifest = manifest.continuing(older)
-    elif (path / "samples.jsonl").exists():
+    elif (path / file).exists():
         raise SkvError(f"{path} holds records but no run.json; choose another --out")
     try:
         manifest.write(described)
@@ -137,14 +166,19 @@ def _described(path: Path, manifest: Manifest) -> Manifest:
 
 
 def read_run(path: Path) -> tuple[Manifest, list[Record]]:
+    """`read_records` of answers."""
+    return read_records(path, Record)
+
+
+def read_records(path: Path, kind: type[R]) -> tuple[Manifest, list[R]]:
     """A run folder as it is, without touching it."""
     if not (path / "run.json").is_file():
         raise SkvError(f"{path} is not a run folder: it holds no run.json")
-    _, records = _read(path / "samples.jsonl", repair=False)
+    _, records = _read(path / kind.FILE, kind, repair=False)
     return Manifest.read(path / "run.json"), list(records.values())
 
 
-def _read(path: Path, *, repair: bool) -> tuple[int, dict[Key, Record]]:
+def _read(path: Path, kind: type[R], *, repair: bool) -> tuple[int, dict[Hashable, R]]:
     """Records by key, after completing or cutting off a last line that a killed process left unfinished."""
     if not path.is_file():
         return 0, {}
@@ -152,24 +186,24 @@ def _read(path: Path, *, repair: bool) -> tuple[int, dict[Key, Record]]:
     whole, _, torn = raw.rpartition(b"\n")
     whole = whole + b"\n" if whole or raw[:1] == b"\n" else whole
     if torn and repair:
-        complete = _parse(torn) is not None
+        complete = _parse(torn, kind) is not None
         with path.open("r+b") as file:
             file.seek(len(raw) if complete else len(whole))
             file.write(b"\n" if complete else b"")
             file.truncate()
-    records: dict[Key, Record] = {}
-    lines = whole.splitlines() + ([torn] if torn and _parse(torn) is not None else [])
+    records: dict[Hashable, R] = {}
+    lines = whole.splitlines() + ([torn] if torn and _parse(torn, kind) is not None else [])
     for number, line in enumerate(lines, 1):
-        record = _parse(line)
+        record = _parse(line, kind)
         if record is None:
             raise SkvError(f"line {number} of {path} is damaged; remove it to go on without that record")
-        if record.key not in records or records[record.key].score is None:
+        if record.key not in records or not records[record.key].final:
             records[record.key] = record
     return int(bool(torn)), records
 
 
-def _parse(line: bytes) -> Record | None:
+def _parse(line: bytes, kind: type[R]) -> R | None:
     try:
-        return Record(**json.loads(line))
+        return kind(**json.loads(line))
     except (ValueError, TypeError):
         return None

@@ -14,18 +14,16 @@ import numpy as np
 import torch
 
 from evals.diagnostics import diagnose
+from evals.failures import FAILURES, status_of
 from evals.results import Key, Record, RunFolder
 from evals.summary import grouped
 from evals.task import Example, Question, Task
 from shadowkv.engine import Engine, Prefill
-from shadowkv.errors import SkvError
 from shadowkv.loading import LoadedModel
 from shadowkv.method import Method
 from shadowkv.wording import one_line
 
 T = TypeVar("T")
-# What a single answer may fail with without taking the run down; anything else is a bug and ends it.
-_FAILURES = (RuntimeError, MemoryError, SkvError)
 
 
 class Step(NamedTuple):
@@ -59,7 +57,7 @@ def run_accuracy(
     run: Run,
     questions: Sequence[Question],
     methods: Sequence[Method],
-    folder: RunFolder,
+    folder: RunFolder[Record],
     on_step: Callable[[Step], None] = lambda _: None,
 ) -> None:
     """Answer every (question, method) pair that the folder does not hold yet."""
@@ -93,7 +91,7 @@ def _answers(run: Run, example: Example, methods: Sequence[Method]) -> Iterator[
     started = time.perf_counter()
     try:
         prefill = run.engine.prefill(torch.tensor([example.input_ids]), methods[0].prefill)
-    except _FAILURES as failure:
+    except FAILURES as failure:
         yield from (_failed(blank, failure) for method in methods for blank in _blanks(example, method).values())
         return
     seconds = run.now() - started
@@ -183,7 +181,7 @@ def _conversation(run: Run, example: Example, prefill: Prefill, prefill_s: float
                 )
                 del blanks[turn.sample]
                 yield answered
-        except _FAILURES as failure:
+        except FAILURES as failure:
             yield from (_failed(blank, failure) for blank in blanks.values())
 
 
@@ -193,12 +191,10 @@ def _diagnosis(run: Run, example: Example, prefill: Prefill, method: Method) -> 
         return {}
     try:
         found = diagnose(run.engine, prefill, method, example.max_new_tokens, run.loaded.stop_ids)
-    except _FAILURES as failure:
+    except FAILURES as failure:
         return {"diagnostics_error": one_line(failure)}
     return {"diagnostics": asdict(found)}
 
 
 def _failed(blank: Record, failure: BaseException) -> Record:
-    text = one_line(failure)
-    out_of_memory = isinstance(failure, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in text
-    return replace(blank, status="oom" if out_of_memory else "error", error=text)
+    return replace(blank, status=status_of(failure), error=one_line(failure))

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+
 import torch
 from torch import Tensor
 
+from shadowkv.stacking import Stackable, joined_tensor, row_shape
 
-class TokenBuffer:
+
+class TokenBuffer(Stackable):
     """Tokens along one axis of a tensor, appended at the end, dropped at the front or overwritten.
 
     Growth is by a fixed number of tokens, so that what is held stays close to what is used (`nbytes` counts all
@@ -14,7 +18,8 @@ class TokenBuffer:
     """
 
     def __init__(self, start: Tensor, axis: int, grow_tokens: int = 256) -> None:
-        self._data = start
+        # A view without tokens must not keep alive what it is a view of.
+        self._data = start if start.shape[axis] else start.clone()
         self._axis = axis
         self._grow_tokens = grow_tokens
         self._first = 0
@@ -47,6 +52,15 @@ class TokenBuffer:
         """Forget the oldest tokens; their space is used again at the next growth."""
         assert count <= len(self)
         self._first += count
+
+    def shape_of_a_row(self) -> Hashable:
+        return (self._axis, self._grow_tokens, row_shape(self.view))
+
+    @classmethod
+    def stack(cls, rows: list[TokenBuffer]) -> TokenBuffer:
+        joined = cls(joined_tensor([row.view for row in rows]), rows[0]._axis, rows[0]._grow_tokens)
+        joined._owned = True
+        return joined
 
     def nbytes(self) -> int:
         """Bytes held, spare room included."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NoReturn, cast
 
@@ -16,7 +16,7 @@ from shadowkv.errors import SkvError
 from shadowkv.foresight import Foresight
 from shadowkv.geometry import dims_of
 from shadowkv.method import Bytes, DecodeCache, Method, depth_of
-from shadowkv.recording import Recording, RecordingLayer, count_queries
+from shadowkv.recording import Recorded, RecordedLayer, Recording, count_queries
 from shadowkv.rope import Rope
 
 
@@ -61,14 +61,14 @@ class MethodLayer(CacheLayerMixin):
 class MethodCache(Cache):
     """A prompt as one method keeps it, ready for new tokens; sliding-window layers stay dense in their window."""
 
-    def __init__(self, model: PreTrainedModel, recording: Recording, method: Method, rope: Rope) -> None:
+    def __init__(self, model: PreTrainedModel, recording: Recorded, method: Method, rope: Rope) -> None:
         super().__init__(layers=[])
         self._caches: list[DecodeCache] = []
         self.usable: Callable[[], bool] = lambda: True  # false once the prompt it shows views of was written over
         self._foresight = Foresight(model, self) if method.speculates else None
         self.begin(recording, method, rope, None)
 
-    def begin(self, recording: Recording, method: Method, rope: Rope, skip: list[int] | None) -> None:
+    def begin(self, recording: Recorded, method: Method, rope: Rope, skip: list[int] | None) -> None:
         """Hand every recorded layer to `method`. `skip` is the left padding per row, None for none."""
         rows: list[int | None] = [None] if skip is None else list(range(len(skip)))
         padding = [0] if skip is None else skip
@@ -117,6 +117,38 @@ class MethodCache(Cache):
         self._caches, self.layers = [], []
 
 
+class JoinedCache(MethodCache):
+    """Prompts of one length that were built one by one, decoded as one batch; the rows' own caches are used up.
+
+    `stacked` says whether they became one cache, or run one after the other within each layer.
+    """
+
+    def __init__(self, model: PreTrainedModel, method: Method, rows: Sequence[MethodCache]) -> None:
+        Cache.__init__(self, layers=[])
+        self.usable = lambda: True
+        lengths = {row.get_seq_length() for row in rows}
+        if len(lengths) != 1:
+            raise ValueError(f"rows of one batch hold as many tokens each, not {sorted(lengths)}")
+        columns = lengths.pop()
+        layers = [list(same) for same in zip(*(row.layers for row in rows), strict=True)]
+        held = [cache for row in rows for cache in row._caches]
+        for row in rows:
+            row._caches = []
+            row.close()
+        self._caches = list(type(held[0]).join(held))
+        self.stacked = len(self._caches) == 1
+        self._foresight = Foresight(model, self) if method.speculates else None
+        rows_each = len(rows) // len(self._caches)
+        for place, cache in enumerate(self._caches):
+            if self._foresight is not None:
+                of_cache = slice(place * rows_each, (place + 1) * rows_each)
+                cache.foresee(partial(_guess, self._foresight, of_cache))
+        self.layers = [
+            _joined_windows(same) if same[0].is_sliding else MethodLayer(index, self._caches, columns)
+            for index, same in enumerate(layers)
+        ]
+
+
 class DropInCache(MethodCache):
     """For plain `model.generate`: the first forward pass is recorded as the prompt, the second starts the method."""
 
@@ -162,7 +194,7 @@ def _guess(foresight: Foresight, rows: slice, layer: int) -> Tensor:
     return foresight.query(layer, seen_by=layer - 1)[rows]
 
 
-def _windowed(recorded: RecordingLayer) -> DynamicSlidingWindowLayer:
+def _windowed(recorded: RecordedLayer) -> DynamicSlidingWindowLayer:
     assert recorded.window is not None
     layer = DynamicSlidingWindowLayer(sliding_window=recorded.window)
     kv = recorded.layer_kv(None, 0)
@@ -170,3 +202,10 @@ def _windowed(recorded: RecordingLayer) -> DynamicSlidingWindowLayer:
     layer.update(kv.k[:, :, recorded.tokens - kept :], kv.v[:, :, recorded.tokens - kept :])
     layer.cumulative_length = recorded.tokens
     return layer
+
+
+def _joined_windows(rows: list[Any]) -> DynamicSlidingWindowLayer:
+    joined = DynamicSlidingWindowLayer(sliding_window=rows[0].sliding_window)
+    joined.update(torch.cat([row.keys for row in rows]), torch.cat([row.values for row in rows]))
+    joined.cumulative_length = rows[0].cumulative_length
+    return joined

@@ -8,7 +8,7 @@ the numbers are the same to the bit with or without that reuse.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,12 +16,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from shadowkv.attention import attach
-from shadowkv.cache import MethodCache
+from shadowkv.cache import JoinedCache, MethodCache
 from shadowkv.errors import SkvError
 from shadowkv.geometry import dims_of
 from shadowkv.method import OBSERVED_QUERIES, Method, require
 from shadowkv.prefills import SparsePrefill
-from shadowkv.recording import Recording
+from shadowkv.recording import Recorded, Recording
 from shadowkv.rope import Rope
 
 # Small chunks waste less of a shared prefix; large ones keep a GPU busy.
@@ -101,14 +101,31 @@ class Engine:
             raise ValueError("this prefill was replaced by a later one")
         if prefill.sparse != method.prefill:
             raise ValueError(f"{method.label} wants another prefill than this one")
-        method.check(self.dims)
         require(
             self._record_queries or not method.needs_prompt_queries,
             f"{method.label} needs all queries of the prompt: make the engine with record_queries=True",
         )
-        cache = MethodCache(self.model, prefill.recording, method, self.rope)
+        cache = self.adopt(prefill.recording, method)
         cache.usable = lambda: prefill.valid
         return cache
+
+    @torch.inference_mode()
+    def adopt(self, recorded: Recorded, method: Method) -> MethodCache:
+        """A prompt from layers that this engine does not keep: each is asked for once, and may be let go then."""
+        method.check(self.dims)
+        return MethodCache(self.model, recorded, method, self.rope)
+
+    @torch.inference_mode()
+    def join(self, rows: Sequence[MethodCache], method: Method) -> JoinedCache:
+        """Caches of equally long prompts as one batch, layer by layer; the rows are used up.
+
+        With `forget` after each prefill, B prompts never need B dense snapshots at once.
+        """
+        return JoinedCache(self.model, method, rows)
+
+    def forget(self) -> None:
+        """Let go of all snapshots: their buffers are freed, or belong to the caches that show views of them."""
+        self._kept.clear()
 
     @torch.inference_mode()
     def extend(self, cache: MethodCache, input_ids: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from transformers.cache_utils import Cache
 
 from shadowkv.attention import with_handle
 from shadowkv.errors import SkvError
+from shadowkv.ranges import ranged
 
 
 class _Caught(Exception):  # noqa: N818 - it ends a guess, it reports no error
@@ -62,6 +63,7 @@ class Foresight:
         # Hooks on the model outlive a cache that nobody closes, but must not keep it alive.
         weakref.finalize(cache, self.close).atexit = False
 
+    @ranged("selection")
     def query(self, layer: int, seen_by: int) -> Tensor:
         """The query, after RoPE, that `layer` makes of the input of layer `seen_by`. [B,Hq,T,D].
 

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from shadowkv import ops
 from shadowkv.buffers import TokenBuffer
+from shadowkv.ranges import ranged
+from shadowkv.stacking import Stackable
 
 
 class Coding(NamedTuple):
@@ -51,7 +53,7 @@ CODINGS: dict[str, Coding] = {
 }
 
 
-class HostTokens:
+class HostTokens(Stackable):
     """Keys or values [B,H,n,D] on the host; what is fetched crosses over as it is stored, and is decoded there."""
 
     def __init__(self, x: Tensor, coding: str = "native") -> None:
@@ -64,10 +66,12 @@ class HostTokens:
         for held, new in zip(self._parts, self._coding.encode(x), strict=True):
             held.append(new)
 
+    @ranged("fetch")
     def gather(self, index: Tensor) -> Tensor:
         """The tokens of index [B,H,s], on its device. [B,H,s,D]."""
         return self._coding.decode(*(ops.gather_tokens(part.view, index) for part in self._parts)).to(self._dtype)
 
+    @ranged("fetch")
     def fetch_all(self, device: torch.device) -> Tensor:
         """Every token, on `device`. [B,H,n,D]."""
         return self._coding.decode(*(part.view.to(device) for part in self._parts)).to(self._dtype)

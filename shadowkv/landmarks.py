@@ -12,6 +12,7 @@ from shadowkv import ops
 from shadowkv.buffers import TokenBuffer
 from shadowkv.errors import SkvError
 from shadowkv.method import Method, require
+from shadowkv.stacking import Stackable
 
 _OUTLIERS_PER_BUDGET_TOKEN = 24 / 1024  # the authors' density
 
@@ -68,7 +69,7 @@ class SelectsChunks(Method):
         raise SkvError(f"{self.name}: {tokens} tokens leave no room beside outliers and {self.local} local chunks")
 
 
-class Landmarks:
+class Landmarks(Stackable):
     """One layer's chunks by their means, [B,H,C,D], without the outliers; chunks are numbered by their place."""
 
     def __init__(self, means: Tensor, numbers: Tensor, chunk: int) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -12,10 +14,14 @@ from shadowkv import ops
 from shadowkv.buffers import TokenBuffer
 from shadowkv.method import Bytes, DecodeCache, Dims, LayerKV, Method, largest_within
 from shadowkv.rope import Rope
+from shadowkv.stacking import Stackable, can_stack, stack
 
 
-class LayerState(ABC):
-    """What is kept of one layer; the arguments are those of `DecodeCache`."""
+class LayerState(Stackable, ABC):
+    """What is kept of one layer; the arguments are those of `DecodeCache`.
+
+    Its attributes can be stacked (`shadowkv.stacking`): every tensor has the batch first.
+    """
 
     @abstractmethod
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor: ...
@@ -79,6 +85,15 @@ class LayerwiseCache(LayeredCache):
 
     def ingest(self, layer: int, kv: LayerKV) -> None:
         self.layers[layer] = self._method.new_layer(layer, kv, self._rope)
+
+    @classmethod
+    def join(cls, rows: list[Self]) -> Sequence[DecodeCache]:
+        # Rows that differ in shape are copied one by one, so that they too let go of their prefill.
+        together = [rows] if can_stack([row.layers for row in rows]) else [[row] for row in rows]
+        joined = [cls(group[0]._method, group[0]._rope) for group in together]
+        for cache, group in zip(joined, together, strict=True):
+            cache.layers = stack([row.layers for row in group])
+        return joined
 
 
 class LayerwiseMethod(Method):

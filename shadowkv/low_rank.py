@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from shadowkv import ops
+from shadowkv.ranges import ranged
 
 _BLOCK_TOKENS = 8192
 
@@ -65,16 +66,19 @@ class SharedFactors(NamedTuple):
     def nbytes(self) -> int:
         return sum(x.nbytes for x in (self.coefficients, self.vectors, self.mean))
 
+    @ranged("rebuild")
     def rebuild(self, place: int, heads: int) -> Tensor:
         """What the layer at `place` of the group had, [B,H,n,D]."""
         vectors, mean = self._of(place, heads)
         return self.coefficients[:, None] @ vectors + mean
 
+    @ranged("rebuild")
     def rebuild_at(self, place: int, index: Tensor) -> Tensor:
         """Chosen tokens of what the layer at `place` had. index [B,H,s] -> [B,H,s,D]."""
         own = self._columns(place)
         return ops.rebuild(self.coefficients, self.vectors[:, :, own], self.mean[:, :, own], index)
 
+    @ranged("attention")
     def weigh(self, weights: Tensor, place: int) -> Tensor:
         """weights @ rebuild(place), without rebuilding. weights [B,H,m,n] -> [B,H,m,D]."""
         vectors, mean = self._of(place, weights.shape[1])

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self, cast
 
 from torch import Tensor
 
@@ -120,6 +120,14 @@ class DecodeCache(ABC):
     def nbytes(self) -> Bytes:
         """Bytes of every tensor this cache keeps alive, exactly (shared views of the prefill included)."""
 
+    @classmethod
+    def join(cls, rows: list[Self]) -> Sequence[DecodeCache]:
+        """Caches of one row each, in as few caches as can hold them, in order. `rows` cannot be used afterwards.
+
+        What is returned shows no views of a prefill beyond what it holds. As they are, rows run one after the other.
+        """
+        return rows
+
     def close(self) -> None:  # noqa: B027 - most caches have nothing but tensors to let go
         """Release streams, pinned memory and the like."""
 
@@ -166,6 +174,11 @@ class Method(Setting, ABC):
     def speculates(self) -> bool:
         """Whether its caches are to be given a `Guess`."""
         return False
+
+    @property
+    def cost_follows_text(self) -> bool:
+        """Whether what a step reads, or what is kept, depends on the prompt: made-up keys then give wrong costs."""
+        return self.speculates
 
     @property
     def prefill(self) -> SparsePrefill | None:

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from shadowkv.ranges import ranged
+
 # Scores [B,H,G,n] of a group's query heads -> the scores that choose: [B,H,1,n] where the group shares one choice.
 GROUP_REDUCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "per_q_head": lambda scores: scores,
@@ -23,6 +25,7 @@ SHARED_REDUCTIONS = {name: reduce for name, reduce in GROUP_REDUCTIONS.items() i
 _SCORES_AT_ONCE = {"cpu": 2**18, "cuda": 2**26}
 
 
+@ranged("attention")
 def attend(q: Tensor, segments: Sequence[tuple[Tensor, Tensor]], scaling: float) -> Tensor:
     """Exact softmax attention over the union of segments, the last T tokens of the last one being the queries'.
 
@@ -43,6 +46,7 @@ def attend(q: Tensor, segments: Sequence[tuple[Tensor, Tensor]], scaling: float)
     return out.view(batch, q_heads, tokens, -1)
 
 
+@ranged("attention")
 def segment_weights(q: Tensor, keys: Sequence[Tensor], scaling: float) -> tuple[Tensor, ...]:
     """What `attend` weighs values by: the share of each segment in one softmax, [B,H,G*T,n_i] for k [B,H,n_i,D]."""
     batch, _q_heads, tokens, head_dim = q.shape
@@ -57,6 +61,7 @@ def segment_weights(q: Tensor, keys: Sequence[Tensor], scaling: float) -> tuple[
     return weights
 
 
+@ranged("selection")
 def top_indices(scores: Tensor, count: int) -> Tensor:
     """Indices of the `count` largest scores of the last axis, ascending; ties go to the lower index.
 
@@ -69,6 +74,7 @@ def top_indices(scores: Tensor, count: int) -> Tensor:
     return torch.searchsorted(chosen, torch.arange(1, count + 1, device=scores.device).repeat(*scores.shape[:-1], 1))
 
 
+@ranged("selection")
 def top_mask(scores: Tensor, count: int) -> Tensor:
     """True at the indices that `top_indices` returns. scores [..., n] -> bool [..., n]."""
     if not 0 < count < scores.shape[-1]:
@@ -83,12 +89,14 @@ def weakest(scores: Tensor) -> Tensor:
     return scores.shape[-1] - 1 - scores.flip(-1).argmin(dim=-1, keepdim=True)
 
 
+@ranged("selection")
 def token_indices(blocks: Tensor, block_tokens: int) -> Tensor:
     """Tokens of contiguous blocks. blocks [..., s] block numbers -> [..., s * block_tokens]."""
     offsets = torch.arange(block_tokens, device=blocks.device)
     return (blocks[..., None] * block_tokens + offsets).flatten(-2)
 
 
+@ranged("fetch")
 def gather_tokens(x: Tensor, index: Tensor) -> Tensor:
     """Rows of each head. x [B,H,n,D], index [B,H,s] -> [B,H,s,D] where the index is, wherever x is."""
     # Indexing copies rows, which `gather` does element by element: several times slower on a CPU.
@@ -97,12 +105,14 @@ def gather_tokens(x: Tensor, index: Tensor) -> Tensor:
     return x[batch, heads, index.to(x.device)].to(index.device, non_blocking=True)
 
 
+@ranged("fetch")
 def gather_lists(x: Tensor, index: Tensor) -> Tensor:
     """Tokens of L lists per head. x [B,H,n,D], index [B,H,L,s] -> [B,H*L,s,D]."""
     batch, heads, lists, count = index.shape
     return gather_tokens(x, index.flatten(2)).view(batch, heads * lists, count, -1)
 
 
+@ranged("attention")
 def attention_scores(q: Tensor, k: Tensor, scaling: float) -> Tensor:
     """One query per head against all keys, before the softmax. q [B,Hq,1,D], k [B,H,n,D] -> [B,H,G,n] fp32."""
     batch, _, _, head_dim = q.shape
@@ -110,11 +120,13 @@ def attention_scores(q: Tensor, k: Tensor, scaling: float) -> Tensor:
     return (grouped.float() @ k.float().mT) * scaling
 
 
+@ranged("attention")
 def attention_weights(q: Tensor, k: Tensor, scaling: float) -> Tensor:
     """Softmax of one query per head over all keys. q [B,Hq,1,D], k [B,H,n,D] -> [B,H,G,n] fp32."""
     return attention_scores(q, k, scaling).softmax(dim=-1)
 
 
+@ranged("attention")
 def weighted_values(weights: Tensor, v: Tensor) -> Tensor:
     """What attention weights make of the values. weights [B,H,G,n], v [B,H,n,D] -> [B,Hq,1,D]."""
     return (weights.to(v.dtype) @ v).flatten(1, 2).unsqueeze(2)
@@ -141,6 +153,7 @@ def received_attention(q: Tensor, k: Tensor, scaling: float) -> Tensor:
     return received
 
 
+@ranged("selection")
 def chunk_scores(q: Tensor, landmarks: Tensor, scaling: float) -> Tensor:
     """How much each chunk matters to each KV head: max over the group of softmax(scaling * q landmark^T).
 
@@ -151,6 +164,7 @@ def chunk_scores(q: Tensor, landmarks: Tensor, scaling: float) -> Tensor:
     return (grouped.float() @ landmarks.float().mT * scaling).softmax(dim=-1).amax(dim=2)
 
 
+@ranged("selection")
 def page_bounds(q: Tensor, low: Tensor, high: Tensor) -> Tensor:
     """Upper bound of q k over each page, for each query head. Quest, section 3.3.
 
@@ -162,6 +176,7 @@ def page_bounds(q: Tensor, low: Tensor, high: Tensor) -> Tensor:
     return grouped.clamp(min=0) @ high.float().mT + grouped.clamp(max=0) @ low.float().mT
 
 
+@ranged("rebuild")
 def rebuild(coefficients: Tensor, vectors: Tensor, mean: Tensor, index: Tensor) -> Tensor:
     """Pre-RoPE keys of the chosen tokens from their low-rank factors.
 

@@ -42,6 +42,10 @@ class WithPrefill(Wrapper):
     def prefill(self) -> SparsePrefill:
         return self.sparse
 
+    @property
+    def cost_follows_text(self) -> bool:
+        return True
+
     def lossless(self, dims: Dims, tokens: int) -> Method | None:
         inner = self.method.lossless(dims, tokens)
         return inner and replace(self, method=inner, sparse=self.sparse.lossless(tokens))

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 from shadowkv.buffers import TokenBuffer
+from shadowkv.ranges import ranged
+from shadowkv.stacking import Stackable
 
 _HALF_MAX = torch.finfo(torch.float16).max
 
@@ -42,7 +44,7 @@ def _shifts(bits: int, device: torch.device) -> Tensor:
     return torch.arange(0, 8, bits, dtype=torch.uint8, device=device)
 
 
-class QuantisedTokens:
+class QuantisedTokens(Stackable):
     """Keys or values [B,H,n,D] as packed codes; blocks of tokens x channels share a scale and a zero.
 
     Whole blocks of tokens are appended, so what is held never depends on how the tokens arrived.
@@ -59,6 +61,7 @@ class QuantisedTokens:
         for held, new in zip(self._parts, self._encode(x), strict=True):
             held.append(new)
 
+    @ranged("rebuild")
     def decode(self) -> Tensor:
         """All tokens, [B,H,n,D]."""
         packed, scale, zero = (part.view for part in self._parts)

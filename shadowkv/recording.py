@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -19,6 +19,27 @@ from shadowkv.prefills import SparsePrefill
 
 # (q [B,Hq,T,D], k and v [B,H,n,D], scaling) -> [B,Hq,T,D], the queries being of the last T tokens.
 SparseAttention = Callable[[Tensor, Tensor, Tensor, float], Tensor]
+
+
+class RecordedLayer(Protocol):
+    """One layer of a prompt, wherever its keys and values come from."""
+
+    @property
+    def window(self) -> int | None:
+        """The sliding window, None for a layer that sees everything."""
+
+    @property
+    def tokens(self) -> int: ...
+
+    def layer_kv(self, row: int | None, skip_tokens: int) -> LayerKV:
+        """Keys, values and queries on the model's device: see `RecordingLayer.layer_kv`."""
+
+
+class Recorded(Protocol):
+    """A prompt, layer by layer."""
+
+    @property
+    def recorded(self) -> Sequence[RecordedLayer]: ...
 
 
 class RecordingLayer(CacheLayerMixin):

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from shadowkv.errors import SkvError
+from shadowkv.ranges import ranged
 
 
 class Rope:
@@ -57,6 +58,7 @@ class Rope:
                 f"{prompt_tokens} + {new_tokens} new tokens crosses that point: use a shorter or a longer prompt"
             )
 
+    @ranged("rebuild")
     def rotate(self, layer: int, k: Tensor, positions: Tensor, length: int) -> Tensor:
         """RoPE for keys of `layer`. k [B,H,T,D] pre-RoPE, positions [B,H,T] or broadcastable -> [B,H,T,D].
 

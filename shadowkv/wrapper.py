@@ -32,6 +32,10 @@ class Wrapper(Method):
         return self.method.speculates
 
     @property
+    def cost_follows_text(self) -> bool:
+        return self.method.cost_follows_text
+
+    @property
     def prefill(self) -> SparsePrefill | None:
         return self.method.prefill
 

@@ -30,6 +30,7 @@ from shadowkv.calibration import calibration_file, load_calibration
 from shadowkv.host import HostTokens
 from shadowkv.layerwise import DenseLayer
 from shadowkv.method import Bytes, DecodeCache, Dims, Guess, LayerKV, Method, require
+from shadowkv.ranges import ranged
 from shadowkv.rope import Rope
 
 
@@ -211,6 +212,7 @@ class _GuessedRow:
         self._partial.append(k @ self._skew)
         return out
 
+    @ranged("selection")
     def _choose(self, guess: Tensor, scaling: float) -> Tensor:
         """The tokens to read, for each list of a KV head. guess [1,Hq,1,D] -> [1,H,L,s]."""
         partial = self._partial.view

@@ -21,6 +21,7 @@ from shadowkv import low_rank, ops
 from shadowkv.buffers import TokenBuffer
 from shadowkv.layerwise import LayerState, LayerwiseMethod, StepwiseState
 from shadowkv.method import Bytes, Dims, LayerKV, Method, require
+from shadowkv.ranges import ranged
 from shadowkv.rope import Rope
 
 
@@ -116,12 +117,17 @@ class _LokiLayer(StepwiseState):
         keys, values = self._k.view, self._v.view
         if self._budget >= len(self._k):
             return ops.attend(q, [(keys, values)], scaling)
-        by_group = q.reshape(k.shape[0] * k.shape[1], -1, k.shape[-1])
+        index = self._best(q, scaling)
+        return ops.attend(q, [(ops.gather_lists(keys, index), ops.gather_lists(values, index))], scaling)
+
+    @ranged("selection")
+    def _best(self, q: Tensor, scaling: float) -> Tensor:
+        """The tokens to attend to, for each list of a KV head. [B,H,L,s]."""
+        by_group = q.reshape(q.shape[0] * self._k.view.shape[1], -1, q.shape[-1])
         q_projected = (by_group.float() @ self._basis.vectors.mT).view(*q.shape[:3], -1)
         # Weights and not scores, which have no common zero that would let heads of a group be compared.
         weights = self._reduce(ops.attention_weights(q_projected, self._projected.view, scaling))
-        index = ops.top_indices(weights, self._budget)
-        return ops.attend(q, [(ops.gather_lists(keys, index), ops.gather_lists(values, index))], scaling)
+        return ops.top_indices(weights, self._budget)
 
     def nbytes(self) -> Bytes:
         buffers = sum(buffer.nbytes() for buffer in (self._k, self._v, self._projected))

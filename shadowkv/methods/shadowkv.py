@@ -59,6 +59,10 @@ class ShadowKV(LayerwiseMethod, SelectsChunks):
             f"shadowkv: values={self.values} is unknown; one of {', '.join(CODINGS)}",
         )
 
+    @property
+    def cost_follows_text(self) -> bool:
+        return bool(self.energy)
+
     def check(self, dims: Dims) -> None:
         require(
             bool(self.energy) or self.rank <= dims.width,

@@ -1,0 +1,263 @@
+"""What both benchmarks of speed share: settings, checks before anything heavy, and what they need to run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cli.bench_options import BenchSettings, check
+
+if TYPE_CHECKING:
+    from evals.bench.engines import Contender
+    from evals.bench.measuring import Bench
+    from evals.bench.memory import Room
+    from evals.bench.prompts import Prompts
+    from evals.manifest import Manifest
+    from evals.sources import Haystack
+    from shadowkv.engine import Engine
+    from shadowkv.loading import LoadedModel
+    from shadowkv.method import Dims, Method
+    from shadowkv.resolving import ModelSource
+
+
+class Prepared:
+    """Everything that can be known, and refused, before weights are loaded."""
+
+    def __init__(self, settings: BenchSettings) -> None:
+        import torch
+
+        from cli.choosing import choose, parse_budgets, parse_specs
+        from cli.render import quieten_libraries
+        from evals.lengths import parse_lengths
+        from shadowkv.geometry import dims_of
+        from shadowkv.loading import context_tokens, load_config, pick_device, pick_dtype
+        from shadowkv.resolving import resolve
+        from shadowkv.sizes import parse_bytes
+
+        quieten_libraries()
+        specs, budgets = parse_specs(settings.methods or ()), parse_budgets(settings.budget)
+        check(settings)
+        self.settings = settings
+        self.engines = tuple(dict.fromkeys(settings.engine or ()))
+        self.cap_bytes = None if settings.memory_cap is None else parse_bytes(settings.memory_cap)
+        self.source: ModelSource = resolve(settings.model, dummy=settings.dummy)
+        self.config = load_config(self.source, trust_remote_code=settings.trust_remote_code)
+        longest = context_tokens(self.source, self.config)
+        self.contexts = tuple(sorted(parse_lengths(settings.context, longest, "--context")))
+        self.device = pick_device(settings.device)
+        self.dtype = pick_dtype(self.device, settings.dtype)
+        self.dims: Dims = dims_of(self.config, getattr(torch, self.dtype).itemsize)
+        chosen = choose(specs, budgets, self.source, self.dims)
+        self.methods, self.unsupported = chosen.methods, chosen.unsupported
+        if settings.synthetic_kv:
+            self._refuse_made_up_keys({_name(asked.method) for asked in specs if not asked.of_a_set})
+
+    def _refuse_made_up_keys(self, named: set[str]) -> None:
+        """Methods whose cost depends on the prompt: an error where named, left out where a set brought them."""
+        from shadowkv.errors import SkvError
+
+        for method in [m for m in self.methods if m.cost_follows_text]:
+            reason = "what it reads follows the prompt's hidden states, which --synthetic-kv does not have"
+            if _name(method) in named or len(self.methods) == 1:
+                raise SkvError(f"{method.label}: {reason}; leave out the method or --synthetic-kv")
+            self.unsupported[method.label] = reason
+            self.methods.remove(method)
+
+    @cached_property
+    def haystack(self) -> Haystack:
+        """The text that prompts are cut from."""
+        from evals.sources import haystack
+        from shadowkv.packs import pack_path
+
+        spec = self.settings.haystack
+        return haystack(("essays" if pack_path("essays") else "synthetic") if spec == "auto" else spec)
+
+    def room(self, weights_bytes: int, read_weights_bytes: int = 0) -> Room:
+        """The memory there is for a model of that size."""
+        import torch
+
+        from evals.bench.memory import Room, size
+        from shadowkv.errors import SkvError
+
+        if self.cap_bytes is not None and self.cap_bytes < weights_bytes:
+            raise SkvError(f"--memory-cap {self.settings.memory_cap} is less than the weights, {size(weights_bytes)}")
+        return Room(
+            torch.device(self.device),
+            self.dims,
+            weights_bytes,
+            read_weights_bytes,
+            self.cap_bytes,
+            snapshots=not self.settings.synthetic_kv,
+            records_queries=any(method.needs_prompt_queries for method in self.methods),
+        )
+
+    def planned_room(self) -> Room:
+        """The same before anything is loaded."""
+        from shadowkv.loading import weights_bytes
+
+        return self.room(weights_bytes(self.config, self.dims.element_bytes))
+
+
+def _name(method: Method) -> str:
+    """What it is called, without its parameters."""
+    return method.label.partition(":")[0]
+
+
+def say_unsupported(ready: Prepared) -> None:
+    """Name on stderr what cannot run here, and why."""
+    from shadowkv.wording import plain_line
+
+    for label, reason in ready.unsupported.items():
+        print(f"skv: unsupported: {label}: {plain_line(reason)}", file=sys.stderr)
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model with everything that measures it."""
+
+    ready: Prepared
+    model: LoadedModel
+    engine: Engine
+    bench: Bench
+    contenders: list[Contender]
+
+
+def load(ready: Prepared) -> Loaded:
+    """Load the weights and line up what is measured."""
+    from evals.bench.conditions import machine_name
+    from evals.bench.engines import ENGINES, SkvContender
+    from evals.bench.measuring import Bench
+    from evals.bench.prompts import RealPrompts, SyntheticPrompts, warm_up
+    from evals.bench.vllm_engine import VllmContender
+    from evals.manifest import this_session
+    from shadowkv.engine import Engine
+    from shadowkv.loading import load_model
+
+    settings = ready.settings
+    text = None if settings.synthetic_kv else ready.haystack.text
+    model = load_model(
+        ready.source,
+        device=ready.device,
+        dtype=ready.dtype,
+        dummy=settings.dummy,
+        trust_remote_code=settings.trust_remote_code,
+    )
+    queries = any(method.needs_prompt_queries for method in ready.methods)
+    engine = Engine(
+        model.model,
+        prefill_chunk_tokens=settings.prefill_chunk_tokens,
+        reuse_prefix=False,  # rows are distinct, and a measured prefill is a whole one
+        record_queries=queries,
+    )
+    for context in ready.contexts:
+        engine.rope.check_span(context, settings.warmup + settings.steps)
+    room = ready.room(*_weights(model.model))
+    room.hold_cap()
+    prompts: Prompts = (
+        SyntheticPrompts(engine, settings.seed, with_queries=queries)
+        if text is None
+        else RealPrompts(engine, model.tokenizer, text, settings.seed)
+    )
+    contenders: list[Contender] = [SkvContender(engine, prompts, method) for method in ready.methods]
+    for name in ready.engines:
+        if name in ENGINES:
+            contenders.append(ENGINES[name](engine, prompts))
+        else:
+            folder = str(ready.source.folder)
+            contenders.append(VllmContender(folder, ready.dtype, ready.dims, prompts, model.model.device))
+    warm_up(engine)
+    machine = machine_name(this_session([], model.device).machine)
+    return Loaded(ready, model, engine, Bench(engine, room, machine, settings.warmup, settings.steps), contenders)
+
+
+def _weights(model: Any) -> tuple[int, int]:
+    """Bytes of all weights, and of those that a decode step reads."""
+    total = sum(p.numel() * p.element_size() for p in model.parameters())
+    table, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    tied = table.data_ptr() == head.data_ptr()
+    return total, total if tied else total - table.numel() * table.element_size()
+
+
+def manifest_of(loaded: Loaded, benchmark: str, selection: dict[str, Any]) -> Manifest:
+    """run.json of a benchmark of speed: the machine is part of what must stay the same."""
+    from evals.bench.vllm_engine import UNTESTED
+    from evals.manifest import Manifest, plain, this_session
+
+    ready, model = loaded.ready, loaded.model
+    settings = ready.settings
+    notes = []
+    if settings.dummy:
+        notes.append("dummy weights: the text means nothing, only times and bytes do")
+    if settings.synthetic_kv:
+        notes.append("synthetic KV: random keys and values, no prefill; what depends on text is not that of text")
+    if ready.cap_bytes is not None:
+        how = "as planned, not as allocated" if ready.device == "cpu" else "by torch's allocator"
+        notes.append(f"device memory capped at {settings.memory_cap}, {how}")
+    if "vllm" in ready.engines:
+        notes.append(UNTESTED)
+    notes += [f"unsupported: {label}: {why}" for label, why in ready.unsupported.items()]
+    sources = {}
+    if not settings.synthetic_kv:
+        text = ready.haystack
+        sources = {"haystack": {"name": text.name, "version": text.version, "sha256": text.sha256}}
+    session = this_session(["skv", *sys.argv[1:]], model.device)
+    return Manifest(
+        benchmark=benchmark,
+        config={
+            "prefill_chunk_tokens": loaded.engine.prefill_chunk_tokens,
+            "steps": settings.steps,
+            "warmup_steps": settings.warmup,
+            "synthetic_kv": settings.synthetic_kv,
+            "memory_cap_bytes": ready.cap_bytes,
+            "seed": settings.seed,
+            "machine": loaded.bench.machine,
+        },
+        methods={
+            **{m.label: plain(m.params()) for m in ready.methods},
+            **{f"full@{name}": {} for name in ready.engines},
+        },
+        selection=plain(selection),
+        model={
+            "name": model.name,
+            "source": model.source,
+            "weights_sha256": model.weights_sha256,
+            "dummy": model.dummy,
+            "dtype": model.dtype,
+            "device": model.device,
+        },
+        sources=sources,
+        notes=notes,
+        sessions=[session],
+    )
+
+
+def folder_for(manifest: Manifest, settings: BenchSettings) -> tuple[Path, Manifest]:
+    """Where a run goes, and its manifest: of another machine's folder only with --force.
+
+    The same configuration always goes to the same folder.
+    """
+    from dataclasses import replace
+
+    from evals.manifest import Manifest as Kept
+    from shadowkv.errors import SkvError
+
+    fixed = json.dumps([manifest.config, manifest.model, manifest.sources], sort_keys=True)
+    name = manifest.model["name"].replace("/", "--")
+    digest = hashlib.sha256(fixed.encode()).hexdigest()[:8]
+    path = settings.out or Path("results") / f"{manifest.benchmark}-{name}-{digest}"
+    if not (path / "run.json").is_file():
+        return path, manifest
+    theirs = Kept.read(path / "run.json").config.get("machine")
+    mine = manifest.config["machine"]
+    if theirs in (None, mine):
+        return path, manifest
+    if not settings.force:
+        raise SkvError(
+            f"{path} holds times of another machine ({theirs}), this one is {mine}: choose another --out, or --force"
+        )
+    return path, replace(manifest, config={**manifest.config, "machine": theirs})

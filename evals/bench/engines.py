@@ -1,0 +1,202 @@
+"""What is measured: methods of our engine, and full attention as other engines run it."""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicCache
+
+from evals.bench.prompts import Prompts
+from evals.bench.timing import Clock
+from shadowkv.attention import NAME
+from shadowkv.cache import MethodCache
+from shadowkv.engine import Engine
+from shadowkv.method import Bytes, Method
+from shadowkv.methods.full import Full
+from shadowkv.ranges import ranged
+
+
+@dataclass(frozen=True)
+class Began:
+    """What it took until a batch could decode."""
+
+    ttft_s: float | None
+    prefill_s: float | None
+    build_s: float | None
+    stacked: bool | None
+
+
+@ranged("sampling")
+def _greedy(logits: Tensor) -> Tensor:
+    return logits.argmax(dim=-1, keepdim=True)
+
+
+class Decoding(ABC):
+    """A batch that decodes greedily, one token of every row per step."""
+
+    began: Began
+
+    def __init__(self, first_tokens: Tensor) -> None:
+        self._tokens = [first_tokens]
+
+    @abstractmethod
+    def _logits(self, tokens: Tensor) -> Tensor:
+        """Feed [B,1] and return the logits after it, [B,vocab]."""
+
+    @abstractmethod
+    def nbytes(self) -> Bytes:
+        """Keys and values held."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Let go of everything."""
+
+    def step(self) -> None:
+        """Decode one token of every row."""
+        self._tokens.append(_greedy(self._logits(self._tokens[-1])))
+
+    def tokens_sha256(self) -> str:
+        """Checksum of the tokens so far, row by row."""
+        ids = torch.cat(self._tokens, dim=1).cpu().numpy().astype("<i8")
+        return hashlib.sha256(np.ascontiguousarray(ids).tobytes()).hexdigest()
+
+
+class Contender(ABC):
+    """A method in an engine."""
+
+    label: str
+    method: Method  # what it keeps and reads, for planning
+
+    @abstractmethod
+    def start(self, context: int, batch: int) -> Decoding:
+        """Bring `batch` prompts to their first token."""
+
+
+class SkvContender(Contender):
+    """A method in our engine: prompts one after the other, then joined into one batch."""
+
+    def __init__(self, engine: Engine, prompts: Prompts, method: Method) -> None:
+        self.label, self.method = method.label, method
+        self._engine, self._prompts = engine, prompts
+        self._clock = Clock(engine.model.device)
+
+    def start(self, context: int, batch: int) -> Decoding:
+        engine, sparse = self._engine, self.method.prefill
+        self._prompts.prepare(context, batch, sparse)
+        caches, first, prefill_s, build_s = list[MethodCache](), list[int](), list[float](), 0.0
+        for number in range(batch):
+            row = self._prompts.row(context, number, sparse)
+            first.append(row.first_token)
+            prefill_s += [] if row.prefill_s is None else [row.prefill_s]
+            began = self._clock.now()
+            caches.append(engine.adopt(row, self.method))
+            build_s += self._clock.now() - began
+            del row  # a prompt that is not kept goes before the next one comes
+        began = self._clock.now()
+        cache = engine.join(caches, self.method)
+        build_s += self._clock.now() - began
+        tokens = torch.tensor(first, device=engine.model.device)[:, None]
+        ttft_s = float(np.median(prefill_s)) if prefill_s else None
+        began_with = Began(ttft_s, sum(prefill_s) if prefill_s else None, build_s, cache.stacked or batch == 1)
+        return _SkvDecoding(engine, cache, tokens, began_with)
+
+
+class _SkvDecoding(Decoding):
+    def __init__(self, engine: Engine, cache: MethodCache, tokens: Tensor, began: Began) -> None:
+        super().__init__(tokens)
+        self.began, self._engine, self._cache = began, engine, cache
+
+    def _logits(self, tokens: Tensor) -> Tensor:
+        return self._engine.extend(self._cache, tokens)
+
+    def nbytes(self) -> Bytes:
+        return self._cache.nbytes()
+
+    def close(self) -> None:
+        self._cache.close()
+
+
+class TransformersContender(Contender):
+    """Full attention as plain transformers runs it: sdpa, `DynamicCache`, the whole batch prefilled together.
+
+    The prompt goes through in the chunks of our engine (`prefill_chunk_size` of generate), or its activations would
+    not fit where ours do.
+    """
+
+    label = "full@hf"
+    method = Full()
+
+    def __init__(self, engine: Engine, prompts: Prompts) -> None:
+        self._engine, self._prompts = engine, prompts
+        self._clock = Clock(engine.model.device)
+
+    @torch.inference_mode()
+    def start(self, context: int, batch: int) -> Decoding:
+        model = self._engine.model
+        if self._prompts.made_up:
+            return self._filled(context, batch)
+        ids = torch.cat([self._prompts.ids(context, number) for number in range(batch)]).to(model.device)
+        decoding = _TransformersDecoding(model)
+        try:
+            began = self._clock.now()
+            for chunk in ids.split(self._engine.prefill_chunk_tokens, dim=1):
+                first = decoding.feed(chunk)
+            decoding.begin(first.argmax(dim=-1, keepdim=True))
+            seconds = self._clock.now() - began
+        except BaseException:
+            decoding.close()
+            raise
+        decoding.began = Began(seconds, seconds, None, True)
+        return decoding
+
+    def _filled(self, context: int, batch: int) -> Decoding:
+        """A cache of made-up keys and values, layer by layer."""
+        rows = [self._prompts.row(context, number, None) for number in range(batch)]
+        decoding = _TransformersDecoding(self._engine.model)
+        for layer in range(len(rows[0].recorded)):
+            made = [row.recorded[layer].layer_kv(None, 0) for row in rows]
+            decoding.fill(layer, torch.cat([kv.k for kv in made]), torch.cat([kv.v for kv in made]))
+        decoding.begin(torch.tensor([row.first_token for row in rows], device=self._engine.model.device)[:, None])
+        decoding.began = Began(None, None, None, True)
+        return decoding
+
+
+class _TransformersDecoding(Decoding):
+    def __init__(self, model: Any) -> None:
+        super().__init__(torch.empty(0))
+        self._model = model
+        self._cache = DynamicCache(config=model.config)
+        model.set_attn_implementation("sdpa")
+
+    def begin(self, tokens: Tensor) -> None:
+        self._tokens = [tokens]
+
+    def fill(self, layer: int, k: Tensor, v: Tensor) -> None:
+        self._cache.update(k, v, layer)
+
+    def feed(self, ids: Tensor) -> Tensor:
+        output = self._model(ids, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
+        logits: Tensor = output.logits[:, -1]
+        return logits.float()
+
+    @torch.inference_mode()
+    def _logits(self, tokens: Tensor) -> Tensor:
+        return self.feed(tokens)
+
+    def nbytes(self) -> Bytes:
+        held = [x for layer in self._cache.layers for x in (layer.keys, layer.values)]
+        return Bytes(sum(x.numel() * x.element_size() for x in held), 0)
+
+    def close(self) -> None:
+        self._cache = DynamicCache(config=self._model.config)
+        self._model.set_attn_implementation(NAME)  # what our engine attached
+
+
+ENGINES: dict[str, Callable[[Engine, Prompts], Contender]] = {"hf": TransformersContender}

@@ -1,0 +1,79 @@
+"""One measurement: bring a batch to its first token, decode, and say what it took. It never takes the sweep down."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+from evals.bench.conditions import conditions
+from evals.bench.engines import Contender
+from evals.bench.memory import Room, peak_bytes, release
+from evals.bench.records import BenchRecord, Cell
+from evals.bench.timing import Clock, step_times
+from evals.failures import FAILURES, status_of
+from shadowkv.engine import Engine
+from shadowkv.wording import one_line
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Where and how long to measure."""
+
+    engine: Engine
+    room: Room
+    machine: str
+    warmup_steps: int
+    steps: int
+
+    @property
+    def new_tokens(self) -> int:
+        return self.warmup_steps + self.steps
+
+    def measure(self, contender: Contender, cell: Cell) -> BenchRecord:
+        """The record of this cell: `oom` or `error` if it cannot be had, with everything released again."""
+        device = self.engine.model.device
+        release(device)
+        before = conditions(device)
+        started = datetime.now(UTC).isoformat(timespec="seconds")
+        try:
+            self.room.check(contender.method, cell.context, cell.batch, self.new_tokens)
+            return self._measured(contender, cell, started, before)
+        except FAILURES as failure:
+            status, said = status_of(failure), one_line(failure)
+        # Only here has the exception gone, and with its frames the tensors that they held.
+        self.engine.forget()
+        release(device)
+        return BenchRecord(*cell, status, said, self.machine, started, conditions={"before": before})
+
+    def _measured(self, contender: Contender, cell: Cell, started: str, before: dict[str, object]) -> BenchRecord:
+        device, dims = self.engine.model.device, self.engine.dims
+        decoding = contender.start(cell.context, cell.batch)
+        try:
+            step_ms = step_times(decoding.step, self.warmup_steps, self.steps, Clock(device))
+            held, began = decoding.nbytes(), decoding.began
+            on_device, on_host = peak_bytes(device)
+            attended = contender.method.attended_tokens(dims, cell.context, self.new_tokens)
+            return BenchRecord(
+                *cell,
+                status="ok",
+                error=None,
+                machine=self.machine,
+                started=started,
+                step_ms=[round(ms, 4) for ms in step_ms],
+                warmup_steps=self.warmup_steps,
+                ttft_s=began.ttft_s,
+                prefill_s=began.prefill_s,
+                build_s=began.build_s,
+                stacked=began.stacked,
+                weights_bytes=self.room.weights_bytes,
+                kv_device_bytes=held.device,
+                kv_host_bytes=held.host,
+                peak_device_bytes=on_device,
+                peak_host_bytes=on_host,
+                bus_bytes=cell.batch * contender.method.bus_bytes(dims, cell.context),
+                read_bytes=round(self.room.read_weights_bytes + cell.batch * attended * dims.full_bytes_per_token),
+                tokens_sha256=decoding.tokens_sha256(),
+                conditions={"before": before, "after": conditions(device)},
+            )
+        finally:
+            decoding.close()

@@ -1,0 +1,128 @@
+"""Memory before, while and after something is measured: what it will take, what is there, what it took."""
+
+from __future__ import annotations
+
+import gc
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from shadowkv.method import Bytes, Dims, Method
+
+_GROWTH_TOKENS = 256  # room that buffers make for new tokens at a time
+_HOST_RESERVE = 0.05  # of what is available, left to everything else
+
+
+class MemoryShortError(MemoryError):
+    """Memory that would run out: said before anything is allocated."""
+
+
+def size(count: float) -> str:
+    """Bytes for a sentence."""
+    if count < 2**30:
+        return f"{count / 2**20:.1f} MiB"
+    return f"{count / 2**30:.2f} GiB" if count < 100 * 2**30 else f"{count / 2**30:.0f} GiB"
+
+
+@dataclass(frozen=True)
+class Room:
+    """The memory that a measurement may take. `cap_bytes` is of the device; None is all there is."""
+
+    device: torch.device
+    dims: Dims
+    weights_bytes: int
+    read_weights_bytes: int  # what a decode step reads of them: all but an embedding table of its own
+    cap_bytes: int | None = None
+    snapshots: bool = True  # whether prompts are computed, which needs one dense prefill at a time
+    records_queries: bool = False
+
+    def need(self, method: Method, context: int, batch: int, new_tokens: int) -> Bytes:
+        """What `batch` prompts take with the model: weights, caches, their growth, and one dense prefill."""
+        held = method.prompt_bytes(self.dims, context)
+        growth = (new_tokens + _GROWTH_TOKENS) * self.dims.full_bytes_per_token
+        queries = self.dims.query_bytes_per_token if self.records_queries else 0
+        snapshot = context * (self.dims.full_bytes_per_token + queries) if self.snapshots else 0
+        return Bytes(self.weights_bytes + batch * (held.device + growth) + snapshot, batch * held.host)
+
+    def check(self, method: Method, context: int, batch: int, new_tokens: int) -> None:
+        """Raise `MemoryShortError` where the plan exceeds the cap of a CPU, or the host memory that is free now.
+
+        A GPU's own allocator holds its cap (see `hold_cap`).
+        """
+        need = self.need(method, context, batch, new_tokens)
+        if self.device.type == "cpu" and self.cap_bytes is not None and need.device > self.cap_bytes:
+            raise MemoryShortError(
+                f"needs {size(need.device)} of device memory as planned, the cap is {size(self.cap_bytes)}"
+            )
+        self.check_host(method, context, batch, new_tokens)
+
+    def check_host(self, method: Method, context: int, batch: int, new_tokens: int) -> None:
+        """Raise `MemoryShortError` where the plan exceeds the host memory that is free now."""
+        need = self.need(method, context, batch, new_tokens)
+        # On a CPU the device's share is taken from the host too; the weights are there already.
+        host = need.host + (need.device - self.weights_bytes if self.device.type == "cpu" else 0)
+        free = available_host_bytes()
+        if host > (1 - _HOST_RESERVE) * free:
+            raise MemoryShortError(
+                f"needs {size(host)} of host memory, {size(free)} are available: nothing was allocated"
+            )
+
+    def largest_batch(self, method: Method, context: int, new_tokens: int, ceiling: int) -> int:
+        """The largest batch that should fit, 0 for none: where a search may start."""
+        empty, one = (self.need(method, context, batch, new_tokens) for batch in (0, 1))
+        device, host = one.device - empty.device, one.host
+        limits = [(self.device_bytes() - empty.device) // max(device, 1)]
+        free = int((1 - _HOST_RESERVE) * available_host_bytes())
+        if self.device.type == "cpu":
+            limits.append((free - empty.device + self.weights_bytes) // max(device + host, 1))
+        elif host:
+            limits.append(free // host)
+        return max(0, min(ceiling, *limits))
+
+    def device_bytes(self) -> int:
+        """The size of the device, or the cap on it."""
+        if self.device.type == "cuda":
+            total = torch.cuda.mem_get_info(self.device)[1]
+        else:
+            total = available_host_bytes() + self.weights_bytes
+        return total if self.cap_bytes is None else min(total, self.cap_bytes)
+
+    def hold_cap(self) -> None:
+        """Make a GPU's allocator refuse what exceeds the cap."""
+        if self.device.type == "cuda" and self.cap_bytes is not None:
+            total = torch.cuda.mem_get_info(self.device)[1]
+            torch.cuda.set_per_process_memory_fraction(min(self.cap_bytes / total, 1.0), self.device)
+
+
+def available_host_bytes() -> int:
+    """Host memory that can be had without swapping."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+
+
+def release(device: torch.device) -> None:
+    """Give back what nothing uses any more, and start counting peaks anew."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: the process's peak begins at what it holds now
+    except OSError:
+        return  # not Linux, or not allowed: the peak stays the process's own
+
+
+def peak_bytes(device: torch.device) -> tuple[int | None, int | None]:
+    """Most bytes held since `release`, on the device (None on a CPU) and by the process (None where not told)."""
+    on_device = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        on_host = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+    except (OSError, StopIteration):
+        on_host = None
+    return on_device, on_host

@@ -1,0 +1,121 @@
+"""Plots of a sweep: throughput against batch, gains over full attention, memory by part."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from evals.bench.summary import REFERENCE, BenchRow, Gain
+from evals.plots import COLOURS, MARKERS, new_figure, save, wrapped
+from evals.summary import grouped
+from evals.tables import tokens
+
+_PARTS = (("weights", "0.75"), ("KV on the device", "#0072B2"), ("KV on the host", "#E69F00"))
+
+
+def write_throughput(path: Path, rows: Sequence[BenchRow], title: str) -> Path:
+    """Tokens per second against batch, log-log, by context; whiskers over repeats, a cross where memory ended."""
+    contexts = grouped(rows, lambda row: row.context)
+    order = list(dict.fromkeys(row.method for row in rows))
+    figure = new_figure(max(4.8, 3.2 * len(contexts) + 1), 3.8, title)
+    panels = figure.subplots(1, len(contexts), sharey=True, squeeze=False)[0]
+    for axis, (context, cells) in zip(panels, contexts.items(), strict=True):
+        for method, found in grouped(cells, lambda row: row.method).items():
+            place = order.index(method)
+            colour, marker = COLOURS[place % len(COLOURS)], MARKERS[place % len(MARKERS)]
+            good = [(row.batch, speed) for row in found if (speed := row.throughput) is not None]
+            if good:
+                x, y = [batch for batch, _ in good], [speed.median for _, speed in good]
+                around = [[s.median - s.low for _, s in good], [s.high - s.median for _, s in good]]
+                axis.errorbar(x, y, around, label=method, color=colour, marker=marker, ms=4, lw=1.2, capsize=2)
+            short = [row.batch for row in found if row.status == "oom"]
+            if short:
+                height = good[-1][1].median if good else 1.0
+                axis.plot(short[:1], [height], "x", color=colour, ms=8, mew=2)
+                axis.annotate("OOM", (short[0], height), fontsize=6, color=colour, xytext=(4, 4),
+                              textcoords="offset points")  # fmt: skip
+        axis.set_xscale("log", base=2)
+        axis.set_yscale("log", base=2)
+        for scale in (axis.xaxis, axis.yaxis):
+            scale.set_major_formatter(lambda value, _: f"{value:g}")
+        axis.set_title(tokens(context), fontsize=8)
+        axis.set_xlabel("batch", fontsize=8)
+        axis.tick_params(labelsize=7)
+        axis.grid(alpha=0.3)
+    panels[0].set_ylabel("decoded tokens/s", fontsize=8)
+    handles = dict(zip(*reversed([list(x) for x in _legend(panels)]), strict=True))
+    figure.legend(list(handles.values()), list(handles), fontsize=6, loc="outside right center")
+    return save(figure, path)
+
+
+def _legend(panels: Sequence[object]) -> tuple[list[object], list[str]]:
+    pairs = [axis.get_legend_handles_labels() for axis in panels]  # type: ignore[attr-defined]
+    return [h for handles, _ in pairs for h in handles], [name for _, names in pairs for name in names]
+
+
+def write_gain_bars(path: Path, found: Sequence[Gain], title: str) -> Path:
+    """Throughput over full attention's, by context: each at its own best batch, and hatched at full attention's."""
+    others = [gain for gain in found if gain.method != REFERENCE]
+    contexts = list(dict.fromkeys(gain.context for gain in found))
+    labels = list(dict.fromkeys(gain.method for gain in others))
+    figure = new_figure(max(5.6, 1.6 + 0.9 * len(contexts) * max(len(labels), 1)), 3.8, title)
+    axis = figure.subplots()
+    width = 0.8 / max(2 * len(labels), 1)
+    for place, label in enumerate(labels):
+        colour = COLOURS[(place + 1) % len(COLOURS)]
+        for kind, (hatch, own) in enumerate((("", True), ("///", False))):
+            for gain in (gain for gain in others if gain.method == label):
+                ratio = gain.gain if own else gain.gain_equal
+                x = contexts.index(gain.context) + (2 * place + kind - len(labels) + 0.5) * width
+                if ratio is None:
+                    axis.text(x, 0.02, "–", ha="center", fontsize=7, color=colour)
+                    continue
+                around = [[ratio.median - ratio.low], [ratio.high - ratio.median]]
+                first = gain.context == contexts[0]
+                name = f"{label}, {'own best batch' if own else 'batch of full'}" if first else None
+                axis.bar(x, ratio.median, width, yerr=around, color=colour, hatch=hatch, label=name, alpha=0.8,
+                         ecolor="0.3", error_kw={"lw": 0.9}, edgecolor="white")  # fmt: skip
+                if own:
+                    said = f"{ratio.median:.2f}x\n({gain.batch})"
+                    axis.text(x, ratio.high, said, ha="center", va="bottom", fontsize=6)
+    axis.axhline(1, color="black", lw=0.8)
+    axis.margins(y=0.15)
+    full = {gain.context: gain for gain in found if gain.method == REFERENCE}
+    below = [f"{tokens(c)}\nfull: {full[c].tokens_per_s:.1f} ({full[c].batch})" if c in full else tokens(c)
+             for c in contexts]  # fmt: skip
+    axis.set_xticks(range(len(contexts)), below)
+    axis.set_ylabel("tokens/s over full attention's", fontsize=8)
+    axis.tick_params(labelsize=7)
+    axis.grid(axis="y", alpha=0.3)
+    if labels:
+        figure.legend(fontsize=6, loc="outside right center")
+    return save(figure, path)
+
+
+def write_memory_bars(path: Path, rows: Sequence[BenchRow], found: Sequence[Gain], title: str) -> Path:
+    """Weights and keys and values on device and host, of each method at its best batch, a panel per context."""
+    best = {(gain.context, gain.method): gain.batch for gain in found}
+    shown = [row for row in rows if row.status == "ok" and best.get((row.context, row.method)) == row.batch]
+    contexts = grouped(shown, lambda row: row.context)
+    most = max(len(cells) for cells in contexts.values())
+    figure = new_figure(max(4.8, 1 + 0.8 * most * len(contexts)), 4.0, title)
+    panels = figure.subplots(1, len(contexts), sharey=True, squeeze=False)[0]
+    for axis, (context, cells) in zip(panels, contexts.items(), strict=True):
+        bottom = np.zeros(len(cells))
+        sizes = ([row.weights_bytes for row in cells], [row.kv_device_bytes for row in cells],
+                 [row.kv_host_bytes for row in cells])  # fmt: skip
+        for (name, colour), values in zip(_PARTS, sizes, strict=True):
+            height = np.array([value or 0 for value in values]) / 2**30
+            axis.bar(range(len(cells)), height, bottom=bottom, label=name, color=colour)
+            bottom += height
+        names = [f"{wrapped(row.method)}\nx {row.batch}" for row in cells]
+        axis.set_xticks(range(len(cells)), names, fontsize=6)
+        axis.set_title(tokens(context), fontsize=8)
+        axis.tick_params(axis="y", labelsize=7)
+        axis.grid(axis="y", alpha=0.3)
+    panels[0].set_ylabel("GiB at the best batch", fontsize=8)
+    handles, names = panels[0].get_legend_handles_labels()
+    figure.legend(handles, names, fontsize=6, ncols=len(_PARTS), loc="outside lower center")
+    return save(figure, path)

@@ -1,0 +1,60 @@
+"""One measurement: a method at a context and a batch, once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, NamedTuple
+
+
+class Cell(NamedTuple):
+    """What a record measures."""
+
+    method: str
+    context: int  # prompt tokens of every row
+    batch: int
+    repeat: int
+
+
+@dataclass(frozen=True)
+class BenchRecord:
+    """What one measurement found. Times are those of this process; bytes are of all rows of the batch."""
+
+    FILE: ClassVar[str] = "throughput.jsonl"
+
+    method: str
+    context: int
+    batch: int
+    repeat: int
+    status: str  # ok, oom or error
+    error: str | None
+    machine: str
+    started: str
+    step_ms: list[float] = field(default_factory=list)  # decode steps after the warm-up, each for all rows
+    warmup_steps: int = 0
+    ttft_s: float | None = None  # from a prompt to its first token, the prompt not having to wait for others
+    prefill_s: float | None = None  # of all prompts
+    build_s: float | None = None  # caches from the prompts' keys and values, those coming back from the host
+    stacked: bool | None = None  # False where the rows' attention runs one after the other
+    weights_bytes: int = 0
+    kv_device_bytes: int = 0  # after the last step
+    kv_host_bytes: int = 0
+    peak_device_bytes: int | None = None  # of the allocator, while building and decoding; None on a CPU
+    peak_host_bytes: int | None = None  # of the process; None where the system does not tell
+    bus_bytes: int = 0  # per step, between host and device
+    read_bytes: int = 0  # per step, at least: weights, and the keys and values attended to
+    tokens_sha256: str | None = None  # of all rows' tokens
+    conditions: dict[str, Any] = field(default_factory=dict)  # load, clocks, other processes
+
+    @property
+    def key(self) -> Cell:
+        return Cell(self.method, self.context, self.batch, self.repeat)
+
+    @property
+    def final(self) -> bool:
+        """Memory that ran out once would do so again; an error may have been of the moment."""
+        return self.status in ("ok", "oom")
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        """Decoded tokens of all rows over the time of all steps."""
+        return 1000 * self.batch * len(self.step_ms) / sum(self.step_ms) if self.step_ms else None

@@ -1,0 +1,201 @@
+"""Tables and pictures of a sweep, always rebuildable from run.json and throughput.jsonl."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from evals.bench.conditions import noise_note
+from evals.bench.plots import write_gain_bars, write_memory_bars, write_throughput
+from evals.bench.records import BenchRecord
+from evals.bench.summary import BenchRow, Gain, gains, summarise_bench
+from evals.bench.timing import Spread
+from evals.manifest import Manifest
+from evals.results import read_records
+from evals.tables import Table, mib, number, tokens
+
+_CAPTION = (
+    "Tokens/s: of all rows while decoding, prefill excluded; median over repeats, and half of what lies between the "
+    "lowest and the highest. x full: to full attention at the same batch, measured side by side in every repeat, "
+    "(lowest-highest). TTFT: of a prompt that waits for no other, timed once for all methods; of full@hf, of the whole "
+    "batch. Bus: between host and device per step, as the method plans. Read: at least, weights and attended keys and "
+    "values over the median step. Peak: of the device's allocator, on a CPU of the whole process."
+)
+
+
+@dataclass(frozen=True)
+class BenchReport:
+    """What was made of a sweep's folder."""
+
+    rows: list[BenchRow]
+    gains: list[Gain]
+    tables: list[Table]
+    notes: list[str]
+    files: list[Path]
+
+
+class _Column(NamedTuple):
+    head: str
+    cell: Callable[[BenchRow], str]
+    dense: bool | None = None  # shown only where space is scarce (True) or plenty (False)
+
+
+def _rate(row: BenchRow) -> str:
+    found = row.throughput
+    return "–" if found is None else f"{found.median:.2f} ±{100 * found.relative:.0f}%"
+
+
+def ratio(value: float | None, low: float | None, high: float | None) -> str:
+    """A ratio with its lowest and highest."""
+    return "–" if value is None or low is None or high is None else f"{value:.2f} ({low:.2f}–{high:.2f})"
+
+
+def _steps(row: BenchRow) -> str:
+    return "/".join(number(x, ".1f") for x in (row.step_ms_p10, row.step_ms_p50, row.step_ms_p90))
+
+
+def _gb_per_s(value: float | None) -> str:
+    return "–" if not value else f"{value / 1e9:.2f}"
+
+
+_COLUMNS = (
+    _Column("context", lambda row: tokens(row.context)),
+    _Column("method", lambda row: row.method),
+    _Column("batch", lambda row: str(row.batch)),
+    _Column("status", lambda row: {"oom": "OOM"}.get(row.status, row.status), dense=False),
+    _Column("tokens/s", lambda row: _rate(row) if row.status == "ok" else row.status.upper()),
+    _Column("x full", lambda row: ratio(row.ratio, row.ratio_low, row.ratio_high)),
+    _Column("ms/token\np10/p50/p90", _steps, dense=False),
+    _Column("ms/token\np50", lambda row: number(row.step_ms_p50, ".1f"), dense=True),
+    _Column("TTFT\ns", lambda row: number(row.ttft_s, ".2f")),
+    _Column("build\ns", lambda row: number(row.build_s, ".3f"), dense=False),
+    _Column("device\nKV MiB", lambda row: mib(row.kv_device_bytes)),
+    _Column("host\nKV MiB", lambda row: mib(row.kv_host_bytes)),
+    _Column("peak MiB", lambda row: mib(row.peak_device_bytes or row.peak_host_bytes), dense=False),
+    _Column("bus MiB\n/step", lambda row: mib(row.bus_bytes), dense=False),
+    _Column("bus\nGB/s", lambda row: _gb_per_s(row.bus_bytes_per_s), dense=False),
+    _Column("read\nGB/s", lambda row: _gb_per_s(row.read_bytes_per_s), dense=False),
+)
+
+
+def throughput_table(title: str, rows: Sequence[BenchRow], *, dense: bool = False) -> Table:
+    """One line per method, context and batch; the dense one has fewer columns."""
+    shown = [column for column in _COLUMNS if column.dense in (None, dense)]
+    lines = [[column.cell(row) for column in shown] for row in rows]
+    return Table(title, [column.head for column in shown], lines, _CAPTION, names=2)
+
+
+def gain_table(found: Sequence[Gain]) -> Table:
+    """The form of the ShadowKV paper's table: each method at its own best batch against full attention at its own."""
+
+    def shown(spread: Spread | None) -> str:
+        return "–" if spread is None else ratio(*spread)
+
+    def at(rate: float | None, batch: int | None) -> str:
+        return "–" if rate is None else f"{rate:.2f} ({batch})"
+
+    lines = [
+        [
+            tokens(gain.context),
+            gain.method,
+            at(gain.full_tokens_per_s, gain.full_batch),
+            at(gain.tokens_per_s, gain.batch),
+            shown(gain.gain),
+            shown(gain.gain_equal),
+        ]
+        for gain in found
+    ]
+    columns = ["context", "method", "full\ntokens/s (batch)", "tokens/s\n(batch)", "gain", "gain at\nfull's batch"]
+    caption = (
+        "Each at the batch, of those measured, that decodes most tokens per second. Gain: median (lowest-highest)."
+    )
+    return Table("Best batch", columns, lines, caption, names=2)
+
+
+def notes_of(manifest: Manifest, records: Sequence[BenchRecord], rows: Sequence[BenchRow]) -> list[str]:
+    """What every table of this sweep must say, from the settings and from what was measured."""
+    notes = list(manifest.notes)
+    machines = list(dict.fromkeys(record.machine for record in records))
+    if len(machines) > 1:
+        notes.append(f"measured on several machines, ratios between them mean nothing: {'; '.join(machines)}")
+    apart = list(dict.fromkeys(row.method for row in rows if row.stacked is False))
+    if apart:
+        notes.append(f"rows run one after the other: {', '.join(apart)}")
+    for row in rows:
+        if row.status != "ok":
+            notes.append(f"{row.status}: {row.method} @ {tokens(row.context)} x {row.batch}: {row.error}")
+    selection, config = manifest.selection, manifest.config
+    if selection.get("find_max"):
+        top = [row for row in rows if row.status == "ok" and row.batch >= selection["max_batch"]]
+        notes += [f"the search ended at --max-batch {row.batch}: {row.method} @ {tokens(row.context)}" for row in top]
+    before = [record.conditions["before"] for record in records if "before" in record.conditions]
+    notes.append(
+        f"warm: {config['warmup_steps']} steps before the {config['steps']} that count, a short prompt before the first"
+        f" one; {selection['repeats']} repeats, methods taking turns; noise before each: {noise_note(before)}"
+    )
+    return notes
+
+
+def bench_title(manifest: Manifest) -> str:
+    """One line that says what was run on what, and how far it is from the real thing."""
+    model = manifest.model
+    marks = [
+        f"[{mark}]" for mark, on in (("dummy weights", model["dummy"]), ("synthetic KV", _synthetic(manifest))) if on
+    ]
+    return " ".join([f"{manifest.benchmark} · {model['name']} · {model['dtype']} on {model['device']}", *marks])
+
+
+def _synthetic(manifest: Manifest) -> bool:
+    return bool(manifest.config.get("synthetic_kv"))
+
+
+def write_bench_reports(folder: Path) -> BenchReport:
+    """Write summary.csv, summary.md, summary.tex and plots/ of a sweep's folder."""
+    import pandas as pd
+
+    manifest, records = read_records(folder, BenchRecord)
+    rows, found = summarise_bench(records), gains(records)
+    notes, title = notes_of(manifest, records, rows), bench_title(manifest)
+    tables = [throughput_table(title, rows), gain_table(found)]
+    marks = {"dummy": manifest.model["dummy"], "synthetic_kv": _synthetic(manifest), "notes": "; ".join(notes)}
+    frame = pd.DataFrame([asdict(row) | marks for row in rows])
+    frame.to_csv(folder / "summary.csv", index=False)
+    (folder / "summary.md").write_text(page(manifest, tables, notes), encoding="utf-8")
+    (folder / "summary.tex").write_text("\n".join(latex(table, notes) for table in tables), encoding="utf-8")
+    (folder / "plots").mkdir(exist_ok=True)
+    plots = []
+    if any(row.status == "ok" for row in rows):
+        plots = [
+            write_throughput(folder / "plots" / "throughput.png", rows, title),
+            write_gain_bars(folder / "plots" / "gain.png", found, title),
+            write_memory_bars(folder / "plots" / "memory.png", rows, found, title),
+        ]
+    names = ("summary.csv", "summary.md", "summary.tex")
+    return BenchReport(rows, found, tables, notes, [*(folder / name for name in names), *plots])
+
+
+def page(manifest: Manifest, tables: Sequence[Table], notes: Sequence[str]) -> str:
+    """Tables in Markdown, with what a reader must know above and below them."""
+    session = manifest.sessions[-1]
+    lines = [f"# {bench_title(manifest)}", "", *(f"**{note}**\n" for note in manifest.notes)]
+    lines += [table.markdown() for table in tables]
+    lines += [f"- {note}" for note in notes if note not in manifest.notes]
+    versions = ", ".join(f"{name} {version}" for name, version in session.versions.items())
+    commands = [f"`{command}`\n" for command in dict.fromkeys(session.command for session in manifest.sessions)]
+    return "\n".join([*lines, "", *commands, f"{manifest.config['machine']} · {versions}"]) + "\n"
+
+
+def latex(table: Table, notes: Sequence[str]) -> str:
+    """A tabular with the title, and below it as comments what a reader must know."""
+    import pandas as pd
+
+    columns = [head.replace("\n", " ") for head in table.columns]
+    align = "l" * table.names + "r" * (len(columns) - table.names)
+    body = pd.DataFrame([list(row) for row in table.rows], columns=columns)
+    shown: str = body.to_latex(index=False, escape=True, column_format=align, caption=table.title)
+    # Unescaped by pandas: what LaTeX engines without UTF-8 input would stumble over.
+    for sign, spelled in (("±", r"$\pm$"), ("–", "--"), ("·", r"$\cdot$")):
+        shown = shown.replace(sign, spelled)
+    return shown + "".join(f"% {note}\n" for note in notes)

@@ -1,0 +1,85 @@
+"""Full attention as vLLM runs it, where it is installed. Written against vLLM's documentation and never run here."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from evals.bench.engines import Began, Contender, Decoding
+from evals.bench.prompts import Prompts
+from evals.bench.timing import Clock
+from shadowkv.errors import SkvError
+from shadowkv.method import Bytes, Dims
+from shadowkv.methods.full import Full
+
+UNTESTED = "full@vllm: this adapter was never run by its authors; its weights are held beside those of skv"
+
+
+def require_vllm() -> None:
+    """Raise `SkvError` with what helps where vLLM cannot be imported."""
+    if importlib.util.find_spec("vllm") is None:
+        raise SkvError("--engine vllm needs vLLM, which is not installed here: pip install vllm, or use --engine hf")
+
+
+class VllmContender(Contender):
+    """One engine step of vLLM is one token of every row, once all prompts are in."""
+
+    label = "full@vllm"
+    method = Full()
+
+    def __init__(self, folder: str, dtype: str, dims: Dims, prompts: Prompts, device: torch.device) -> None:
+        require_vllm()
+        self._arguments = {"model": folder, "dtype": dtype, "enable_prefix_caching": False}
+        self._dims, self._prompts, self._clock = dims, prompts, Clock(device)
+        self._llm: Any = None
+
+    def start(self, context: int, batch: int) -> Decoding:
+        vllm: Any = importlib.import_module("vllm")
+        if self._llm is None:
+            free, total = torch.cuda.mem_get_info()
+            self._llm = vllm.LLM(**self._arguments, gpu_memory_utilization=0.95 * free / total)
+        engine = self._llm.llm_engine
+        sampling = vllm.SamplingParams(temperature=0.0, max_tokens=100_000, ignore_eos=True)
+        names = [f"row-{number}" for number in range(batch)]
+        began = self._clock.now()
+        for number, name in enumerate(names):
+            ids = self._prompts.ids(context, number)[0].tolist()
+            engine.add_request(name, {"prompt_token_ids": ids}, sampling)
+        decoding = _VllmDecoding(engine, names, context * self._dims.full_bytes_per_token * batch)
+        while decoding.rows_begun < batch:
+            decoding.advance()
+        seconds = self._clock.now() - began
+        decoding.began = Began(seconds, seconds, None, True)
+        return decoding
+
+
+class _VllmDecoding(Decoding):
+    def __init__(self, engine: Any, names: list[str], kv_bytes: int) -> None:
+        super().__init__(torch.zeros(len(names), 1, dtype=torch.long))
+        self._engine, self._names, self._kv_bytes = engine, names, kv_bytes
+        self._outputs: dict[str, list[int]] = {}
+
+    @property
+    def rows_begun(self) -> int:
+        return sum(bool(tokens) for tokens in self._outputs.values())
+
+    def advance(self) -> None:
+        for output in self._engine.step():
+            self._outputs[output.request_id] = list(output.outputs[0].token_ids)
+
+    def step(self) -> None:
+        self.advance()
+        self._tokens.append(torch.tensor([[self._outputs[name][-1]] for name in self._names]))
+
+    def _logits(self, tokens: Tensor) -> Tensor:
+        raise NotImplementedError("vLLM samples by itself")
+
+    def nbytes(self) -> Bytes:
+        return Bytes(self._kv_bytes, 0)
+
+    def close(self) -> None:
+        self._engine.abort_request(self._names)

@@ -1,0 +1,108 @@
+"""Rows that were built one by one, joined into one batch: attribute by attribute, letting go of each row's share.
+
+Nothing here knows a method. A tensor with the batch first is concatenated, a container item by item, an object that
+is `Stackable` attribute by attribute; anything else is a setting, and has to be the same in every row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from functools import singledispatch
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+
+class Stackable:
+    """An object whose attributes are tensors with the batch first, other stackables, or settings."""
+
+    def shape_of_a_row(self) -> Hashable:
+        """Equal for two rows if and only if they can be one batch."""
+        return tuple((name, row_shape(value)) for name, value in sorted(vars(self).items()))
+
+    @classmethod
+    def stack(cls, rows: list[Self]) -> Self:
+        """One object in place of all rows, in tensors of its own. The rows are emptied on the way."""
+        joined = cls.__new__(cls)
+        for name in list(vars(rows[0])):
+            setattr(joined, name, stack([vars(row).pop(name) for row in rows]))
+        return joined
+
+
+def can_stack(rows: list[Any]) -> bool:
+    """Whether rows differ in nothing but what their tensors hold."""
+    return all(row_shape(row) == row_shape(rows[0]) for row in rows[1:])
+
+
+def stack(rows: list[Any]) -> Any:
+    """The rows as one batch, copied: nothing in it is a view of what they were made from. See `can_stack`."""
+    return _stack(rows[0], rows)
+
+
+def joined_tensor(rows: list[Tensor]) -> Tensor:
+    """Tensors one after the other along the first axis, in pinned memory if they are."""
+    first = rows[0]
+    pinned = first.device.type == "cpu" and torch.cuda.is_available() and first.is_pinned()
+    shape = (sum(row.shape[0] for row in rows), *first.shape[1:])
+    out = torch.empty(shape, dtype=first.dtype, device=first.device, pin_memory=pinned)
+    return torch.cat(rows, out=out)
+
+
+@singledispatch
+def row_shape(thing: Any) -> Hashable:
+    """What must be equal for rows to be one batch: of a setting, the setting itself."""
+    return thing if isinstance(thing, Hashable) else id(thing)
+
+
+@row_shape.register
+def _(thing: Tensor) -> Hashable:
+    # A number in a tensor has no batch to be joined along.
+    return (thing.shape[1:], thing.dtype, thing.device) if thing.dim() else id(thing)
+
+
+@row_shape.register(tuple)
+@row_shape.register(list)
+def _(thing: Any) -> Hashable:
+    return (type(thing), *map(row_shape, thing))
+
+
+@row_shape.register
+def _(thing: dict) -> Hashable:  # type: ignore[type-arg]
+    return tuple((key, row_shape(value)) for key, value in thing.items())
+
+
+@row_shape.register
+def _(thing: Stackable) -> Hashable:
+    return (type(thing), thing.shape_of_a_row())
+
+
+@singledispatch
+def _stack(first: Any, rows: list[Any]) -> Any:
+    return first
+
+
+@_stack.register
+def _(first: Tensor, rows: list[Tensor]) -> Any:
+    return joined_tensor(rows)
+
+
+@_stack.register
+def _(first: tuple, rows: list[Any]) -> Any:  # type: ignore[type-arg]
+    items = [stack(list(column)) for column in zip(*rows, strict=True)]
+    return type(first)(*items) if hasattr(first, "_fields") else tuple(items)
+
+
+@_stack.register
+def _(first: list, rows: list[Any]) -> Any:  # type: ignore[type-arg]
+    return [stack(list(column)) for column in zip(*rows, strict=True)]
+
+
+@_stack.register
+def _(first: dict, rows: list[Any]) -> Any:  # type: ignore[type-arg]
+    return {key: stack([row.pop(key) for row in rows]) for key in list(first)}
+
+
+@_stack.register
+def _(first: Stackable, rows: list[Any]) -> Any:
+    return type(first).stack(rows)

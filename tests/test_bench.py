@@ -1,0 +1,488 @@
+"""Sweeps on a tiny model: memory that ends, interruptions, turns, distributions, made-up keys, what is written."""
+
+from __future__ import annotations
+
+import gc
+import json
+from dataclasses import replace
+from itertools import pairwise
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from test_results import manifest
+from tiny_models import tiny_model
+
+from evals.bench.conditions import noise_note
+from evals.bench.engines import SkvContender, TransformersContender
+from evals.bench.latency import PARTS, LatencyRecord, measure_latency, parts_of
+from evals.bench.latency_report import write_latency_reports
+from evals.bench.lists import parse_batches
+from evals.bench.measuring import Bench
+from evals.bench.memory import MemoryShortError, Room, available_host_bytes
+from evals.bench.prompts import RealPrompts, SyntheticPrompts
+from evals.bench.records import BenchRecord, Cell
+from evals.bench.report import write_bench_reports
+from evals.bench.summary import gains, summarise_bench
+from evals.bench.sweep import Plan, doublings, ladder_cells, largest_fitting, run_sweep
+from evals.bench.timing import distribution, paired_ratios, spread, step_times
+from evals.results import open_records, read_records
+from evals.sources import haystack
+from shadowkv.engine import Engine
+from shadowkv.errors import SkvError
+from shadowkv.loading import load_tokenizer
+from shadowkv.presets import find_preset
+from shadowkv.registry import methods, parse_method
+from shadowkv.resolving import ModelSource
+
+SPECS = ["full", "shadowkv:rank=8,budget=64", "quest:budget=64"]
+CONTEXT = 300
+MANIFEST = manifest(
+    benchmark="throughput",
+    config={"steps": 4, "warmup_steps": 1, "synthetic_kv": False, "machine": "here"},
+    selection={"repeats": 2},
+    model={"name": "tiny", "dummy": False, "dtype": "float32", "device": "cpu"},
+)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return load_tokenizer(ModelSource("bytes", None, find_preset("llama3.1-8b"), "dummy"))
+
+
+@pytest.fixture(scope="module")
+def engine(tokenizer):
+    model = tiny_model("llama", vocab_size=len(tokenizer))
+    return Engine(model, prefill_chunk_tokens=128, reuse_prefix=False, record_queries=True)
+
+
+@pytest.fixture
+def prompts(engine, tokenizer):
+    return RealPrompts(engine, tokenizer, haystack("synthetic").text, seed=0)
+
+
+def room(engine, **changes):
+    weights = sum(p.numel() * p.element_size() for p in engine.model.parameters())
+    return replace(Room(torch.device("cpu"), engine.dims, weights, weights), **changes)
+
+
+def bench(engine, **changes):
+    return Bench(engine, room(engine, **changes), "here", warmup_steps=1, steps=4)
+
+
+def contenders(engine, prompts, specs=SPECS):
+    return [SkvContender(engine, prompts, parse_method(spec)) for spec in specs]
+
+
+PLAN = Plan((CONTEXT,), (1, 2), 2, 8)
+
+
+def sweep(path, bench, contenders, plan=PLAN):
+    made = []
+    with open_records(path, MANIFEST, BenchRecord) as folder:
+        run_sweep(bench, contenders, plan, folder, lambda step: made.append(step))
+    return read_records(path, BenchRecord)[1], made
+
+
+def test_a_sweep_measures_everything_once(engine, prompts, tmp_path):
+    records, steps = sweep(tmp_path, bench(engine), contenders(engine, prompts))
+    assert len(records) == 3 * 2 * 2 == len({r.key for r in records})
+    assert all(r.status == "ok" and len(r.step_ms) == 4 and min(r.step_ms) > 0 for r in records)
+    assert steps[-1].done == steps[-1].total == 12
+    assert [s.done for s in steps] == list(range(13))
+    for r in records:
+        assert r.kv_device_bytes > 0
+        assert (r.kv_host_bytes > 0) == r.method.startswith("shadowkv")
+        assert (r.bus_bytes > 0) == r.method.startswith("shadowkv")
+        assert r.ttft_s > 0
+        assert r.prefill_s == pytest.approx(r.batch * r.ttft_s, rel=0.9)
+    again = {r.key[:3]: r.tokens_sha256 for r in records}
+    assert all(again[r.key[:3]] == r.tokens_sha256 for r in records), "repeats decode the same tokens"
+
+
+def test_batches_hold_distinct_rows_cut_to_the_context(engine, prompts):
+    rows = torch.cat([prompts.ids(CONTEXT, number) for number in range(4)])
+    assert rows.shape == (4, CONTEXT)
+    assert len({tuple(row.tolist()) for row in rows}) == 4
+    assert torch.equal(prompts.ids(CONTEXT, 2), rows[2:3])
+
+
+def test_tokens_are_those_of_transformers(engine, prompts, tmp_path):
+    mine, theirs = SkvContender(engine, prompts, parse_method("full")), TransformersContender(engine, prompts)
+    records, _ = sweep(tmp_path, bench(engine), [mine, theirs])
+    by_key = {r.key: r.tokens_sha256 for r in records}
+    assert by_key[Cell("full", CONTEXT, 2, 0)] == by_key[Cell("full@hf", CONTEXT, 2, 0)]
+    assert engine.model.config._attn_implementation == "skv", "our attention is back"
+
+
+def test_methods_take_turns_within_a_repeat():
+    cells = list(ladder_cells(["a", "b", "c"], 10, (1, 2), 3))
+    assert [c.method for c in cells[:9]] == ["a", "b", "c", "b", "c", "a", "c", "a", "b"]
+    assert [c.repeat for c in cells[:9]] == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    assert all(a.batch <= b.batch for a, b in pairwise(cells))
+    assert len(set(cells)) == len(cells) == 18
+
+
+def test_a_cap_stops_a_method_and_the_others_go_on(engine, prompts, tmp_path):
+    plain = room(engine)
+    cap = plain.need(parse_method("full"), CONTEXT, 1, 5).device + 1
+    slim = "streaming:budget=16"
+    assert plain.need(parse_method(slim), CONTEXT, 2, 5).device < plain.need(parse_method("full"), CONTEXT, 2, 5).device
+    cap = max(cap, plain.need(parse_method(slim), CONTEXT, 2, 5).device + 1)
+    records, steps = sweep(tmp_path, bench(engine, cap_bytes=cap), contenders(engine, prompts, ["full", slim]))
+    found = {r.key: r for r in records}
+    assert found["full", CONTEXT, 1, 0].status == found["full", CONTEXT, 1, 1].status == "ok"
+    assert found["full", CONTEXT, 2, 0].status == "oom"
+    assert "as planned, the cap is" in found["full", CONTEXT, 2, 0].error
+    assert ("full", CONTEXT, 2, 1) not in found, "not tried again"
+    assert found[slim, CONTEXT, 2, 1].status == "ok"
+    assert steps[-1].done == steps[-1].total
+
+
+class Hungry(SkvContender):
+    """Its allocator gives out at batch 2, in the middle of decoding."""
+
+    def start(self, context, batch):
+        decoding = super().start(context, batch)
+        if batch >= 2:
+            held = torch.zeros(2**20)
+
+            def step():
+                assert held is not None
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+            decoding.step = step
+        return decoding
+
+
+class Watching(SkvContender):
+    """Looks, before it takes memory of its own, for what Hungry held."""
+
+    def start(self, context, batch):
+        assert not [x for x in gc.get_objects() if type(x) is torch.Tensor and x.numel() == 2**20]
+        return super().start(context, batch)
+
+
+def test_an_allocator_that_gives_out_is_recorded_and_let_go(engine, prompts, tmp_path):
+    hungry = Hungry(engine, prompts, parse_method("quest:budget=64"))
+    watching = Watching(engine, prompts, parse_method("full"))
+    records, _ = sweep(tmp_path, bench(engine), [hungry, watching], Plan((CONTEXT, 400), (1, 2, 4), 1, 8))
+    status = {r.key[:3]: r.status for r in records}
+    for context in (CONTEXT, 400):
+        assert [status.get((hungry.label, context, b)) for b in (1, 2, 4)] == ["ok", "oom", None]
+        assert [status["full", context, b] for b in (1, 2, 4)] == ["ok"] * 3
+
+
+def test_other_failures_are_errors_and_tried_again(engine, prompts, tmp_path):
+    class Broken(SkvContender):
+        def start(self, context, batch):
+            raise RuntimeError("a kernel that does not exist")
+
+    broken = Broken(engine, prompts, parse_method("full"))
+    records, _ = sweep(tmp_path, bench(engine), [broken, *contenders(engine, prompts, ["quest:budget=64"])])
+    assert [r.status for r in records if r.method == "full"] == ["error"]
+    assert sum(r.method != "full" for r in records) == 4
+    records, _ = sweep(tmp_path, bench(engine), contenders(engine, prompts, ["full"]))
+    assert [r.status for r in records if r.method == "full"] == ["ok"] * 4
+
+
+def test_a_bug_is_not_swallowed(engine, prompts, tmp_path):
+    class Buggy(SkvContender):
+        def start(self, context, batch):
+            raise KeyError("ours")
+
+    with pytest.raises(KeyError):
+        sweep(tmp_path, bench(engine), [Buggy(engine, prompts, parse_method("full"))])
+
+
+def test_an_interrupted_sweep_goes_on_where_it_was(engine, prompts, tmp_path):
+    """Kill after five records and in the middle of writing one; what was finished is not run again."""
+
+    class KilledError(Exception):
+        pass
+
+    def kill(step):
+        if step.done == 5:
+            raise KilledError
+
+    plan = Plan((CONTEXT,), (1, 2), 2, 8)
+    with pytest.raises(KilledError), open_records(tmp_path, MANIFEST, BenchRecord) as folder:
+        run_sweep(bench(engine), contenders(engine, prompts), plan, folder, kill)
+    file = tmp_path / "throughput.jsonl"
+    before = file.read_bytes()
+    file.write_bytes(before + before.splitlines()[0][:100])
+    records, _ = sweep(tmp_path, bench(engine), contenders(engine, prompts), plan)
+    assert len(records) == 12
+    assert file.read_bytes().startswith(before)
+    assert len(file.read_bytes().splitlines()) == 12
+
+
+@pytest.mark.parametrize("limit", [0, 1, 2, 3, 7, 24, 31, 32])
+@pytest.mark.parametrize("guess", [0, 1, 3, 24, 30, 40])
+def test_the_largest_batch_is_found_from_any_guess(limit, guess):
+    asked = []
+
+    def fits(batch):
+        asked.append(batch)
+        assert 1 <= batch <= 32
+        return batch <= limit
+
+    assert largest_fitting(fits, guess, 32) == limit
+    assert len(set(asked)) == len(asked), "nothing is measured twice"
+    assert len(asked) <= 11
+    if guess == limit and 1 <= limit < 32:
+        assert len(asked) == 2
+
+
+def test_a_search_measures_each_largest_batch_and_fulls(engine, prompts, tmp_path):
+    plain, slim = room(engine), parse_method("snapkv:budget=64")
+    cap = plain.need(parse_method("full"), CONTEXT, 3, 5).device + 1
+    capped = bench(engine, cap_bytes=cap)
+    most = max(b for b in range(1, 9) if plain.need(slim, CONTEXT, b, 5).device <= cap)
+    assert most > 3
+    plan = Plan((CONTEXT,), None, 2, 8, find_max=True)
+    records, _ = sweep(tmp_path, capped, contenders(engine, prompts, ["full", slim.label]), plan)
+    ok = {(r.method, r.batch, r.repeat) for r in records if r.status == "ok"}
+    assert {("full", 3, 0), ("full", 3, 1), (slim.label, 3, 1), (slim.label, most, 0), (slim.label, most, 1)} <= ok
+    assert ("full", 4) in {(r.method, r.batch) for r in records if r.status == "oom"}
+    best = {gain.method: gain for gain in gains(records)}
+    assert best["full"].full_batch in (2, 3)
+
+
+def test_what_is_planned_is_what_is_held(engine, prompts):
+    for spec in SPECS:
+        method = parse_method(spec)
+        decoding = SkvContender(engine, prompts, method).start(CONTEXT, 3)
+        held, planned = decoding.nbytes(), room(engine, weights_bytes=0, snapshots=False).need(method, CONTEXT, 3, 0)
+        assert held.device <= planned.device
+        assert held.host == pytest.approx(planned.host, rel=0.01)
+        decoding.close()
+
+
+def test_short_host_memory_is_said_with_the_number(engine, monkeypatch):
+    monkeypatch.setattr("evals.bench.memory.available_host_bytes", lambda: 2**20)
+    with pytest.raises(MemoryShortError, match=r"needs 2\.\d\d GiB of host memory, 1\.0 MiB are available"):
+        room(engine).check_host(parse_method("full"), 2**20, 2, 5)
+    room(engine).check_host(parse_method("full"), 20, 1, 5)
+
+
+def test_host_memory_of_this_machine_is_read():
+    import os
+
+    assert 2**20 < available_host_bytes() <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+@pytest.mark.parametrize("name", methods())
+def test_made_up_keys_cost_what_real_ones_do(engine, prompts, tokenizer, name):
+    method = methods()[name]()
+    if method.params().get("budget"):
+        method = replace(method, budget=64)
+    if name == "kivi":
+        method = replace(method, group=16)
+    if name == "shadowkv":
+        method = replace(method, rank=8)
+    if name == "xkv":
+        method = replace(method, rank_k=32, rank_v=32)
+    assert method.cost_follows_text == (name == "infinigen")
+    made_up = SyntheticPrompts(engine, 0, with_queries=True)
+    real, filled = (SkvContender(engine, source, method).start(CONTEXT, 2) for source in (prompts, made_up))
+    assert real.nbytes() == filled.nbytes()
+    filled.step()
+    assert filled.began.prefill_s is None
+    shas = {SkvContender(engine, made_up, method).start(CONTEXT, 2).tokens_sha256() for _ in range(2)}
+    assert len(shas) == 1, "the same rows every time"
+
+
+def test_made_up_keys_have_the_size_of_real_ones(engine, prompts):
+    rows = SyntheticPrompts(engine, 0, with_queries=True)
+    made_up = rows.row(CONTEXT, 1, None).recorded
+    layers = [x.layer_kv(None, 0).k for number in (0, 1) for x in rows.row(CONTEXT, number, None).recorded]
+    assert len({float(k[0, 0, 0, 0]) for k in layers}) == len(layers), "no row or layer is another's copy"
+    real = prompts.row(CONTEXT, 1, None).recorded
+    for a, b in zip(made_up, real, strict=True):
+        x, y = a.layer_kv(None, 0), b.layer_kv(None, 0)
+        assert [t.shape for t in (x.k, x.v, x.q_tail, x.q_all)] == [t.shape for t in (y.k, y.v, y.q_tail, y.q_all)]
+        for mine, theirs in ((x.k, y.k), (x.v, y.v), (x.q_all, y.q_all)):
+            assert mine.std() == pytest.approx(theirs.std().item(), rel=0.3)
+    with pytest.raises(SkvError, match="minference is a way to compute a prompt"):
+        SyntheticPrompts(engine, 0, with_queries=True).row(CONTEXT, 0, parse_method("full+minference").prefill)
+
+
+def test_transformers_takes_made_up_keys_too(engine):
+    made_up = SyntheticPrompts(engine, 0, with_queries=False)
+    theirs = TransformersContender(engine, made_up).start(CONTEXT, 2)
+    ours = SkvContender(engine, made_up, parse_method("full")).start(CONTEXT, 2)
+    for _ in range(5):
+        theirs.step()
+    theirs.close()
+    for _ in range(5):
+        ours.step()
+    assert ours.tokens_sha256() == theirs.tokens_sha256()
+
+
+def test_prompts_are_computed_once_and_forgotten_with_their_context(engine, prompts, monkeypatch):
+    computed = []
+    real = engine.prefill
+    monkeypatch.setattr(engine, "prefill", lambda ids, sparse=None: computed.append(1) or real(ids, sparse))
+    for spec in SPECS:
+        SkvContender(engine, prompts, parse_method(spec)).start(CONTEXT, 3).close()
+    assert len(computed) == 3
+    prompts.row(400, 0, None)
+    assert {key[0] for key in prompts._kept} == {400}
+    monkeypatch.setattr("evals.bench.prompts.available_host_bytes", lambda: 0)
+    prompts._kept.clear()
+    SkvContender(engine, prompts, parse_method("full")).start(CONTEXT, 2).close()
+    assert not prompts._kept
+    assert len(computed) == 3 + 1 + 1 + 2, "preparing stops at the first row that cannot be kept"
+
+
+def test_distributions():
+    assert distribution([]) is None
+    assert distribution([1.0] * 9 + [101.0]) == pytest.approx((1.0, 1.0, 11.0))
+    assert spread([]) is None
+    found = spread([2.0, 4.0, 10.0])
+    assert (found.median, found.low, found.high, found.relative) == (4.0, 2.0, 10.0, 1.0)
+    ratios = paired_ratios({0: 2.0, 1: 9.0, 2: 5.0}, {0: 1.0, 1: 3.0, 7: 1.0})
+    assert (ratios.low, ratios.median, ratios.high) == (2.0, 2.5, 3.0)
+    assert paired_ratios({0: 1.0}, {}) is None
+
+
+def test_step_times_leave_the_warm_up_out():
+    now, called = [0.0], []
+
+    def step():
+        called.append(1)
+        now[0] += 10.0 if len(called) <= 3 else 0.5
+
+    assert step_times(step, 3, 4, SimpleNamespace(now=lambda: now[0])) == [500.0] * 4
+    assert len(called) == 7
+
+
+def record(method, batch, repeat, ms, **changes):
+    made = BenchRecord(method, 1024, batch, repeat, "ok", None, "here", "now", step_ms=[ms] * 5, ttft_s=1.0)
+    return replace(made, **changes)
+
+
+def test_rows_compare_at_equal_batch_and_at_the_best_one():
+    records = [
+        *(record("full", 1, repeat, 10.0) for repeat in (0, 1)),
+        *(record("full", 2, repeat, 40.0) for repeat in (0, 1)),
+        record("full", 4, 0, 0.0, status="oom", error="no", step_ms=[]),
+        *(record("fast", 1, repeat, ms) for repeat, ms in ((0, 20.0), (1, 16.0))),
+        *(record("fast", 4, repeat, ms) for repeat, ms in ((0, 20.0), (1, 10.0))),
+    ]
+    rows = {(row.method, row.batch): row for row in summarise_bench(records)}
+    assert rows["full", 1].tokens_per_s == 100
+    assert rows["full", 4].status == "oom"
+    assert rows["full", 4].tokens_per_s is None
+    assert (rows["fast", 1].ratio_low, rows["fast", 1].ratio_high) == (0.5, 0.625)
+    assert rows["fast", 4].ratio is None, "full attention has no time at that batch"
+    best = {gain.method: gain for gain in gains(records)}
+    assert (best["full"].batch, best["fast"].batch) == (1, 4)
+    assert (best["fast"].gain.low, best["fast"].gain.high) == (2.0, 4.0)
+    assert best["fast"].gain_equal.median == pytest.approx(0.5625)
+
+
+def test_reports_say_what_was_not_real(engine, prompts, tmp_path):
+    sweep(tmp_path, bench(engine), contenders(engine, prompts, ["full", "duo:sinks=4,recent=24"]))
+    path = tmp_path / "run.json"
+    told = json.loads(path.read_text())
+    told["config"]["synthetic_kv"] = told["model"]["dummy"] = True
+    told["notes"] = ["synthetic KV: made up"]
+    path.write_text(json.dumps(told))
+    with (tmp_path / "throughput.jsonl").open("a") as file:
+        elsewhere = record("quest", 1, 0, 5.0, machine="elsewhere", context=CONTEXT)
+        file.write(json.dumps(vars(elsewhere)) + "\n")
+    report = write_bench_reports(tmp_path)
+    assert {p.name for p in report.files} == {
+        "summary.csv", "summary.md", "summary.tex", "throughput.png", "gain.png", "memory.png",
+    }  # fmt: skip
+    for name in ("summary.csv", "summary.md", "summary.tex"):
+        said = (tmp_path / name).read_text()
+        assert "synthetic KV: made up" in said
+        assert "rows run one after the other: duo" in said
+        assert "here; elsewhere" in said
+    assert "[dummy weights] [synthetic KV]" in report.tables[0].title
+    assert "[dummy weights] [synthetic KV]" in (tmp_path / "summary.tex").read_text().replace("\\_", "_")
+
+
+def test_noise_is_told():
+    before = [{"load_per_core": 0.1, "clocks.sm": "1980", "other_gpu_processes": 0}, {"load_per_core": 0.9}]
+    assert (
+        noise_note(before)
+        == "load per core 0.10 to 0.90, SM clock 1980 to 1980 MHz, up to 0 other processes on the GPU"
+    )
+    assert noise_note([]) == "load not readable"
+
+
+@pytest.mark.parametrize("text", ["0", "1,0", "2,1", "1,1", "x", "", "1;2", "-1"])
+def test_nonsense_is_no_list_of_batches(text):
+    with pytest.raises(SkvError):
+        parse_batches(text)
+
+
+def test_batches():
+    assert parse_batches("1, 2,4") == (1, 2, 4)
+    assert parse_batches("auto") is None
+    assert doublings(8) == (1, 2, 4, 8)
+    assert doublings(11) == (1, 2, 4, 8)
+
+
+@pytest.mark.parametrize(
+    "spec", ["full", "shadowkv:rank=8,budget=64", "quest:budget=64", "loki:budget=32", "kivi:group=16"]
+)
+def test_latency_finds_the_parts_of_a_step(engine, prompts, tmp_path, spec):
+    contender = SkvContender(engine, prompts, parse_method(spec))
+    found = measure_latency(bench(engine), contender, Cell(contender.label, CONTEXT, 2, 0), tmp_path / "trace.json")
+    assert found.status == "ok", found.error
+    assert set(found.parts_ms) == set(PARTS)
+    assert sum(found.parts_ms.values()) == pytest.approx(found.profiled_ms, rel=0.01)
+    name = spec.partition(":")[0]
+    always = {"attention", "projections", "mlp", "head", "sampling", "other"}
+    more = {"shadowkv": {"selection", "fetch", "rebuild"}, "quest": {"selection", "fetch"}, "kivi": {"rebuild"}}
+    more["loki"] = {"selection", "fetch"}
+    assert {part for part, ms in found.parts_ms.items() if ms > 0} == always | more.get(name, set())
+    names = {event.get("name") for event in json.loads((tmp_path / "trace.json").read_text())["traceEvents"]}
+    assert {"skv::step", "skv::attention", "skv::mlp"} <= names
+    assert not engine.model.get_output_embeddings()._forward_hooks, "hooks are gone"
+    with open_records(tmp_path / "run", MANIFEST, LatencyRecord) as folder:
+        folder.append(found)
+    report = write_latency_reports(tmp_path / "run")
+    assert any(file.name == "latency.png" for file in report.files)
+
+
+def event(name, cpu, device, *children):
+    return SimpleNamespace(name=name, cpu_time_total=cpu, device_time_total=device, cpu_children=children)
+
+
+def test_the_outermost_range_gets_the_time():
+    """Microseconds of two steps; what a range holds inside another is the outer one's."""
+    inner = event("skv::fetch", 300.0, 30.0)
+    step = event("skv::step", 1000.0, 100.0, event("aten::x", 500.0, 50.0, event("skv::selection", 400.0, 40.0, inner)))
+    on_cpu, on_gpu = (parts_of([step, step, inner], 2, on_gpu=gpu) for gpu in (False, True))
+    assert on_cpu.by_part["selection"] == 0.4
+    assert on_cpu.by_part["fetch"] == 0
+    assert on_cpu.by_part["other"] == pytest.approx(0.6)
+    assert on_cpu.waiting_ms is None
+    assert on_gpu.by_part["selection"] == 0.04
+    assert on_gpu.by_part["other"] == pytest.approx(0.06)
+    assert on_gpu.waiting_ms == pytest.approx(0.9)
+
+
+def test_no_range_is_opened_where_no_profiler_runs(monkeypatch):
+    from torch.autograd import profiler
+
+    from shadowkv import ops
+
+    def fail(*_):
+        raise AssertionError("a range was opened")
+
+    monkeypatch.setattr(profiler, "record_function", fail)
+    assert ops.top_indices(torch.tensor([[1.0, 3.0, 2.0]]), 1).tolist() == [[1]]
+
+
+def test_percentiles_are_of_all_repeats():
+    rows = summarise_bench([record("full", 1, 0, 1.0), record("full", 1, 1, 3.0)])
+    assert rows[0].step_ms_p50 == np.percentile([1.0] * 5 + [3.0] * 5, 50)
+    assert rows[0].repeats == 2
