@@ -23,6 +23,7 @@ from cli import (
     eval_niah,
     eval_ruler,
     info,
+    paper,
     plan,
     pull,
 )
@@ -52,6 +53,7 @@ data = typer.Typer(no_args_is_help=True, help="Write a benchmark's prompts to fi
 data.command("ruler", epilog=data_ruler.EPILOG)(data_ruler.ruler)
 app.add_typer(data, name="data")
 app.command("plan", epilog=plan.EPILOG)(plan.plan)
+app.command("paper", epilog=paper.EPILOG)(paper.paper)
 app.command("models", epilog=info.MODELS_EPILOG)(info.models)
 app.command("methods", epilog=info.METHODS_EPILOG)(info.methods)
 app.command("pull", epilog=pull.EPILOG)(pull.pull)

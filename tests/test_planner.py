@@ -6,13 +6,13 @@ from dataclasses import replace
 from functools import cache
 
 import pytest
-from published_throughput import ROWS
 from test_methods import CASES
 from tiny_models import geometry_model, random_prompt, tiny_model
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig
 
+from evals.paper.published import ROWS
 from evals.planning import Setup, plan_all
 from shadowkv.engine import Engine
 from shadowkv.errors import SkvError

@@ -1,0 +1,1 @@
+"""The ShadowKV paper's experiments by name."""

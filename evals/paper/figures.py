@@ -1,0 +1,123 @@
+"""What an experiment's run folders show together: one table over models, and the paper's figure where it has one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from evals.bench.records import BenchRecord
+from evals.bench.summary import REFERENCE, gains
+from evals.manifest import Manifest
+from evals.paper.published import ROWS
+from evals.plots import COLOURS, new_figure, save
+from evals.results import read_records, read_run
+from evals.summary import Row, summarise
+from evals.tables import Table, number, percent, tokens
+from shadowkv.errors import SkvError
+from shadowkv.registry import parse_method
+
+
+def throughput_summary(folders: Sequence[Path]) -> Table:
+    """Measured gains in the form of the paper's table, beside what was published for the same model and context."""
+    lines = []
+    for folder in folders:
+        manifest, records = read_records(folder, BenchRecord)
+        model = manifest.model["name"]
+        for gain in gains(records):
+            if gain.method == REFERENCE:
+                continue
+            full = "–" if gain.full_tokens_per_s is None else f"{gain.full_tokens_per_s:.2f} ({gain.full_batch})"
+            lines.append(
+                [
+                    model + _marks(manifest),
+                    tokens(gain.context),
+                    gain.method,
+                    full,
+                    f"{gain.tokens_per_s:.2f} ({gain.batch})",
+                    number(gain.gain and gain.gain.median, ".2f"),
+                    _published(model, gain.context, gain.method),
+                ]
+            )
+    columns = ["model", "context", "method", "full tokens/s (batch)", "tokens/s (batch)", "gain", "published gain"]
+    caption = "Each at its best batch. Published: ShadowKV's authors on one A100-80GB; another machine has other gains."
+    return Table("Decode throughput", columns, lines, caption, names=3)
+
+
+def _published(model: str, context: int, method: str) -> str:
+    if not method.startswith("shadowkv"):
+        return "–"
+    rows = [row for row in ROWS if (row.model, row.context) == (model, context)]
+    return f"{rows[0].shadowkv_tokens_per_s / rows[0].full_tokens_per_s:.2f}" if rows else "–"
+
+
+def accuracy_summary(folders: Sequence[Path]) -> Table:
+    """Scores of every model, method and length."""
+    lines = []
+    for folder in folders:
+        manifest, records = read_run(folder)
+        for row in summarise(records):
+            name = manifest.model["name"] + _marks(manifest)
+            scored = f"{row.scored}/{row.total}"
+            lines.append([name, folder.name, tokens(row.length), row.method, percent(row.score), _spread(row), scored])
+    columns = ["model", "run", "length", "method", "score, %", "95 %", "scored"]
+    return Table("Scores", columns, lines, "Intervals: 95 % bootstrap over samples.", names=4)
+
+
+def write_ablations(path: Path, folder: Path, base: str) -> Path:
+    """Score against each parameter that was changed in `base` alone, one panel each; the dashed line is full attention.
+
+    Shaded: 95 % bootstrap intervals over samples.
+    """
+    manifest, records = read_run(folder)
+    rows = {row.method: row for row in summarise(records)}
+    panels = ablated(base, rows)
+    if not panels:
+        raise SkvError(f"{folder} holds no setting of {base} with one parameter changed")
+    title = f"{manifest.benchmark} · {manifest.model['name']}{_marks(manifest)} · around {base}"
+    figure = new_figure(2.6 * len(panels) + 0.6, 3.0, title)
+    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    full = rows.get(REFERENCE)
+    for place, (axis, (parameter, points)) in enumerate(zip(axes, panels.items(), strict=True)):
+        known = sorted((value, row) for value, row in points.items() if row.score is not None)
+        at = range(len(known))
+        axis.plot(at, [100 * (row.score or 0) for _, row in known], marker="o", ms=4, color=COLOURS[place + 1])
+        low, high = ([100 * (getattr(row, end) or 0) for _, row in known] for end in ("score_low", "score_high"))
+        axis.fill_between(at, low, high, color=COLOURS[place + 1], alpha=0.15, lw=0)
+        if full is not None and full.score is not None:
+            axis.axhline(100 * full.score, color=COLOURS[0], ls="--", lw=0.8)
+        axis.set_xticks(at, [str(value) for value, _ in known])
+        axis.set_xlabel(parameter, fontsize=8)
+        axis.tick_params(labelsize=7)
+        axis.grid(alpha=0.3)
+        axis.set_ylim(0, 105)
+    axes[0].set_ylabel("score, %", fontsize=8)
+    return save(figure, path)
+
+
+def ablated(base: str, rows: Mapping[str, Row]) -> dict[str, dict[Any, Row]]:
+    """By parameter: rows of the settings that differ from `base` in it alone, by its value, the base among them."""
+    method: Any = parse_method(base)
+    panels: dict[str, dict[Any, Row]] = {}
+    for label, row in rows.items():
+        if not label.startswith(f"{method.name}:"):
+            continue
+        params = parse_method(label).params()
+        changed = [key for key, value in params.items() if value != method.params()[key]]
+        if len(changed) == 1:
+            panels.setdefault(changed[0], {})[params[changed[0]]] = row
+    if method.label in rows:
+        # What is automatic stands on the axis as the number that it comes to.
+        reference = {**method.params(), "outliers": method.outlier_chunks}
+        for key, points in panels.items():
+            points[reference[key]] = rows[method.label]
+    return panels
+
+
+def _spread(row: Row) -> str:
+    return "–" if row.score_low is None else f"{percent(row.score_low)}–{percent(row.score_high)}"
+
+
+def _marks(manifest: Manifest) -> str:
+    marks = {"dummy weights": manifest.model["dummy"], "synthetic KV": manifest.config.get("synthetic_kv")}
+    return "".join(f" [{mark}]" for mark, on in marks.items() if on)
