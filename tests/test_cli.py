@@ -216,10 +216,10 @@ def test_one_budget_is_given_to_every_method_that_chooses(capsys, tiny_folder):
 
 def test_kv_bytes_are_given_to_every_method_that_can_choose_them(capsys, tiny_folder):
     argv = ["eval", "niah", "--model", str(tiny_folder), "--haystack", "synthetic", "--lengths", "512"]
-    chosen = ["-m", "full", "-m", "quest:budget=64", "-m", "snapkv:window=8", "-m", "tova"]
+    chosen = ["-m", "full", "-m", "quest:budget=64", "-m", "snapkv:window=8", "-m", "streaming"]
     assert methods_of_plan(capsys, *argv, *chosen, "--kv-bytes", "50%,25%") == [
         "full", "quest:budget=64", "snapkv:budget=256,window=8", "snapkv:budget=128,window=8",
-        "tova:budget=256", "tova:budget=128",
+        "streaming:budget=256", "streaming:budget=128",
     ]  # fmt: skip
     for given, said in (("0%", "not in (0, 100] %"), ("lots", "is not a size"), ("1B", "more than")):
         assert said in mistake(capsys, *argv, "-m", "tova", "--kv-bytes", given)
