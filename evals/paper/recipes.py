@@ -147,7 +147,7 @@ def _longbench(scale: str, models: Sequence[str]) -> list[Step]:
 
 def _ablations(scale: str, models: Sequence[str]) -> list[Step]:
     if scale == "smoke":
-        made = _words("eval niah", lengths="2k", depths="5")
+        made = _words("eval niah", lengths="2k", depths="10")
     else:
         made = _words("eval ruler", profile="shadowkv", lengths="128k", samples="24")
     base = ABLATION_BASE[scale]
