@@ -35,7 +35,7 @@ def throughput(
     batch: Annotated[
         str, typer.Option(help="Batches, ascending, such as 1,2,4; auto: 1, 2, 4, ... to --max-batch.")
     ] = ("auto"),
-    repeats: Annotated[int, typer.Option(help="Times that everything is measured; methods take turns in each.")] = 3,
+    repeats: Annotated[int, typer.Option(help="Times that everything is measured; methods take turns in each.")] = 5,
     find_max_batch: Annotated[
         bool, typer.Option("--find-max-batch", help="Search each method's largest batch, from what is planned.")
     ] = False,
