@@ -13,12 +13,12 @@ demo: $(VENV)/ready  ## full attention, ShadowKV and Quest on a real model, in m
 		--lengths 1k,2k,4k --depths 5 --out results/demo
 
 test: $(VENV)/ready
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n auto
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy --strict shadowkv evals
+	$(BIN)/mypy --strict shadowkv evals cli
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache results/demo

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from cli.asked import AskedModel
 from cli.options import Settings
 
 if TYPE_CHECKING:
@@ -19,38 +18,27 @@ if TYPE_CHECKING:
     from evals.results import Record
     from evals.task import Question, Task
     from shadowkv.loading import LoadedModel
-    from shadowkv.method import Dims, Method
-    from shadowkv.resolving import ModelSource
+    from shadowkv.method import Method
 
     # The model's context in tokens -> the task, or an error about a length beyond it.
     MakeTask = Callable[[int], Task]
 
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 
-
-class _Prepared:
+class _Prepared(AskedModel):
     """Everything that can be known, and refused, before weights are loaded."""
 
     def __init__(self, make_task: MakeTask, settings: Settings) -> None:
-        import torch
-
+        from cli.checks import check_run
         from cli.choosing import choose, parse_budgets, parse_kv_bytes, parse_specs
-        from cli.render import quieten_libraries
-        from shadowkv.geometry import dims_of
-        from shadowkv.loading import context_tokens, load_config, pick_device, pick_dtype
-        from shadowkv.resolving import resolve
+        from shadowkv.errors import SkvError
 
-        quieten_libraries()
         asked, alike = parse_specs(settings.methods or ()), parse_budgets(settings.budget)
-        _check_options(settings)
+        check_run(settings)
+        if settings.budget is not None and settings.kv_bytes is not None:
+            raise SkvError("--budget and --kv-bytes would each decide what methods keep; give one of them")
+        super().__init__(settings, dummy=settings.dummy)
         self.settings = settings
-        self.source: ModelSource = resolve(settings.model, dummy=settings.dummy)
-        self.config = load_config(self.source, trust_remote_code=settings.trust_remote_code)
-        self.context_tokens = context_tokens(self.source, self.config)
         self.task = make_task(self.context_tokens)
-        self.device = pick_device(settings.device)
-        self.dtype = pick_dtype(self.device, settings.dtype)
-        self.dims: Dims = dims_of(self.config, getattr(torch, self.dtype).itemsize)
         if settings.kv_bytes is not None:
             longest = max(question.length_tokens for question in self.questions)
             alike = parse_kv_bytes(settings.kv_bytes, self.dims, longest)
@@ -63,12 +51,6 @@ class _Prepared:
         return any(method.needs_prompt_queries for method in self.methods)
 
     @cached_property
-    def tokenizer(self) -> Any:
-        from shadowkv.loading import load_tokenizer
-
-        return load_tokenizer(self.source, trust_remote_code=self.settings.trust_remote_code)
-
-    @cached_property
     def questions(self) -> Sequence[Question]:
         return self.task.questions(self.tokenizer)
 
@@ -79,13 +61,13 @@ class _Prepared:
 
 def run(make_task: MakeTask, settings: Settings) -> int:
     """Run or continue a benchmark and show its results; returns the exit code."""
+    from cli.choosing import tell_unsupported
     from shadowkv.wording import plain_line
 
     ready = _Prepared(make_task, settings)
     questions = ready.questions
     tell_left_out(ready.left_out)
-    for label, reason in ready.unsupported.items():
-        print(f"skv: unsupported: {label}: {plain_line(reason)}", file=sys.stderr)
+    tell_unsupported(ready.unsupported)
     if settings.dry_run:
         return _plan(ready)
     unscored = _run(ready, questions)
@@ -102,16 +84,9 @@ def _run(ready: _Prepared, questions: Sequence[Question]) -> list[Record]:
     from evals.results import open_run
     from evals.runner import Run, run_accuracy
     from shadowkv.engine import Engine
-    from shadowkv.loading import load_model
 
     settings = ready.settings
-    loaded = load_model(
-        ready.source,
-        device=ready.device,
-        dtype=ready.dtype,
-        dummy=settings.dummy,
-        trust_remote_code=settings.trust_remote_code,
-    )
+    loaded = ready.load()
     engine = Engine(
         loaded.model,
         prefill_chunk_tokens=settings.prefill_chunk_tokens,
@@ -119,7 +94,7 @@ def _run(ready: _Prepared, questions: Sequence[Question]) -> list[Record]:
         record_queries=ready.records_queries,
     )
     manifest = _manifest(ready, engine.prefill_chunk_tokens, loaded)
-    path = settings.out or Path("results") / _folder_name(manifest)
+    path = settings.out or Path("results") / manifest.folder_name
     with open_run(path, manifest) as folder:
         if folder.repaired_lines and not settings.quiet:
             print(f"skv: repaired an unfinished last line of {path / 'samples.jsonl'}", file=sys.stderr)
@@ -174,10 +149,10 @@ def _plan(ready: _Prepared) -> int:
         return 0
     cells = grouped(prompts, lambda p: (p["task"], p["length_tokens"], p["max_new_tokens"]))
     lines = []
-    for (task, length, answer), made in cells.items():
-        counts = [prompt["prompt_tokens"] for prompt in made]
-        spans = [f"{min(counts) + more}–{max(counts) + more}" for more in (0, answer)]
-        lines.append([task, tokens(length), str(len(counts)), *spans])
+    for (task, length, answer), same in cells.items():
+        sizes = [prompt["prompt_tokens"] for prompt in same]
+        spans = [f"{min(sizes) + more}–{max(sizes) + more}" for more in (0, answer)]
+        lines.append([task, tokens(length), str(len(same)), *spans])
     print_table(
         Table(
             f"{ready.source.name} ({ready.source.described}): {len(prompts)} prompts x {len(memory)} methods",
@@ -199,21 +174,6 @@ def _plan(ready: _Prepared) -> int:
     return 0
 
 
-def _check_options(settings: Settings) -> None:
-    from shadowkv.errors import SkvError
-    from shadowkv.names import did_you_mean
-
-    dtype, chunk = settings.dtype, settings.prefill_chunk_tokens
-    if dtype not in DTYPES:
-        raise SkvError(f"unknown dtype '{dtype}'{did_you_mean(dtype, DTYPES)}; one of {', '.join(DTYPES)}")
-    if settings.budget is not None and settings.kv_bytes is not None:
-        raise SkvError("--budget and --kv-bytes would each decide what methods keep; give one of them")
-    if chunk is not None and chunk < 1:
-        raise SkvError(f"--prefill-chunk must be at least 1, got {chunk}")
-    if settings.out is not None:
-        check_writable(settings.out)
-
-
 def tell_left_out(left_out: dict[str, str]) -> None:
     """Name the tasks that cannot be run here, those of one reason together."""
     from shadowkv.wording import plain_line
@@ -223,19 +183,8 @@ def tell_left_out(left_out: dict[str, str]) -> None:
         print(f"skv: left out: {names}: {plain_line(reason)}", file=sys.stderr)
 
 
-def check_writable(out: Path) -> None:
-    """Refuse an output folder that cannot be made, before minutes go into loading; opening the run decides."""
-    from shadowkv.errors import SkvError
-
-    there = next(path for path in (out.absolute(), *out.absolute().parents) if os.path.lexists(path))
-    if not there.is_dir():
-        raise SkvError(f"cannot write to {out}: {there} is not a folder")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise SkvError(f"cannot write to {out}: no permission to write in {there}")
-
-
 def _manifest(ready: _Prepared, prefill_chunk_tokens: int, loaded: LoadedModel) -> Manifest:
-    from evals.manifest import Manifest, described, plain, this_session
+    from evals.manifest import Manifest, described, model_entry, plain, this_session
 
     task = ready.task
     notes = ["dummy weights: scores mean nothing, only times and bytes do"] if loaded.dummy else []
@@ -250,25 +199,11 @@ def _manifest(ready: _Prepared, prefill_chunk_tokens: int, loaded: LoadedModel) 
         config=plain({**task.config(), "prefill_chunk_tokens": prefill_chunk_tokens}),
         methods={method.label: plain(described(method)) for method in ready.methods},
         selection=plain(task.selection()),
-        model={
-            "name": loaded.name,
-            "source": loaded.source,
-            "weights_sha256": loaded.weights_sha256,
-            "dummy": loaded.dummy,
-            "dtype": loaded.dtype,
-            "device": loaded.device,
-        },
+        model=model_entry(loaded),
         sources=task.sources(),
         notes=notes,
         sessions=[this_session(["skv", *sys.argv[1:]], loaded.device)],
     )
-
-
-def _folder_name(manifest: Manifest) -> str:
-    """The same configuration always goes to the same folder."""
-    fixed = json.dumps([manifest.config, manifest.model, manifest.sources], sort_keys=True)
-    name = manifest.model["name"].replace("/", "--")
-    return f"{manifest.benchmark}-{name}-{hashlib.sha256(fixed.encode()).hexdigest()[:8]}"
 
 
 def _unscored(records: list[Record], questions: Sequence[Question], methods: list[Method]) -> list[Record]:

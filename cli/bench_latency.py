@@ -12,7 +12,8 @@ from typing import Annotated, Any
 import typer
 
 from cli.bench_options import BenchSettings
-from cli.benching import Prepared, say_unsupported
+from cli.benching import Prepared
+from cli.choosing import tell_unsupported
 from cli.options import with_options
 
 EPILOG = (
@@ -52,7 +53,7 @@ def latency(
             raise SkvError(f"cannot write --trace {trace}: {trace.parent} is not a folder")
     if "vllm" in ready.engines:
         raise SkvError("--engine vllm cannot be looked into; --engine hf can")
-    say_unsupported(ready)
+    tell_unsupported(ready.unsupported)
     if settings.dry_run:
         planned = {"contexts": ready.contexts, "batches": batches, "methods": [m.label for m in ready.methods]}
         print(json.dumps(planned, indent=1) if settings.as_json else f"{planned}: nothing was run")

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cli.bench_options import BenchSettings
-from cli.benching import Prepared, say_unsupported
+from cli.benching import Prepared
+from cli.choosing import tell_unsupported
 from cli.options import with_options
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ def throughput(
     ready = Prepared(settings)
     most = max_batch or (_MOST_SEARCHED if find_max_batch else _MOST.get(ready.device.partition(":")[0], 256))
     plan = Plan(ready.contexts, batches, repeats, most, find_max_batch)
-    say_unsupported(ready)
+    tell_unsupported(ready.unsupported)
     _check_host(ready, plan)
     if settings.dry_run:
         return _show_plan(ready, plan)
@@ -118,7 +119,7 @@ def _check_host(ready: Prepared, plan: Plan) -> None:
     from evals.bench.memory import MemoryShortError
     from shadowkv.errors import SkvError
 
-    room, settings = ready.planned_room(), ready.settings
+    room, settings = ready.room, ready.settings
     new_tokens = settings.warmup + settings.steps
     fitting, short = 0, dict[str, str]()
     for method in ready.methods:
@@ -142,7 +143,7 @@ def _show_plan(ready: Prepared, plan: Plan) -> int:
     from cli.render import print_table
     from evals.tables import Table, mib, tokens
 
-    room, settings = ready.planned_room(), ready.settings
+    room, settings = ready.room, ready.settings
     new_tokens = settings.warmup + settings.steps
     rows: list[dict[str, Any]] = []
     for context in ready.contexts:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import sys
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cli.asked import AskedModel
 from cli.bench_options import BenchSettings, check
 
 if TYPE_CHECKING:
@@ -21,37 +20,24 @@ if TYPE_CHECKING:
     from evals.sources import Haystack
     from shadowkv.engine import Engine
     from shadowkv.loading import LoadedModel
-    from shadowkv.method import Dims, Method
-    from shadowkv.resolving import ModelSource
+    from shadowkv.method import Method
 
 
-class Prepared:
+class Prepared(AskedModel):
     """Everything that can be known, and refused, before weights are loaded."""
 
     def __init__(self, settings: BenchSettings) -> None:
-        import torch
-
         from cli.choosing import choose, parse_budgets, parse_specs
-        from cli.render import quieten_libraries
         from evals.lengths import parse_lengths
-        from shadowkv.geometry import dims_of
-        from shadowkv.loading import context_tokens, load_config, pick_device, pick_dtype
-        from shadowkv.resolving import resolve
         from shadowkv.sizes import parse_bytes
 
-        quieten_libraries()
         specs, budgets = parse_specs(settings.methods or ()), parse_budgets(settings.budget)
         check(settings)
+        super().__init__(settings, dummy=settings.dummy)
         self.settings = settings
         self.engines = tuple(dict.fromkeys(settings.engine or ()))
-        self.cap_bytes = None if settings.memory_cap is None else parse_bytes(settings.memory_cap)
-        self.source: ModelSource = resolve(settings.model, dummy=settings.dummy)
-        self.config = load_config(self.source, trust_remote_code=settings.trust_remote_code)
-        longest = context_tokens(self.source, self.config)
-        self.contexts = tuple(sorted(parse_lengths(settings.context, longest, "--context")))
-        self.device = pick_device(settings.device)
-        self.dtype = pick_dtype(self.device, settings.dtype)
-        self.dims: Dims = dims_of(self.config, getattr(torch, self.dtype).itemsize)
+        self.cap_bytes = None if settings.memory_cap is None else parse_bytes(settings.memory_cap, "--memory-cap")
+        self.contexts = tuple(sorted(parse_lengths(settings.context, self.context_tokens, "--context")))
         chosen = choose(specs, budgets, self.source, self.dims)
         self.methods, self.unsupported = chosen.methods, chosen.unsupported
         if settings.synthetic_kv:
@@ -77,43 +63,38 @@ class Prepared:
         spec = self.settings.haystack
         return haystack(("essays" if pack_path("essays") else "synthetic") if spec == "auto" else spec)
 
-    def room(self, weights_bytes: int, read_weights_bytes: int = 0) -> Room:
-        """The memory there is for a model of that size."""
+    @cached_property
+    def room(self) -> Room:
+        """The memory there is."""
         import torch
 
         from evals.bench.memory import Room, size
         from shadowkv.errors import SkvError
+        from shadowkv.model_size import count_parameters
 
+        counted = count_parameters(self.config, trust_remote_code=self.settings.trust_remote_code)
+        weights_bytes = counted.total * self.dims.element_bytes
         if self.cap_bytes is not None and self.cap_bytes < weights_bytes:
             raise SkvError(f"--memory-cap {self.settings.memory_cap} is less than the weights, {size(weights_bytes)}")
         return Room(
             torch.device(self.device),
             self.dims,
             weights_bytes,
-            read_weights_bytes,
+            counted.per_step * self.dims.element_bytes,
             self.cap_bytes,
             snapshots=not self.settings.synthetic_kv,
-            records_queries=any(method.needs_prompt_queries for method in self.methods),
+            records_queries=self.records_queries,
         )
 
-    def planned_room(self) -> Room:
-        """The same before anything is loaded."""
-        from shadowkv.loading import weights_bytes
-
-        return self.room(weights_bytes(self.config, self.dims.element_bytes))
+    @property
+    def records_queries(self) -> bool:
+        """Whether any method needs all queries of a prompt."""
+        return any(method.needs_prompt_queries for method in self.methods)
 
 
 def _name(method: Method) -> str:
     """What it is called, without its parameters."""
     return method.label.partition(":")[0]
-
-
-def say_unsupported(ready: Prepared) -> None:
-    """Name on stderr what cannot run here, and why."""
-    from shadowkv.wording import plain_line
-
-    for label, reason in ready.unsupported.items():
-        print(f"skv: unsupported: {label}: {plain_line(reason)}", file=sys.stderr)
 
 
 @dataclass(frozen=True)
@@ -136,30 +117,21 @@ def load(ready: Prepared) -> Loaded:
     from evals.bench.vllm_engine import VllmContender
     from evals.manifest import this_session
     from shadowkv.engine import Engine
-    from shadowkv.loading import load_model
 
     settings = ready.settings
     text = None if settings.synthetic_kv else ready.haystack.text
-    model = load_model(
-        ready.source,
-        device=ready.device,
-        dtype=ready.dtype,
-        dummy=settings.dummy,
-        trust_remote_code=settings.trust_remote_code,
-    )
-    queries = any(method.needs_prompt_queries for method in ready.methods)
+    model = ready.load()
     engine = Engine(
         model.model,
         prefill_chunk_tokens=settings.prefill_chunk_tokens,
         reuse_prefix=False,  # rows are distinct, and a measured prefill is a whole one
-        record_queries=queries,
+        record_queries=ready.records_queries,
     )
     for context in ready.contexts:
         engine.rope.check_span(context, settings.warmup + settings.steps)
-    room = ready.room(*_weights(model.model))
-    room.hold_cap()
+    ready.room.hold_cap()
     prompts: Prompts = (
-        SyntheticPrompts(engine, settings.seed, with_queries=queries)
+        SyntheticPrompts(engine, settings.seed, with_queries=ready.records_queries)
         if text is None
         else RealPrompts(engine, model.tokenizer, text, settings.seed)
     )
@@ -172,21 +144,13 @@ def load(ready: Prepared) -> Loaded:
             contenders.append(VllmContender(folder, ready.dtype, ready.dims, prompts, model.model.device))
     warm_up(engine)
     machine = machine_name(this_session([], model.device).machine)
-    return Loaded(ready, model, engine, Bench(engine, room, machine, settings.warmup, settings.steps), contenders)
-
-
-def _weights(model: Any) -> tuple[int, int]:
-    """Bytes of all weights, and of those that a decode step reads."""
-    total = sum(p.numel() * p.element_size() for p in model.parameters())
-    table, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
-    tied = table.data_ptr() == head.data_ptr()
-    return total, total if tied else total - table.numel() * table.element_size()
+    return Loaded(ready, model, engine, Bench(engine, ready.room, machine, settings.warmup, settings.steps), contenders)
 
 
 def manifest_of(loaded: Loaded, benchmark: str, selection: dict[str, Any]) -> Manifest:
     """run.json of a benchmark of speed: the machine is part of what must stay the same."""
     from evals.bench.vllm_engine import UNTESTED
-    from evals.manifest import Manifest, plain, this_session
+    from evals.manifest import Manifest, model_entry, plain, this_session
 
     ready, model = loaded.ready, loaded.model
     settings = ready.settings
@@ -222,14 +186,7 @@ def manifest_of(loaded: Loaded, benchmark: str, selection: dict[str, Any]) -> Ma
             **{f"full@{name}": {} for name in ready.engines},
         },
         selection=plain(selection),
-        model={
-            "name": model.name,
-            "source": model.source,
-            "weights_sha256": model.weights_sha256,
-            "dummy": model.dummy,
-            "dtype": model.dtype,
-            "device": model.device,
-        },
+        model=model_entry(model),
         sources=sources,
         notes=notes,
         sessions=[session],
@@ -237,19 +194,13 @@ def manifest_of(loaded: Loaded, benchmark: str, selection: dict[str, Any]) -> Ma
 
 
 def folder_for(manifest: Manifest, settings: BenchSettings) -> tuple[Path, Manifest]:
-    """Where a run goes, and its manifest: of another machine's folder only with --force.
-
-    The same configuration always goes to the same folder.
-    """
+    """Where a run goes, and its manifest: of another machine's folder only with --force."""
     from dataclasses import replace
 
     from evals.manifest import Manifest as Kept
     from shadowkv.errors import SkvError
 
-    fixed = json.dumps([manifest.config, manifest.model, manifest.sources], sort_keys=True)
-    name = manifest.model["name"].replace("/", "--")
-    digest = hashlib.sha256(fixed.encode()).hexdigest()[:8]
-    path = settings.out or Path("results") / f"{manifest.benchmark}-{name}-{digest}"
+    path = settings.out or Path("results") / manifest.folder_name
     if not (path / "run.json").is_file():
         return path, manifest
     theirs = Kept.read(path / "run.json").config.get("machine")

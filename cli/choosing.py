@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from operator import methodcaller
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
@@ -73,7 +75,7 @@ def parse_budgets(text: str | None) -> list[Alike]:
     items = _items(text)
     if not all(item.isdecimal() and int(item) > 0 for item in items):
         raise SkvError(f"'{text}' is not a budget; write tokens, such as 512 or 256,512")
-    return [Alike(f"--budget {tokens}", lambda m, tokens=tokens: m.with_budget(tokens)) for tokens in map(int, items)]
+    return [Alike(f"--budget {tokens}", methodcaller("with_budget", tokens)) for tokens in map(int, items)]
 
 
 def parse_kv_bytes(text: str | None, dims: Dims, tokens: int) -> list[Alike]:
@@ -90,8 +92,7 @@ def parse_kv_bytes(text: str | None, dims: Dims, tokens: int) -> list[Alike]:
         return int(float(share[1]) / 100 * dims.full_bytes_per_token * tokens)
 
     return [
-        Alike(f"--kv-bytes {item}", lambda m, held=count(item): m.with_kv_bytes(dims, tokens, held))
-        for item in _items(text)
+        Alike(f"--kv-bytes {item}", methodcaller("with_kv_bytes", dims, tokens, count(item))) for item in _items(text)
     ]
 
 
@@ -123,6 +124,14 @@ def choose(asked: Sequence[Asked], alike: Sequence[Alike], source: ModelSource, 
     if not chosen.methods:
         raise SkvError(next(iter(chosen.unsupported.values())))
     return chosen
+
+
+def tell_unsupported(unsupported: Mapping[str, str]) -> None:
+    """Name on stderr what cannot run here, and why."""
+    from shadowkv.wording import plain_line
+
+    for label, reason in unsupported.items():
+        print(f"skv: unsupported: {label}: {plain_line(reason)}", file=sys.stderr)
 
 
 def _suggested(method: Method, source: ModelSource, dims: Dims) -> Method:

@@ -28,7 +28,8 @@ def ruler(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
 ) -> int:
     """Write RULER's prompts, made to measure for a model's tokenizer, as JSONL in NVIDIA's schema."""
-    from cli.accuracy import check_writable, tell_left_out
+    from cli.accuracy import tell_left_out
+    from cli.checks import check_writable
     from cli.render import console, quieten_libraries, status
     from evals.ruler.files import write_files
     from shadowkv.loading import context_tokens, load_config, load_tokenizer

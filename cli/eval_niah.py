@@ -51,8 +51,8 @@ def niah(
     from evals.niah.turns import MultiTurnNiah
 
     def task(context_tokens: int) -> Niah:
-        several = {"turns": turns, "first_query_in_prefill": first_query_in_prefill}
-        make = Niah if turns == 1 and not first_query_in_prefill else partial(MultiTurnNiah, **several)
+        several = partial(MultiTurnNiah, turns=turns, first_query_in_prefill=first_query_in_prefill)
+        make = Niah if turns == 1 and not first_query_in_prefill else several
         return make(
             lengths=parse_lengths(lengths, None if settings.dry_run else context_tokens),
             depths=parse_depths(depths),

@@ -7,16 +7,30 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_type_hints
 
 import typer
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What every accuracy benchmark can be told, whatever it measures."""
+class ModelOptions:
+    """Which model, where, and in which type; and whether to say what is going on."""
 
     model: Annotated[str, typer.Option(help="Preset (skv models), folder, Hub id or .gguf file.")]
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto"
+    dtype: Annotated[str, typer.Option(help="auto (fp32 on a CPU, bf16 on a GPU), float32, bfloat16, float16.")] = (
+        "auto"
+    )
+    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run code of the model's repo.")] = (
+        False
+    )
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False
+
+
+@dataclass(frozen=True)
+class RunOptions(ModelOptions):
+    """What every run that compares methods can be told."""
+
     methods: Annotated[
         list[str] | None,
         typer.Option(
@@ -29,33 +43,33 @@ class Settings:
         str | None,
         typer.Option(help="Tokens that every method attends to in all, so that they compare: 512 or 256,512."),
     ] = None
+    out: Annotated[Path | None, typer.Option(help="Run folder; the same command continues it.")] = None
+    dummy: Annotated[bool, typer.Option("--dummy", help="Random weights; every table says so.")] = False
+    prefill_chunk_tokens: Annotated[
+        int | None,
+        typer.Option("--prefill-chunk", help="Tokens per prefill chunk (256 on a CPU, 8192 on a GPU)."),
+    ] = None
+    as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON on stdout and nothing else.")] = (
+        False
+    )
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show what would be run and the memory it takes, and run nothing.")
+    ] = False
+
+
+@dataclass(frozen=True)
+class Settings(RunOptions):
+    """What every accuracy benchmark can be told, whatever it measures."""
+
     kv_bytes: Annotated[
         str | None,
         typer.Option(
             help="Device memory for the KV of the longest prompt, for every method that can choose: 64MiB or 25%,50%."
         ),
     ] = None
-    out: Annotated[Path | None, typer.Option(help="Run folder; the same command continues it.")] = None
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto"
-    dtype: Annotated[str, typer.Option(help="auto (fp32 on a CPU, bf16 on a GPU), float32, bfloat16, float16.")] = (
-        "auto"
-    )
-    dummy: Annotated[bool, typer.Option("--dummy", help="Random weights; every table says so.")] = False
-    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run code of the model's repo.")] = (
-        False
-    )
-    prefill_chunk_tokens: Annotated[
-        int | None,
-        typer.Option("--prefill-chunk", help="Tokens per prefill chunk (256 on a CPU, 8192 on a GPU)."),
-    ] = None
     reuse_prefix: Annotated[
         bool, typer.Option("--prefix-reuse/--no-prefix-reuse", help="Compute what prompts share once.")
     ] = True
-    as_json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON on stdout and nothing else.")] = (
-        False
-    )
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Make and measure the prompts, and run nothing.")] = False
     diagnostics: Annotated[
         bool, typer.Option("--diagnostics", help="Compare every layer with full attention: error, and mass recalled.")
     ] = False
@@ -68,7 +82,10 @@ def with_options(group: type, name: str) -> Callable[[Callable[..., int]], Calla
     """
 
     def decorate(command: Callable[..., int]) -> Callable[..., int]:
-        shared = list(inspect.signature(group, eval_str=True).parameters.values())
+        # Not eval_str: an inherited field's type is a name of the module that its own class stands in.
+        types = get_type_hints(group, include_extras=True)
+        declared = inspect.signature(group).parameters.values()
+        shared = [parameter.replace(annotation=types[parameter.name]) for parameter in declared]
         signature = inspect.signature(command, eval_str=True)
         own = [parameter for parameter in signature.parameters.values() if parameter.name != name]
 

@@ -104,10 +104,9 @@ def _report(recipe: Recipe, scale: str, folder: Path, steps: Sequence[Step]) -> 
     files = ["paper.md"]
     if recipe.name == "ablations":
         for run in runs:
-            files.append(
-                write_ablations(run / "plots" / "ablations.png", run, ABLATION_BASE[scale]).relative_to(folder)
-            )
+            figure = write_ablations(run / "plots" / "ablations.png", run, ABLATION_BASE[scale])
+            files.append(str(figure.relative_to(folder)))
     head = f"# {recipe.name} at {scale} scale: {recipe.summary}\n\n"
     (folder / "paper.md").write_text(head + table.markdown(), encoding="utf-8")
     print_table(table)
-    print(f"{folder}: {' '.join(map(str, files))}")
+    print(f"{folder}: {' '.join(files)}")

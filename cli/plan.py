@@ -54,10 +54,9 @@ def plan(
     engine that copies more than it must does not keep. Plans come by context and, within it, by method, as asked.
     """
     import json
-    import sys
 
-    from cli.accuracy import check_writable
-    from cli.choosing import choose, parse_budgets, parse_specs
+    from cli.checks import check_dtype, check_writable
+    from cli.choosing import choose, parse_budgets, parse_specs, tell_unsupported
     from cli.render import print_table, quieten_libraries
     from evals.lengths import parse_lengths
     from evals.planning import Setup, parts_table, plan_all, plan_table, write_plot
@@ -66,14 +65,10 @@ def plan(
     from shadowkv.gpus import find_gpu
     from shadowkv.loading import context_tokens, load_config
     from shadowkv.model_size import model_size
-    from shadowkv.names import did_you_mean
     from shadowkv.resolving import resolve
     from shadowkv.sizes import parse_bytes
-    from shadowkv.wording import plain_line
 
-    if dtype not in _ELEMENT_BYTES:
-        known = ", ".join(_ELEMENT_BYTES)
-        raise SkvError(f"unknown dtype '{dtype}'{did_you_mean(dtype, _ELEMENT_BYTES)}; one of {known}")
+    check_dtype(dtype, _ELEMENT_BYTES)
     if batch is not None and batch < 1:
         raise SkvError(f"--batch must be at least 1, got {batch}")
     if out is not None:
@@ -90,9 +85,7 @@ def plan(
     contexts = parse_lengths(asked, longest)
     size = model_size(config, _ELEMENT_BYTES[dtype], trust_remote_code=trust_remote_code)
     chosen = choose(specs, budgets, source, size.dims)
-    for label, reason in chosen.unsupported.items():
-        print(f"skv: unsupported: {label}: {plain_line(reason)}", file=sys.stderr)
-
+    tell_unsupported(chosen.unsupported)
     setup = Setup(source.name, size, card, batch, cap, host, as_published)
     rows = plan_all(setup, contexts, chosen.methods)
     if as_published and not any(row.published for row in rows):

@@ -13,10 +13,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from shadowkv.errors import SkvError
 from shadowkv.method import Setting
+
+if TYPE_CHECKING:
+    from shadowkv.loading import LoadedModel
 
 SCHEMA = 1
 _PACKAGES = ("skv", "torch", "transformers", "tokenizers", "safetensors", "numpy", "pandas", "matplotlib", "triton")
@@ -74,6 +77,13 @@ class Manifest:
             }
         )
 
+    @property
+    def folder_name(self) -> str:
+        """Where a run goes that is told no folder: the same configuration always to the same one."""
+        fixed = json.dumps([self.config, self.model, self.sources], sort_keys=True)
+        digest = hashlib.sha256(fixed.encode()).hexdigest()[:8]
+        return f"{self.benchmark}-{self.model['name'].replace('/', '--')}-{digest}"
+
     def write(self, path: Path) -> None:
         """Replace the file in one step."""
         scratch = path.with_suffix(".tmp")
@@ -110,6 +120,11 @@ def this_session(argv: Sequence[str], device: str) -> Session:
         git=_git(Path(__file__).parent),
         machine=machine,
     )
+
+
+def model_entry(loaded: LoadedModel) -> dict[str, Any]:
+    """What run.json says of the model."""
+    return {key: getattr(loaded, key) for key in ("name", "source", "weights_sha256", "dummy", "dtype", "device")}
 
 
 def described(method: Setting) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from evals.statistics import interval_95, mean_of_means
 
 T = TypeVar("T")
 K = TypeVar("K", bound=Hashable)
-_REFERENCE = "full"
+REFERENCE = "full"  # the label of what everything is compared with
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class TaskScore:
 
 def summarise(records: Sequence[Record]) -> list[Row]:
     """Rows by method, in order of first appearance, then by length."""
-    references = {(r.task, r.length, r.sample): r for r in records if r.method == _REFERENCE and r.status == "ok"}
+    references = {(r.task, r.length, r.sample): r for r in records if r.method == REFERENCE and r.status == "ok"}
     cells = grouped(records, lambda r: (r.method, r.length))
     order = {label: place for place, label in enumerate(methods_of(records))}
     return [

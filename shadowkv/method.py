@@ -64,6 +64,10 @@ class Dims:
         """How many of these layers have the number `first` or a higher one."""
         return sum(layer >= first for layer in self.layer_ids)
 
+    def lists(self, reduce: str) -> int:
+        """Lists of tokens that a layer chooses under a group reduction: one per query head, or per KV head."""
+        return self.q_heads if reduce == "per_q_head" else self.kv_heads
+
     @property
     def full_bytes_per_token(self) -> int:
         """Dense keys and values of one token in all layers."""

@@ -1,16 +1,25 @@
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 
 import pytest
+import torch
 from tiny_models import tiny_model
 from transformers import PreTrainedModel
 
 from shadowkv.loading import load_tokenizer
 from shadowkv.presets import find_preset
 from shadowkv.resolving import ModelSource
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """One thread per process that runs tests: several of them with a thread per core each would wait for each other."""
+    if hasattr(config, "workerinput"):
+        torch.set_num_threads(1)
+        os.environ["OMP_NUM_THREADS"] = "1"  # for the commands that tests start
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,7 @@ from evals.bench.conditions import conditions
 from evals.bench.engines import Contender
 from evals.bench.measuring import Bench
 from evals.bench.memory import release
-from evals.bench.records import Cell
+from evals.bench.records import Cell, Measurement
 from evals.bench.timing import Clock, step_times
 from evals.failures import FAILURES, status_of
 from shadowkv.ranges import PREFIX, module_ranges
@@ -27,19 +27,11 @@ _STEP = f"{PREFIX}step"
 
 
 @dataclass(frozen=True)
-class LatencyRecord:
+class LatencyRecord(Measurement):
     """One method at a context and a batch: mean ms of each part of a profiled step."""
 
     FILE: ClassVar[str] = "latency.jsonl"
 
-    method: str
-    context: int
-    batch: int
-    repeat: int
-    status: str
-    error: str | None
-    machine: str
-    started: str
     parts_ms: dict[str, float] = field(default_factory=dict)
     profiled_ms: float | None = None  # of the step, mean
     plain_ms: float | None = None  # of a step without the profiler, median
@@ -49,17 +41,9 @@ class LatencyRecord:
     conditions: dict[str, Any] = field(default_factory=dict)
 
     @property
-    def key(self) -> Cell:
-        return Cell(self.method, self.context, self.batch, self.repeat)
-
-    @property
     def slowed(self) -> float | None:
         """How much longer a profiled step took than a plain one, as a share."""
         return self.profiled_ms / self.plain_ms - 1 if self.profiled_ms and self.plain_ms else None
-
-    @property
-    def final(self) -> bool:
-        return self.status in ("ok", "oom")
 
 
 def measure_latency(bench: Bench, contender: Contender, cell: Cell, trace: Path | None = None) -> LatencyRecord:

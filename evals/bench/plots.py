@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from evals.bench.summary import REFERENCE, BenchRow, Gain
+from evals.bench.summary import BenchRow, Gain
 from evals.plots import COLOURS, MARKERS, new_figure, save, wrapped
-from evals.summary import grouped
+from evals.summary import REFERENCE, grouped
 from evals.tables import tokens
 
 _PARTS = (("weights", "0.75"), ("KV on the device", "#0072B2"), ("KV on the host", "#E69F00"))

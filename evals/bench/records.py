@@ -16,10 +16,8 @@ class Cell(NamedTuple):
 
 
 @dataclass(frozen=True)
-class BenchRecord:
-    """What one measurement found. Times are those of this process; bytes are of all rows of the batch."""
-
-    FILE: ClassVar[str] = "throughput.jsonl"
+class Measurement:
+    """What every record of a measurement says first."""
 
     method: str
     context: int
@@ -29,6 +27,23 @@ class BenchRecord:
     error: str | None
     machine: str
     started: str
+
+    @property
+    def key(self) -> Cell:
+        return Cell(self.method, self.context, self.batch, self.repeat)
+
+    @property
+    def final(self) -> bool:
+        """Memory that ran out once would do so again; an error may have been of the moment."""
+        return self.status in ("ok", "oom")
+
+
+@dataclass(frozen=True)
+class BenchRecord(Measurement):
+    """What one measurement found. Times are those of this process; bytes are of all rows of the batch."""
+
+    FILE: ClassVar[str] = "throughput.jsonl"
+
     step_ms: list[float] = field(default_factory=list)  # decode steps after the warm-up, each for all rows
     warmup_steps: int = 0
     ttft_s: float | None = None  # from a prompt to its first token, the prompt not having to wait for others
@@ -44,15 +59,6 @@ class BenchRecord:
     read_bytes: int = 0  # per step, at least: weights, and the keys and values attended to
     tokens_sha256: str | None = None  # of all rows' tokens
     conditions: dict[str, Any] = field(default_factory=dict)  # load, clocks, other processes
-
-    @property
-    def key(self) -> Cell:
-        return Cell(self.method, self.context, self.batch, self.repeat)
-
-    @property
-    def final(self) -> bool:
-        """Memory that ran out once would do so again; an error may have been of the moment."""
-        return self.status in ("ok", "oom")
 
     @property
     def tokens_per_s(self) -> float | None:

@@ -8,9 +8,7 @@ from typing import Any
 
 from evals.bench.records import BenchRecord
 from evals.bench.timing import Spread, distribution, paired_ratios, spread
-from evals.summary import grouped
-
-REFERENCE = "full"
+from evals.summary import REFERENCE, grouped
 
 
 @dataclass(frozen=True)

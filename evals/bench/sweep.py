@@ -10,8 +10,7 @@ from evals.bench.engines import Contender
 from evals.bench.measuring import Bench
 from evals.bench.records import BenchRecord, Cell
 from evals.results import RunFolder
-
-_REFERENCE = "full"
+from evals.summary import REFERENCE
 
 
 @dataclass(frozen=True)
@@ -92,7 +91,7 @@ class _Sweep:
             )
             found[label] = largest_fitting(lambda batch, label=label: self._fits(label, context, batch), guess,  # type: ignore[misc]
                                            self._plan.max_batch)  # fmt: skip
-        shared = found.get(_REFERENCE, 0)
+        shared = found.get(REFERENCE, 0)
         wanted = {label: {batch, min(batch, shared)} - {0} for label, batch in found.items()}
         for batch in sorted({batch for batches in wanted.values() for batch in batches}):
             labels = [label for label, batches in wanted.items() if batch in batches]

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from evals.bench.records import BenchRecord
-from evals.bench.summary import REFERENCE, gains
+from evals.bench.summary import gains
 from evals.manifest import Manifest
 from evals.paper.published import ROWS
 from evals.plots import COLOURS, new_figure, save
 from evals.results import read_records, read_run
-from evals.summary import Row, summarise
+from evals.summary import REFERENCE, Row, summarise
 from evals.tables import Table, number, percent, tokens
 from shadowkv.errors import SkvError
 from shadowkv.registry import parse_method

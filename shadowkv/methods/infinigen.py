@@ -114,8 +114,7 @@ class InfiniGen(Method):
 
     def bus_bytes(self, dims: Dims, tokens: int) -> int:
         guessed = dims.layers_from(self.dense_layers)
-        lists = dims.q_heads if self.reduce == "per_q_head" else dims.kv_heads
-        return 2 * guessed * lists * min(tokens, self.budget) * dims.head_dim * dims.element_bytes
+        return 2 * guessed * dims.lists(self.reduce) * min(tokens, self.budget) * dims.head_dim * dims.element_bytes
 
     def memory_parts(self, dims: Dims, tokens: int) -> dict[str, Bytes]:
         guessed = dims.layers_from(self.dense_layers)
@@ -128,8 +127,7 @@ class InfiniGen(Method):
         }
 
     def workspace_bytes(self, dims: Dims, tokens: int) -> int:
-        lists = dims.q_heads if self.reduce == "per_q_head" else dims.kv_heads
-        return 2 * lists * min(tokens, self.budget) * dims.head_dim * dims.element_bytes
+        return 2 * dims.lists(self.reduce) * min(tokens, self.budget) * dims.head_dim * dims.element_bytes
 
     def read_bytes(self, dims: Dims, tokens: int) -> int:
         # Attention reads here what has come over the bus.

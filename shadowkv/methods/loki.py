@@ -90,8 +90,7 @@ class Loki(LayerwiseMethod):
 
     def _gathered(self, dims: Dims, tokens: int) -> int:
         """Tokens of all lists that a layer gathers; 0 where it reads everything in place."""
-        lists = dims.q_heads if self.reduce == "per_q_head" else dims.kv_heads
-        return lists * self.budget if self.budget <= tokens else 0
+        return dims.lists(self.reduce) * self.budget if self.budget <= tokens else 0
 
     def lossless(self, dims: Dims, tokens: int) -> Method:
         return replace(self, budget=tokens)

@@ -72,8 +72,7 @@ class Quest(LayerwiseMethod):
         read = self.budget // self.page * self.page
         if tokens < read:  # everything is read, once for all query heads
             return choosing * dims.kv_heads * tokens * dims.head_dim * dims.element_bytes
-        lists = dims.q_heads if self.reduce == "per_q_head" else dims.kv_heads
-        return choosing * lists * read * dims.head_dim * dims.element_bytes
+        return choosing * dims.lists(self.reduce) * read * dims.head_dim * dims.element_bytes
 
     def memory_parts(self, dims: Dims, tokens: int) -> dict[str, Bytes]:
         token_bytes = dims.layers_from(self.dense_layers) * dims.width * dims.element_bytes
@@ -103,8 +102,7 @@ class Quest(LayerwiseMethod):
     def _gathered(self, dims: Dims, tokens: int) -> int:
         """Tokens of all lists that a layer gathers; 0 where it reads everything in place."""
         read = self.budget // self.page * self.page
-        lists = dims.q_heads if self.reduce == "per_q_head" else dims.kv_heads
-        return lists * read if read <= tokens else 0
+        return dims.lists(self.reduce) * read if read <= tokens else 0
 
     def lossless(self, dims: Dims, tokens: int) -> Method:
         return replace(self, budget=(tokens // self.page + 1) * self.page, dense_layers=0)
