@@ -28,7 +28,7 @@ class AskedModel:
         self.context_tokens = context_tokens(self.source, self.config)
         self.device = pick_device(options.device)
         self.dtype = pick_dtype(self.device, options.dtype)
-        self.dims = dims_of(self.config, getattr(torch, self.dtype).itemsize)
+        self.dims = dims_of(self.config, getattr(torch, self.dtype).itemsize, self.device.partition(":")[0])
 
     @cached_property
     def tokenizer(self) -> Any:

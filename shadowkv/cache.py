@@ -153,7 +153,7 @@ class DropInCache(MethodCache):
     """For plain `model.generate`: the first forward pass is recorded as the prompt, the second starts the method."""
 
     def __init__(self, model: PreTrainedModel, method: Method) -> None:
-        method.check(dims_of(model.config, model.dtype.itemsize))
+        method.check(dims_of(model.config, model.dtype.itemsize, model.device.type))
         attach(model)
         Cache.__init__(self, layers=[])
         self._method, self._rope = method, Rope(model)

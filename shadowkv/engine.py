@@ -68,7 +68,7 @@ class Engine:
         attach(model)
         self.model = model
         self.rope = Rope(model)
-        self.dims = dims_of(model.config, model.dtype.itemsize)
+        self.dims = dims_of(model.config, model.dtype.itemsize, model.device.type)
         self.prefill_chunk_tokens = prefill_chunk_tokens or _CHUNK_TOKENS.get(model.device.type, 8192)
         self._reuse_prefix = reuse_prefix
         self._record_queries = record_queries

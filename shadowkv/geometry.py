@@ -20,8 +20,8 @@ def sliding_windows(config: PreTrainedConfig) -> list[int | None]:
     return [w if w is not None and w < config.max_position_embeddings else None for w in windows]
 
 
-def dims_of(config: PreTrainedConfig, element_bytes: int) -> Dims:
-    """Geometry of the layers that a method serves."""
+def dims_of(config: PreTrainedConfig, element_bytes: int, device: str = "cpu") -> Dims:
+    """Geometry of the layers that a method serves, on a device of this type."""
     config = config.get_text_config()
     if getattr(config, "kv_lora_rank", None) is not None:
         raise SkvError("latent attention (MLA) is not supported: its cache holds no keys and values per head")
@@ -33,4 +33,5 @@ def dims_of(config: PreTrainedConfig, element_bytes: int) -> Dims:
         head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
         element_bytes=element_bytes,
         served=served,
+        device=device,
     )

@@ -49,6 +49,7 @@ class Dims:
     head_dim: int
     element_bytes: int
     served: tuple[int, ...] | None = None  # numbers of the layers counted, where they are not the first ones
+    device: str = "cpu"  # type of the device that decodes: some methods keep more on a GPU
 
     @property
     def layer_ids(self) -> tuple[int, ...]:

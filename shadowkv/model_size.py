@@ -64,7 +64,7 @@ def model_size(config: Any, element_bytes: int, *, trust_remote_code: bool = Fal
     from shadowkv.geometry import dims_of, sliding_windows
 
     counted = count_parameters(config, trust_remote_code=trust_remote_code)
-    dims, windows = dims_of(config, element_bytes), sliding_windows(config)
+    dims, windows = dims_of(config, element_bytes, "cuda"), sliding_windows(config)
     require(dims.layers > 0, "no layer of this model sees its whole context: there is nothing for a method to serve")
     return ModelSize(
         dims=dims,

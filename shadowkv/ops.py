@@ -154,14 +154,20 @@ def received_attention(q: Tensor, k: Tensor, scaling: float) -> Tensor:
 
 
 @ranged("selection")
-def chunk_scores(q: Tensor, landmarks: Tensor, scaling: float) -> Tensor:
+def chunk_scores(q: Tensor, landmarks: Tensor, scaling: float, counts: Tensor | None = None) -> Tensor:
     """How much each chunk matters to each KV head: max over the group of softmax(scaling * q landmark^T).
 
     q [B,Hq,1,D], landmarks [B,H,C,D] -> [B,H,C] fp32. ShadowKV, algorithm 2 (group reduction as its authors').
+    counts [B] int32: how many landmarks a row has, where it is not all C of them; the others score -1.
     """
     batch, _, _, head_dim = q.shape
     grouped = q.reshape(batch, landmarks.shape[1], -1, head_dim)
-    return (grouped.float() @ landmarks.float().mT * scaling).softmax(dim=-1).amax(dim=2)
+    logits = grouped.float() @ landmarks.float().mT * scaling
+    if counts is None:
+        return logits.softmax(dim=-1).amax(dim=2)
+    there = torch.arange(landmarks.shape[2], device=q.device) < counts[:, None, None]
+    masked = torch.where(there[:, :, None], logits, -torch.inf)  # what is not there may be NaN
+    return torch.where(there, masked.softmax(dim=-1).amax(dim=2), -1.0)
 
 
 @ranged("selection")
@@ -182,8 +188,18 @@ def rebuild(coefficients: Tensor, vectors: Tensor, mean: Tensor, index: Tensor) 
 
     coefficients [B,n,r] (shared by the heads), vectors [B,r,W], mean [B,1,W], index [B,H,s] -> [B,H,s,D].
     """
-    batch, heads, count = index.shape
-    rank = coefficients.shape[-1]
-    rows = coefficients.gather(1, index.reshape(batch, -1, 1).expand(-1, -1, rank)).view(batch, heads, count, rank)
+    return expand(gather_shared(coefficients, index), vectors, mean)
+
+
+def expand(rows: Tensor, vectors: Tensor, mean: Tensor) -> Tensor:
+    """Keys of each head from rows of coefficients. rows [B,H,s,r], vectors [B,r,W], mean [B,1,W] -> [B,H,s,D]."""
+    batch, heads, _, rank = rows.shape
     by_head = vectors.reshape(batch, rank, heads, -1).transpose(1, 2)
     return rows @ by_head + mean.reshape(batch, 1, heads, -1).transpose(1, 2)
+
+
+def gather_shared(x: Tensor, index: Tensor) -> Tensor:
+    """Rows that all heads share, as each head asks. x [B,n,r], index [B,H,s] -> [B,H,s,r]."""
+    batch, heads, count = index.shape
+    rows = x.gather(1, index.reshape(batch, -1, 1).expand(-1, -1, x.shape[-1]))
+    return rows.view(batch, heads, count, -1)

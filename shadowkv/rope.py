@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 import sys
+from collections.abc import Hashable
 from typing import Any
 
 import torch
@@ -38,6 +39,7 @@ class Rope:
         per_kind = "layer_type" in inspect.signature(self._embed.forward).parameters
         self._kinds: list[str] | None = list(config.layer_types) if per_kind else None
         self._tables: dict[tuple[str | None, torch.device, bool], tuple[Tensor, Tensor]] = {}
+        self.derived: dict[Hashable, Any] = {}  # what others make of these tables, once for all layers of a kind
         parameters = getattr(config, "rope_parameters", None) or {}
         self._drifts = parameters.get("rope_type") == "dynamic"
         self.crossing: int | None = _crossing(config, parameters)
@@ -76,6 +78,11 @@ class Rope:
         square = (cos[..., :1].square() + sin[..., :1].square()).expand(*turned.shape[:-1], 1)
         return torch.cat((turned[..., :width] / square, turned[..., width:]), dim=-1)
 
+    def regime(self, layer: int, length: int) -> tuple[str | None, bool]:
+        """What the frequencies of a layer depend on: its kind, and whether the sequence is beyond `crossing`."""
+        kind = self._kinds[layer] if self._kinds else None
+        return kind, self.crossing is not None and length > self.crossing
+
     def _turn(self, k: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         # The modeling functions take one position per (batch, token), so heads are folded into the batch; the
         # second argument has no heads, since only one tensor is to be rotated.
@@ -95,8 +102,7 @@ class Rope:
         return cos[positions].to(dtype), sin[positions].to(dtype)
 
     def _table(self, layer: int, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        kind = self._kinds[layer] if self._kinds else None
-        beyond = self.crossing is not None and length > self.crossing
+        kind, beyond = self.regime(layer, length)
         key = (kind, device, beyond)
         if key not in self._tables or self._tables[key][0].shape[0] < length:
             tokens = -(-length // 1024) * 1024

@@ -82,17 +82,17 @@ def test_bytes_over_the_bus(spec, values):
 
 def test_what_is_fetched_is_what_was_said(monkeypatch):
     """Count the elements that a step of ShadowKV and of Quest with offloaded values really take from the host."""
-    from shadowkv.host import HostTokens
+    from shadowkv.stored import CodedTokens
 
     fetched = []
-    real = HostTokens.gather
+    real = CodedTokens.gather
 
     def counting(self, index):
         out = real(self, index)
         fetched.append(out.numel())
         return out
 
-    monkeypatch.setattr(HostTokens, "gather", counting)
+    monkeypatch.setattr(CodedTokens, "gather", counting)
     stream, model = Spelled(group=3, steps=1), geometry_model(3, DIM)
     method = methods()["shadowkv"](**_SMALL["shadowkv"])
     stream.weights(method, Rope(model))

@@ -26,6 +26,10 @@ SMALL = {
         "shadowkv:energy=0.9,budget=32,local=0,window=3",
         "shadowkv:rank=12,budget=64,outliers=2,window=8,values=int8",
         "shadowkv:rank=12,budget=64,outliers=2,window=8,values=fp8",
+        "shadowkv:rank=12,budget=64,outliers=2,window=8,values=int4,offload=none,factors=int8",
+        "shadowkv:rank=12,budget=64,outliers=2,window=8,engine=fast",
+        "shadowkv:energy=0.9,budget=32,local=0,window=3,engine=fast",
+        "shadowkv:rank=12,budget=40,outliers=2,window=8,chunk=5,values=int4,offload=none,factors=int8,engine=fast",
     ],
     "snapkv": [
         "snapkv:budget=64,window=16",

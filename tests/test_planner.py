@@ -66,7 +66,7 @@ def test_planned_bytes_are_those_of_the_running_cache(engine, spec):
     assert made.host_bytes == pytest.approx(held.host, rel=0.01)
 
 
-@pytest.mark.parametrize("spec", ["full", "quest:budget=64,dense_layers=1", "shadowkv:rank=8,budget=64"])
+@pytest.mark.parametrize("spec", ["full", "quest:budget=64,dense_layers=1", "shadowkv:rank=8,budget=64,engine=fast"])
 def test_sliding_windows_are_planned_for(spec):
     engine = Engine(tiny_model("gemma3"), prefill_chunk_tokens=128)
     size, method = model_size(engine.model.config, 4), parse_method(spec)
@@ -82,6 +82,8 @@ def test_planned_operations_are_those_of_a_step(engine, spec):
     method = parse_method(spec)
     if getattr(method, "energy", 0):
         method = replace(method, energy=1.0)
+    if getattr(method, "engine", "auto") == "fast":
+        pytest.skip("in plain torch it computes on all of its fixed shapes, also where nothing is held")
     matrices = [x.numel() for name, x in engine.model.named_parameters() if x.dim() == 2 and "embed" not in name]
     cache = engine.replay(engine.prefill(random_prompt(1501)), method)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # others are not counted on a CPU

@@ -27,11 +27,11 @@ from torch import Tensor
 from shadowkv import ops
 from shadowkv.buffers import TokenBuffer
 from shadowkv.calibration import calibration_file, load_calibration
-from shadowkv.host import HostTokens
 from shadowkv.layerwise import DenseLayer
 from shadowkv.method import Bytes, DecodeCache, Dims, Guess, LayerKV, Method, require
 from shadowkv.ranges import ranged
 from shadowkv.rope import Rope
+from shadowkv.stored import CodedTokens
 
 
 @dataclass(frozen=True)
@@ -189,7 +189,7 @@ class _GuessedRow:
         turned = rotation(q_tail, k.shape[1]) if given is None else given.to(k.device)[None]
         self._skew = largest_directions(q_tail, turned, method.columns(k.shape[3])).to(k.dtype)
         self._partial = TokenBuffer(k @ self._skew, axis=2)
-        self._k, self._v = HostTokens(k), HostTokens(v)
+        self._k, self._v = CodedTokens(k), CodedTokens(v)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, guess: Tensor, scaling: float) -> Tensor:
         steps = zip(q.split(1, dim=2), k.split(1, dim=2), v.split(1, dim=2), guess.split(1, dim=2), strict=True)
@@ -199,7 +199,7 @@ class _GuessedRow:
         chosen = self._choose(guess, scaling)
         batch, heads, lists, count = chosen.shape
 
-        def fetch(host: HostTokens) -> Tensor:
+        def fetch(host: CodedTokens) -> Tensor:
             # To `attend`, every list is a KV head of its own.
             return host.gather(chosen.flatten(2)).view(batch, heads * lists, count, q.shape[3])
 
@@ -221,7 +221,7 @@ class _GuessedRow:
         return ops.top_indices(self._reduce(scores), min(max(count, 1), self._cap))
 
     def nbytes(self) -> Bytes:
-        return Bytes(self._partial.nbytes() + self._skew.nbytes, self._k.nbytes() + self._v.nbytes())
+        return Bytes(self._partial.nbytes() + self._skew.nbytes, 0) + self._k.nbytes() + self._v.nbytes()
 
 
 def rotation(queries: Tensor, heads: int) -> Tensor:

@@ -17,10 +17,10 @@ from torch import Tensor
 
 from shadowkv import ops
 from shadowkv.buffers import TokenBuffer
-from shadowkv.host import to_host
 from shadowkv.layerwise import DenseLayer, LayerState, LayerwiseMethod, StepwiseState
 from shadowkv.method import Bytes, Dims, LayerKV, Method, require
 from shadowkv.rope import Rope
+from shadowkv.stored import to_host
 
 
 @dataclass(frozen=True)

@@ -8,25 +8,37 @@ Paper: https://arxiv.org/abs/2410.21465. Known differences from the authors' cod
 - keys are centred before the factorisation, which is by the Gram matrix in fp64 instead of a full SVD;
 - generated tokens never run out of room: the newest `window` stay exact, older ones become chunks, projected on
   the prompt's basis. They are not searched for outliers;
-- values can be kept in 8 bits on the host (`values`), which halves what a step fetches; theirs are bf16;
+- values can be kept in 8 or 4 bits (`values`), which halves or quarters what a step fetches, and beside the keys
+  (`offload=none`); factors can be kept in 8 bits (`factors`). Theirs are bf16, and values always on the host;
 - several new tokens at once (a second turn) each choose their own chunks, as they would one by one.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
-from shadowkv import low_rank, ops
+from shadowkv import ops
 from shadowkv.buffers import TokenBuffer
-from shadowkv.host import CODINGS, HostTokens
+from shadowkv.kernels import has_triton
+from shadowkv.key_factors import FACTOR_CODINGS, KeyFactors
 from shadowkv.landmarks import Landmarks, SelectsChunks
 from shadowkv.layerwise import LayerState, LayerwiseMethod, StepwiseState
 from shadowkv.method import Bytes, Dims, LayerKV, Method, largest_within, require
+from shadowkv.names import did_you_mean
 from shadowkv.rope import Rope
+from shadowkv.slots import Regions
+from shadowkv.stored import CODINGS, CodedTokens
+
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "values": tuple(CODINGS),
+    "factors": FACTOR_CODINGS,
+    "offload": ("host", "none"),
+    "engine": ("auto", "reference", "fast"),
+}
 
 
 @dataclass(frozen=True)
@@ -34,7 +46,9 @@ class ShadowKV(LayerwiseMethod, SelectsChunks):
     """rank: directions kept of a layer's keys · budget: tokens rebuilt per step · chunk: tokens per landmark ·
     local: newest prompt chunks kept exact · outliers: badly summarised chunks kept exact (auto: 24 per 1024 of
     budget) · energy: choose the rank per layer by this share of the squared norm, instead of rank (0: off) ·
-    window: newest generated tokens kept exact · values: native, int8 or fp8 on the host."""
+    window: newest generated tokens kept exact · values: native, bf16, int8, fp8 or int4 · factors: native, bf16 or
+    int8 · offload: host, or none to keep values on the device · engine: reference, fast (what a step needs again stays
+    on the device), or auto (fast on a GPU)."""
 
     name: ClassVar[str] = "shadowkv"
     summary: ClassVar[str] = "low-rank keys on the device, values on the host, landmark-selected chunks rebuilt"
@@ -44,6 +58,9 @@ class ShadowKV(LayerwiseMethod, SelectsChunks):
     energy: float = 0.0
     window: int = 128
     values: str = "native"
+    factors: str = "native"
+    offload: str = "host"
+    engine: str = "auto"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -54,10 +71,10 @@ class ShadowKV(LayerwiseMethod, SelectsChunks):
             not self.energy or self.rank == ShadowKV.rank,
             "shadowkv: give either rank or energy, not both",
         )
-        require(
-            self.values in CODINGS,
-            f"shadowkv: values={self.values} is unknown; one of {', '.join(CODINGS)}",
-        )
+        for name, known in _CHOICES.items():
+            asked = getattr(self, name)
+            meant = f"{did_you_mean(asked, known)}; one of {', '.join(known)}"
+            require(asked in known, f"shadowkv: {name}={asked} is unknown{meant}")
 
     @property
     def cost_follows_text(self) -> bool:
@@ -69,30 +86,74 @@ class ShadowKV(LayerwiseMethod, SelectsChunks):
             f"shadowkv: rank={self.rank} exceeds the width of this model's keys, {dims.width} "
             f"({dims.kv_heads} KV heads of {dims.head_dim}); give rank={dims.width} or less",
         )
+        require(
+            self.values != "int4" or dims.head_dim % 2 == 0,
+            f"shadowkv: values=int4 packs two channels into a byte, and this model's heads have {dims.head_dim}",
+        )
 
     def new_layer(self, layer: int, kv: LayerKV, rope: Rope) -> LayerState:
+        if self.runs_fast(kv.k.device.type) and (self.engine == "fast" or has_triton()):
+            from shadowkv.resident import ResidentLayer
+
+            return ResidentLayer(self, layer, kv, rope)
         return _ShadowLayer(self, layer, kv, rope)
 
+    def runs_fast(self, device: str) -> bool:
+        """Which of the two engines is meant on a device of this type."""
+        return self.engine == "fast" or (self.engine == "auto" and device == "cuda")
+
     def bytes_per_token(self, dims: Dims) -> Bytes:
-        # With `energy` the rank depends on the prompt; the full width is its upper bound.
-        rank = dims.width if self.energy else self.rank
-        per_layer = (rank + dims.width / self.chunk) * dims.element_bytes + dims.kv_heads * 4 / self.chunk
-        value_bytes = CODINGS[self.values].token_bytes(dims.head_dim, dims.element_bytes)
-        return Bytes(round(dims.layers * per_layer), dims.layers * dims.kv_heads * value_bytes)
+        per_layer = self._factor_bytes(dims) + (dims.width * dims.element_bytes + dims.kv_heads * 4) / self.chunk
+        values = dims.layers * dims.kv_heads * self._value_bytes(dims)
+        keys = round(dims.layers * per_layer)
+        return Bytes(keys, values) if self.offload == "host" else Bytes(keys + values, 0)
 
     def memory_parts(self, dims: Dims, tokens: int) -> dict[str, Bytes]:
-        context, exact = self.context_tokens(tokens), self.exact_tokens(tokens)
-        rank = dims.width if self.energy else self.rank
+        fast = self.runs_fast(dims.device)
+        context = self.context_tokens(tokens) + (self.growth_tokens if fast else 0)
+        landmarks = self.landmarks(tokens) + (self.growth_tokens // self.chunk if fast else 0)
+        exact = self.regions.outliers + self.regions.ring if fast else self.exact_tokens(tokens)
+        rank = self._largest_rank(dims)
         basis = (rank + 1) * dims.width  # directions and mean of the keys
-        factors = dims.layers * (context * rank + basis) * dims.element_bytes
-        number_bytes = 4  # which chunk a landmark stands for
+        if self.factors == "int8":
+            basis += rank * dims.width  # what projects is not what rebuilds
+        number_bytes = 4  # which chunk a landmark or a slot stands for
         landmark = dims.width * dims.element_bytes + dims.kv_heads * number_bytes
-        return {
-            "factors": Bytes(factors, 0),
-            "landmarks": Bytes(dims.layers * self.landmarks(tokens) * landmark, 0),
+        values = dims.layers * context * dims.kv_heads * self._value_bytes(dims)
+        parts = {
+            "factors": Bytes(dims.layers * (context * self._factor_bytes(dims) + basis * dims.element_bytes), 0),
+            "landmarks": Bytes(dims.layers * landmarks * landmark, 0),
             "outlier and local tokens": Bytes(exact * dims.full_bytes_per_token, 0),
-            "values": Bytes(0, context * self.bytes_per_token(dims).host),
+            "values": Bytes(0, values) if self.offload == "host" else Bytes(values, 0),
         }
+        if fast:
+            slots = self.budget // self.chunk * dims.layers * dims.kv_heads * number_bytes
+            parts["resident chunks"] = Bytes(self.regions.slots * dims.full_bytes_per_token + slots, 0)
+        return parts
+
+    @property
+    def regions(self) -> Regions:
+        """What the fast engine's buffers hold: chosen chunks, outliers, and a ring for the newest tokens."""
+        newest = (self.local + 1) * self.chunk - 1 + self.window
+        chosen = self.budget // self.chunk * self.chunk
+        return Regions(chosen, self.outlier_chunks * self.chunk, newest + self.chunk - 1)
+
+    @property
+    def growth_tokens(self) -> int:
+        """Room for generated tokens that the fast engine keeps beside a prompt's context, in whole chunks."""
+        return -(-1024 // self.chunk) * self.chunk
+
+    def _largest_rank(self, dims: Dims) -> int:
+        # With `energy` the rank depends on the prompt; the full width is its upper bound.
+        return dims.width if self.energy else self.rank
+
+    def _factor_bytes(self, dims: Dims) -> int:
+        """Of one token in one layer."""
+        return CODINGS[self.factors].token_bytes(self._largest_rank(dims), dims.element_bytes)
+
+    def _value_bytes(self, dims: Dims) -> int:
+        """Of one token and head."""
+        return CODINGS[self.values].token_bytes(dims.head_dim, dims.element_bytes)
 
     def attended_tokens(self, dims: Dims, tokens: int, later: int = 0) -> float:
         chunks = self.budget // self.chunk + self.outlier_chunks + self.local
@@ -101,24 +162,26 @@ class ShadowKV(LayerwiseMethod, SelectsChunks):
         return min(tokens + later, chunks * self.chunk + exact)
 
     def bus_bytes(self, dims: Dims, tokens: int) -> int:
-        coding = CODINGS[self.values].token_bytes(dims.head_dim, dims.element_bytes)
-        return dims.layers * dims.kv_heads * self.chosen_tokens(tokens) * coding
+        fetched = dims.layers * dims.kv_heads * self.chosen_tokens(tokens) * self._value_bytes(dims)
+        return fetched if self.offload == "host" else 0
 
     def workspace_bytes(self, dims: Dims, tokens: int) -> int:
+        if self.runs_fast(dims.device):
+            scores_bytes = 4
+            return (dims.q_heads + dims.kv_heads) * self.landmarks(tokens) * scores_bytes
         return 2 * self.chosen_tokens(tokens) * dims.width * dims.element_bytes
 
     def read_bytes(self, dims: Dims, tokens: int) -> int:
-        rank = dims.width if self.energy else self.rank
         # Every head rebuilds its own tokens, from rows of the coefficients that all heads share.
-        rows = dims.kv_heads * self.chosen_tokens(tokens) * rank
-        factors = dims.layers * (rows + (rank + 1) * dims.width) * dims.element_bytes
-        landmarks = self.memory_parts(dims, tokens)["landmarks"].device
-        return landmarks + factors + round(self.attended_tokens(dims, tokens) * dims.full_bytes_per_token)
+        rows = dims.kv_heads * self.chosen_tokens(tokens) * self._factor_bytes(dims)
+        basis = (self._largest_rank(dims) + 1) * dims.width * dims.element_bytes
+        landmarks = self.landmarks(tokens) * (dims.width * dims.element_bytes + dims.kv_heads * 4)
+        attended = round(self.attended_tokens(dims, tokens) * dims.full_bytes_per_token)
+        return dims.layers * (rows + basis + landmarks) + attended
 
     def step_flop(self, dims: Dims, tokens: int) -> int:
-        rank = dims.width if self.energy else self.rank
         scored = dims.q_heads * self.landmarks(tokens)
-        rebuilt = dims.kv_heads * self.chosen_tokens(tokens) * rank
+        rebuilt = dims.kv_heads * self.chosen_tokens(tokens) * self._largest_rank(dims)
         return super().step_flop(dims, tokens) + 2 * dims.layers * dims.head_dim * (scored + rebuilt)
 
     def with_budget(self, tokens: int) -> Method:
@@ -129,11 +192,48 @@ class ShadowKV(LayerwiseMethod, SelectsChunks):
 
     def lossless(self, dims: Dims, tokens: int) -> Method:
         budget = -(-tokens // self.chunk) * self.chunk
-        return replace(self, rank=dims.width, energy=0.0, budget=budget, outliers=2, window=16, values="native")
+        exact: dict[str, Any] = {"energy": 0.0, "values": "native", "factors": "native"}
+        return replace(self, rank=dims.width, budget=budget, outliers=2, window=16, **exact)
+
+
+class Prompt(NamedTuple):
+    """One layer of a prompt as ShadowKV sees it: tokens [0, context) are chunks, the rest is the exact tail."""
+
+    factors: KeyFactors
+    values: CodedTokens
+    landmarks: Landmarks
+    outlier_k: Tensor  # [B,H,o*c,D]
+    outlier_v: Tensor
+    tail_k: Tensor  # [B,H,n-context,D]
+    tail_v: Tensor
+
+
+def divide(method: ShadowKV, layer: int, kv: LayerKV, rope: Rope) -> Prompt:
+    """ShadowKV, algorithm 1: factors of the keys before RoPE, landmarks of those after it, outliers."""
+    context = method.context_tokens(kv.k.shape[2])
+    keys, values = kv.k[:, :, :context], kv.v[:, :, :context]
+    before = pre_rope(rope, layer, kv.k, 0, kv.k.shape[2])
+    factors = KeyFactors.of(before, context, method.rank, method.energy, method.factors, kv.k.dtype)
+    landmarks, outliers = Landmarks.of(keys, method.chunk, method.outlier_chunks)
+    return Prompt(
+        factors,
+        CodedTokens(values, method.values, method.offload == "host"),
+        landmarks,
+        ops.gather_tokens(keys, outliers),
+        ops.gather_tokens(values, outliers),
+        kv.k[:, :, context:],
+        kv.v[:, :, context:],
+    )
+
+
+def pre_rope(rope: Rope, layer: int, keys: Tensor, first: int, length: int) -> Tensor:
+    """Keys of consecutive positions from `first` on, before RoPE. [B,H,n,D] -> [B,n,W] fp32."""
+    positions = torch.arange(first, first + keys.shape[2], device=keys.device)
+    return rope.unrotate(layer, keys, positions, length).transpose(1, 2).flatten(2)
 
 
 class _ShadowLayer(StepwiseState):
-    """Tokens [0, context) are chunks: factors and landmarks here, values on the host. The rest is the exact tail."""
+    """The reference: every chosen chunk is rebuilt and fetched at every step."""
 
     def __init__(self, method: ShadowKV, layer: int, kv: LayerKV, rope: Rope) -> None:
         self._layer, self._rope = layer, rope
@@ -142,19 +242,10 @@ class _ShadowLayer(StepwiseState):
         self._context_tokens = method.context_tokens(tokens)
         self._tail_room = tokens - self._context_tokens + method.window
         self._tokens = tokens
-
-        keys, values = kv.k[:, :, : self._context_tokens], kv.v[:, :, : self._context_tokens]
-        pre_rope = self._pre_rope(kv.k, first=0)
-        basis = low_rank.fit(pre_rope, method.rank, method.energy)
-        coefficients = basis.project(pre_rope[:, : self._context_tokens]).to(kv.k.dtype)
-        self._coefficients = TokenBuffer(coefficients, axis=1)
-        self._basis = low_rank.Basis(*(x.to(kv.k.dtype) for x in basis))
-        self._values = HostTokens(values, method.values)
-
-        self._landmarks, outliers = Landmarks.of(keys, method.chunk, method.outlier_chunks)
-        self._outlier_k, self._outlier_v = ops.gather_tokens(keys, outliers), ops.gather_tokens(values, outliers)
-        self._tail_k = TokenBuffer(kv.k[:, :, self._context_tokens :], axis=2)
-        self._tail_v = TokenBuffer(kv.v[:, :, self._context_tokens :], axis=2)
+        prompt = divide(method, layer, kv, rope)
+        self._factors, self._values, self._landmarks = prompt.factors, prompt.values, prompt.landmarks
+        self._outlier_k, self._outlier_v = prompt.outlier_k, prompt.outlier_v
+        self._tail_k, self._tail_v = TokenBuffer(prompt.tail_k, axis=2), TokenBuffer(prompt.tail_v, axis=2)
 
     def step(self, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
         self._tail_k.append(k)
@@ -170,29 +261,20 @@ class _ShadowLayer(StepwiseState):
     def _select(self, q: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
         """Keys and values of the chunks that matter most to q, rebuilt and fetched. [B,H,s,D] each."""
         index = self._landmarks.choose(q, self._chunks_read, scaling)
-        k = ops.rebuild(self._coefficients.view, *self._basis, index)
-        k = self._rope.rotate(self._layer, k, index, self._tokens)
+        k = self._rope.rotate(self._layer, self._factors.rebuild(index), index, self._tokens)
         return k, self._values.gather(index)
 
     def _chunk_oldest_tail(self) -> None:
         """Move the oldest chunk of the tail into the context, as if the prompt had ended after it."""
         keys = self._tail_k.view[:, :, : self._chunk].clone()
-        values = self._tail_v.view[:, :, : self._chunk]
-        coefficients = self._basis.project(self._pre_rope(keys, first=self._context_tokens))
-        self._coefficients.append(coefficients.to(keys.dtype))
-        self._values.append(values)
+        self._factors.append(pre_rope(self._rope, self._layer, keys, self._context_tokens, self._tokens))
+        self._values.append(self._tail_v.view[:, :, : self._chunk])
         self._landmarks.append(keys, self._context_tokens // self._chunk)
         self._tail_k.drop_front(self._chunk)
         self._tail_v.drop_front(self._chunk)
         self._context_tokens += self._chunk
 
-    def _pre_rope(self, keys: Tensor, first: int) -> Tensor:
-        """Keys of consecutive positions from `first` on, before RoPE. [B,H,n,D] -> [B,n,W] fp32."""
-        positions = torch.arange(first, first + keys.shape[2], device=keys.device)
-        return self._rope.unrotate(self._layer, keys, positions, self._tokens).transpose(1, 2).flatten(2)
-
     def nbytes(self) -> Bytes:
-        buffers = (self._coefficients, self._landmarks, self._tail_k, self._tail_v)
-        tensors = (*self._basis, self._outlier_k, self._outlier_v)
-        device = sum(b.nbytes() for b in buffers) + sum(t.nbytes for t in tensors)
-        return Bytes(device, self._values.nbytes())
+        buffers = (self._factors, self._landmarks, self._tail_k, self._tail_v)
+        exact = self._outlier_k.nbytes + self._outlier_v.nbytes
+        return Bytes(exact + sum(b.nbytes() for b in buffers), 0) + self._values.nbytes()

@@ -1,8 +1,9 @@
-"""Tokens kept on the host, as they are or in 8 bits, and fetched by index."""
+"""Tokens kept on the host, as they are or in fewer bits, and fetched by index."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import gcd
 from typing import NamedTuple
 
 import torch
@@ -10,6 +11,8 @@ from torch import Tensor
 
 from shadowkv import ops
 from shadowkv.buffers import TokenBuffer
+from shadowkv.method import Bytes
+from shadowkv.quantise import pack, quantise, unpack
 from shadowkv.ranges import ranged
 from shadowkv.stacking import Stackable
 
@@ -42,42 +45,86 @@ def _to_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
     return scaled.to(torch.float8_e4m3fn).view(torch.int8), scale
 
 
+def int4_group(head_dim: int) -> int:
+    """Channels that share a scale and a zero in 4 bits: 32, or as many as divide the head size."""
+    return gcd(32, head_dim)
+
+
+def _to_int4(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    grouped = x.unflatten(-1, (-1, int4_group(x.shape[-1])))
+    codes, scale, zero = quantise(grouped, 4, dims=(-1,))
+    return pack(codes.flatten(-2), 4), scale[..., 0], zero[..., 0]
+
+
+def _from_int4(packed: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+    codes = unpack(packed, 4).unflatten(-1, (scale.shape[-1], -1)).float()
+    decoded: Tensor = codes * scale[..., None].float() + zero[..., None].float()
+    return decoded.flatten(-2)
+
+
 def _one_byte(head_dim: int, element_bytes: int) -> int:
     return head_dim + torch.float16.itemsize
 
 
+def _half_a_byte(head_dim: int, element_bytes: int) -> int:
+    return head_dim // 2 + 2 * torch.float16.itemsize * (head_dim // int4_group(head_dim))
+
+
 CODINGS: dict[str, Coding] = {
     "native": Coding(lambda x: (x,), lambda x: x, lambda head_dim, element_bytes: head_dim * element_bytes),
+    "bf16": Coding(lambda x: (x.bfloat16(),), lambda x: x, lambda head_dim, element_bytes: 2 * head_dim),
     "int8": Coding(_to_int8, lambda codes, scale: codes.float() * scale, _one_byte),
     "fp8": Coding(_to_fp8, lambda codes, scale: codes.view(torch.float8_e4m3fn).float() * scale, _one_byte),
+    "int4": Coding(_to_int4, _from_int4, _half_a_byte),
 }
 
 
-class HostTokens(Stackable):
-    """Keys or values [B,H,n,D] on the host; what is fetched crosses over as it is stored, and is decoded there."""
+class Stored(NamedTuple):
+    """Tokens as they are kept: the name of their coding, and its parts, [B,H,n,...] each."""
 
-    def __init__(self, x: Tensor, coding: str = "native") -> None:
-        self._coding = CODINGS[coding]
+    coding: str
+    parts: tuple[Tensor, ...]
+
+    def gather(self, index: Tensor) -> Tensor:
+        """The tokens of index [B,H,s] where the index is: they cross over as they are stored. [B,H,s,D]."""
+        return CODINGS[self.coding].decode(*(ops.gather_tokens(part, index) for part in self.parts))
+
+
+class CodedTokens(Stackable):
+    """Keys or values [B,H,n,D] on the host; what is fetched crosses over as it is stored, and is decoded there.
+
+    With `offload=False` they stay on the device that computes.
+    """
+
+    def __init__(self, x: Tensor, coding: str = "native", offload: bool = True) -> None:
+        self._coding = coding
         self._dtype = x.dtype
-        self._parts = tuple(TokenBuffer(to_host(part), axis=2) for part in self._coding.encode(x))
+        self._offload = offload
+        parts = CODINGS[coding].encode(x)
+        self._parts = tuple(TokenBuffer(to_host(part) if offload else part, axis=2) for part in parts)
 
     def append(self, x: Tensor) -> None:
         """Add x [B,H,T,D], from any device."""
-        for held, new in zip(self._parts, self._coding.encode(x), strict=True):
+        for held, new in zip(self._parts, CODINGS[self._coding].encode(x), strict=True):
             held.append(new)
+
+    @property
+    def stored(self) -> Stored:
+        return Stored(self._coding, tuple(part.view for part in self._parts))
 
     @ranged("fetch")
     def gather(self, index: Tensor) -> Tensor:
         """The tokens of index [B,H,s], on its device. [B,H,s,D]."""
-        return self._coding.decode(*(ops.gather_tokens(part.view, index) for part in self._parts)).to(self._dtype)
+        return self.stored.gather(index).to(self._dtype)
 
     @ranged("fetch")
     def fetch_all(self, device: torch.device) -> Tensor:
         """Every token, on `device`. [B,H,n,D]."""
-        return self._coding.decode(*(part.view.to(device) for part in self._parts)).to(self._dtype)
+        return CODINGS[self._coding].decode(*(part.view.to(device) for part in self._parts)).to(self._dtype)
 
-    def nbytes(self) -> int:
-        return sum(part.nbytes() for part in self._parts)
+    def nbytes(self) -> Bytes:
+        held = sum(part.nbytes() for part in self._parts)
+        return Bytes(0, held) if self._offload else Bytes(held, 0)
 
 
 def to_host(x: Tensor) -> Tensor:

@@ -1,0 +1,123 @@
+"""Attention of one token per row to the positions in use, in parallel over stretches of them (flash decoding)."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from shadowkv.kernels.launch import check_head_dim, padded, rows_of
+from shadowkv.ranges import ranged
+from shadowkv.slots import Regions
+
+_BLOCK = 64
+_PROGRAMS = 264  # two for each of an H100's or H200's processors
+
+
+@triton.jit
+def attend_stretch(
+    q,
+    k,
+    v,
+    spans,
+    part,
+    part_max,
+    part_sum,
+    scaling,
+    heads,
+    group,
+    head_dim,
+    slots,
+    outliers,
+    ring,
+    stretch,
+    k_b,
+    k_h,
+    v_b,
+    v_h,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    split = tl.program_id(1)
+    batch, head = row // heads, row % heads
+    in_slots, of_outliers = tl.load(spans + batch * 4), tl.load(spans + batch * 4 + 1)
+    start, length = tl.load(spans + batch * 4 + 2), tl.load(spans + batch * 4 + 3)
+    g, d, n = tl.arange(0, GROUP), tl.arange(0, HEAD_DIM), tl.arange(0, BLOCK)
+    known = d < head_dim
+    asked = tl.load(
+        q + (row * group + g[:, None]) * head_dim + d[None, :],
+        mask=(g[:, None] < group) & known[None, :],
+        other=0.0,
+    )
+    largest = tl.full((GROUP,), float("-inf"), tl.float32)
+    total = tl.zeros((GROUP,), tl.float32)
+    held = tl.zeros((GROUP, HEAD_DIM), tl.float32)
+    end = tl.minimum((split + 1) * stretch, slots + outliers + ring)
+    for first in range(split * stretch, end, BLOCK):
+        position = first + n
+        after, turn = position - slots, position - slots - outliers
+        # Where the ring starts is below its size, so one turn back is enough.
+        age = tl.where(turn >= start, turn - start, turn - start + ring)
+        used = (
+            (position < in_slots) | ((after >= 0) & (turn < 0) & (after < of_outliers)) | ((turn >= 0) & (age < length))
+        )
+        used = used & (position < end)
+        at = position.to(tl.int64)[:, None] * head_dim + d[None, :]
+        keys = tl.load(k + batch * k_b + head * k_h + at, mask=used[:, None] & known[None, :], other=0.0)
+        z = tl.dot(asked, tl.trans(keys), input_precision="ieee") * scaling
+        z = tl.where(used[None, :], z, float("-inf"))
+        higher = tl.maximum(largest, tl.max(z, axis=1))
+        safe = tl.where(higher == float("-inf"), 0.0, higher)
+        weights = tl.exp(z - safe[:, None])
+        shrink = tl.exp(largest - safe)
+        values = tl.load(v + batch * v_b + head * v_h + at, mask=used[:, None] & known[None, :], other=0.0)
+        total = total * shrink + tl.sum(weights, axis=1)
+        held = held * shrink[:, None] + tl.dot(weights.to(values.dtype), values, input_precision="ieee")
+        largest = higher
+    place = (row * tl.num_programs(1) + split) * group + g
+    tl.store(part_max + place, largest, mask=g < group)
+    tl.store(part_sum + place, total, mask=g < group)
+    tl.store(part + place[:, None] * head_dim + d[None, :], held, mask=(g[:, None] < group) & known[None, :])
+
+
+@triton.jit
+def join_stretches(
+    part, part_max, part_sum, out, splits, group, head_dim, SPLITS: tl.constexpr, HEAD_DIM: tl.constexpr
+):
+    head = tl.program_id(0).to(tl.int64)  # of batch x query heads
+    row, g = head // group, head % group
+    s, d = tl.arange(0, SPLITS), tl.arange(0, HEAD_DIM)
+    place = (row * splits + s) * group + g
+    peaks = tl.load(part_max + place, mask=s < splits, other=float("-inf"))
+    weights = tl.exp(peaks - tl.max(peaks, axis=0))
+    total = tl.sum(weights * tl.load(part_sum + place, mask=s < splits, other=0.0), axis=0)
+    known = (s[:, None] < splits) & (d[None, :] < head_dim)
+    parts = tl.load(part + place[:, None] * head_dim + d[None, :], mask=known, other=0.0)
+    answer = tl.sum(parts * weights[:, None], axis=0) / total
+    tl.store(out + head * head_dim + d, answer.to(out.dtype.element_ty), mask=d < head_dim)
+
+
+@ranged("attention")
+def attend_resident(q: Tensor, k: Tensor, v: Tensor, spans: Tensor, regions: Regions, scaling: float) -> Tensor:
+    """See `shadowkv.slots.attend_resident`."""
+    batch, q_heads, _, head_dim = q.shape
+    check_head_dim(head_dim)
+    heads, device = k.shape[1], q.device
+    group, rows, blocks = q_heads // heads, batch * heads, triton.cdiv(regions.tokens, _BLOCK)
+    splits = max(1, min(blocks, triton.cdiv(_PROGRAMS, rows)))
+    stretch = triton.cdiv(blocks, splits) * _BLOCK
+    splits = triton.cdiv(regions.tokens, stretch)
+    part = torch.empty(rows, splits, group, head_dim, dtype=torch.float32, device=device)
+    part_max, part_sum = torch.empty(2, rows, splits, group, dtype=torch.float32, device=device)
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    attend_stretch[(rows, splits)](
+        q.contiguous(), k, v, spans.contiguous(), part, part_max, part_sum, scaling, heads, group, head_dim, *regions,
+        stretch, *rows_of(k, 2), *rows_of(v, 2), GROUP=padded(group), HEAD_DIM=padded(head_dim), BLOCK=_BLOCK,
+    )  # fmt: skip
+    join_stretches[(batch * q_heads,)](
+        part, part_max, part_sum, out, splits, group, head_dim, SPLITS=padded(splits, 1), HEAD_DIM=padded(head_dim)
+    )
+    return out

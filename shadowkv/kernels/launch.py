@@ -1,0 +1,33 @@
+"""What kernels of this package have in common: sizes of blocks, checks of layout."""
+
+from __future__ import annotations
+
+import triton
+from torch import Tensor
+
+from shadowkv.errors import SkvError
+
+LARGEST_HEAD = 256
+
+
+def padded(size: int, least: int = 16) -> int:
+    """The next power of two, and 16 at least: what tl.dot takes."""
+    return max(least, triton.next_power_of_2(size))
+
+
+def check_head_dim(head_dim: int) -> None:
+    """Raise `SkvError` for heads that no kernel was made for."""
+    if head_dim > LARGEST_HEAD:
+        raise SkvError(
+            f"the fast engine takes heads of up to {LARGEST_HEAD} channels, not {head_dim}: engine=reference"
+        )
+
+
+def rows_of(x: Tensor, inner: int) -> tuple[int, ...]:
+    """Strides of all axes but the last `inner`, which have to lie densely, as the kernels read them."""
+    expected = 1
+    for axis in range(x.dim() - 1, x.dim() - 1 - inner, -1):
+        if x.shape[axis] != 1 and x.stride(axis) != expected:
+            raise ValueError(f"the last {inner} axes of shape {list(x.shape)} must be contiguous")
+        expected *= x.shape[axis]
+    return x.stride()[: x.dim() - inner]

@@ -1,0 +1,10 @@
+"""Every kernel by the name of its plain-torch twin in `shadowkv.slots`. Importing this needs Triton."""
+
+from shadowkv.kernels.attention import attend_resident
+from shadowkv.kernels.choose import choose_chunks
+from shadowkv.kernels.fetch import fill_values
+from shadowkv.kernels.plan import plan_fill
+from shadowkv.kernels.rebuild import fill_keys
+from shadowkv.kernels.scores import chunk_scores
+
+__all__ = ["attend_resident", "choose_chunks", "chunk_scores", "fill_keys", "fill_values", "plan_fill"]

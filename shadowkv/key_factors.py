@@ -1,0 +1,83 @@
+"""One layer's keys before RoPE as low-rank factors, in the model's type or in 8 bits. ShadowKV, section 3.1."""
+
+from __future__ import annotations
+
+from copy import copy
+
+import torch
+from torch import Tensor
+
+from shadowkv import low_rank, ops
+from shadowkv.buffers import TokenBuffer
+from shadowkv.ranges import ranged
+from shadowkv.stacking import Stackable
+from shadowkv.stored import CODINGS
+
+FACTOR_CODINGS = ("native", "bf16", "int8")
+
+
+class KeyFactors(Stackable):
+    """key_t ~ coefficients_t @ vectors + mean, for the W channels of all heads at once.
+
+    In 8 bits the directions are first brought to equal size (their size goes to the vectors), so that the weak ones
+    are not rounded away beside the strong ones; then each token has a scale of its own.
+    """
+
+    def __init__(self, basis: low_rank.Basis, coefficients: Tensor, coding: str, dtype: torch.dtype) -> None:
+        """coefficients [B,n,r] fp32, as `basis` projects."""
+        self._coding = coding
+        self._vectors, self._mean = basis.vectors.to(dtype), basis.mean.to(dtype)
+        self._projector: Tensor | None = None  # what projects, where it is not what rebuilds
+        if coding == "int8":
+            spread = coefficients.square().mean(dim=1, keepdim=True).sqrt().clamp(min=1e-12)
+            self._vectors = (basis.vectors * spread.mT).to(dtype)
+            self._projector = (basis.vectors / spread.mT).to(dtype)
+            coefficients = coefficients / spread
+        parts = CODINGS[coding].encode(coefficients.to(dtype) if coding == "native" else coefficients)
+        self._parts = tuple(TokenBuffer(part, axis=1) for part in parts)
+
+    @classmethod
+    def of(
+        cls, pre_rope: Tensor, context_tokens: int, rank: int, energy: float, coding: str, dtype: torch.dtype
+    ) -> KeyFactors:
+        """Factors of the first `context_tokens` of pre_rope [B,n,W] fp32; the basis is of all of them."""
+        basis = low_rank.fit(pre_rope, rank, energy)
+        return cls(basis, basis.project(pre_rope[:, :context_tokens]), coding, dtype)
+
+    @property
+    def parts(self) -> tuple[Tensor, ...]:
+        """The coefficients as they are kept: [B,n,r] and, in 8 bits, a scale [B,n,1]."""
+        return tuple(part.view for part in self._parts)
+
+    @property
+    def basis(self) -> low_rank.Basis:
+        """What rebuilds."""
+        return low_rank.Basis(self._vectors, self._mean)
+
+    def emptied(self) -> KeyFactors:
+        """The same basis without any token."""
+        emptied = copy(self)
+        emptied._parts = tuple(TokenBuffer(part[:, :0], axis=1) for part in self.parts)
+        return emptied
+
+    def encode(self, pre_rope: Tensor, rows: slice | list[int] = slice(None)) -> tuple[Tensor, ...]:
+        """The parts of more tokens of these rows on the same basis. pre_rope [b,T,W] fp32."""
+        vectors = self._vectors if self._projector is None else self._projector
+        coefficients = low_rank.Basis(vectors[rows], self._mean[rows]).project(pre_rope)
+        dtype = self._vectors.dtype if self._coding == "native" else torch.float32
+        return CODINGS[self._coding].encode(coefficients.to(dtype))
+
+    def append(self, pre_rope: Tensor) -> None:
+        """Add tokens, projected on the basis that there is. pre_rope [B,T,W] fp32."""
+        for held, new in zip(self._parts, self.encode(pre_rope), strict=True):
+            held.append(new)
+
+    @ranged("rebuild")
+    def rebuild(self, index: Tensor) -> Tensor:
+        """Pre-RoPE keys of the chosen tokens. index [B,H,s] -> [B,H,s,D]."""
+        rows = CODINGS[self._coding].decode(*(ops.gather_shared(part, index) for part in self.parts))
+        return ops.expand(rows.to(self._vectors.dtype), self._vectors, self._mean)
+
+    def nbytes(self) -> int:
+        basis = [x.nbytes for x in (self._vectors, self._mean, self._projector) if x is not None]
+        return sum(part.nbytes() for part in self._parts) + sum(basis)

@@ -1,0 +1,95 @@
+"""The fast engine gives what the reference gives, step by step, whatever was resident before."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny_models import FAMILIES, random_prompt
+
+from shadowkv import slots
+from shadowkv.engine import Engine
+from shadowkv.registry import parse_method
+from shadowkv.slots import Regions
+
+SPECS = [
+    "shadowkv:rank=12,budget=64,outliers=2,window=8",
+    "shadowkv:rank=12,budget=64,outliers=0,local=0,window=1",
+    "shadowkv:rank=20,budget=40,chunk=5,outliers=3,window=16",
+    "shadowkv:rank=12,budget=64,outliers=2,window=8,values=int8",
+    "shadowkv:rank=12,budget=64,outliers=2,window=8,values=int4,factors=int8",
+    "shadowkv:rank=12,budget=64,outliers=2,window=8,values=fp8,offload=none",
+    "shadowkv:energy=0.9,budget=32,window=3",
+]
+
+
+def both(engine, spec, prompt):
+    prefill = engine.prefill(prompt)
+    return [engine.replay(prefill, parse_method(f"{spec},engine={name}")) for name in ("reference", "fast")]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families_decode_as_with_the_reference(tiny, family):
+    engine = Engine(tiny(family), prefill_chunk_tokens=128)
+    reference, fast = both(engine, "shadowkv:rank=12,budget=64,outliers=2,window=8", random_prompt(300))
+    for token in random_prompt(30, seed=5).split(1, dim=1):
+        torch.testing.assert_close(engine.extend(fast, token), engine.extend(reference, token), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_two_hundred_steps_equal_the_reference(tiny, spec):
+    """Past the window, so that generated tokens become chunks, and past the spare room."""
+    engine = Engine(tiny("llama"), prefill_chunk_tokens=128)
+    reference, fast = both(engine, spec, random_prompt(150, batch=2))
+    for token in random_prompt(200, batch=2, seed=5).split(1, dim=1):
+        left, right = engine.extend(fast, token), engine.extend(reference, token)
+        torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-4)
+
+
+def test_it_grows_beyond_its_spare_room(tiny):
+    engine = Engine(tiny("llama"), prefill_chunk_tokens=128)
+    reference, fast = both(engine, "shadowkv:rank=12,budget=64,outliers=2,window=8", random_prompt(100))
+    layer = fast._caches[0].layers[0]
+    room = layer._coefficients[0].tokens
+    for stream in random_prompt(room + 40, seed=5).split(200, dim=1):
+        left, right = engine.extend(fast, stream), engine.extend(reference, stream)
+        torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-4)
+    assert layer._coefficients[0].tokens > room
+
+
+@torch.inference_mode()
+def test_a_chunk_chosen_again_is_not_filled_again(tiny, monkeypatch):
+    """The same query twice: the second time everything is there, and nothing is written."""
+    filled = []
+    real = slots.plan_fill
+
+    def counting(chosen, held):
+        fill = real(chosen, held)
+        filled.append(int((fill >= 0).sum()))
+        return fill
+
+    monkeypatch.setattr(slots, "plan_fill", counting)
+    engine = Engine(tiny("llama"), prefill_chunk_tokens=128)
+    cache = engine.replay(engine.prefill(random_prompt(300)), parse_method("shadowkv:rank=12,budget=64,engine=fast"))
+    layer = cache._caches[0].layers[0]
+    q, k = torch.randn(1, 4, 1, 16), torch.randn(1, 2, 1, 16)
+    layer.attend(q, k, k, 0.25)
+    layer.attend(q, k, k, 0.25)
+    assert filled == [2 * 8, 0]
+
+
+def test_positions_that_were_never_written_do_not_matter(tiny, monkeypatch):
+    """Buffers full of NaN to begin with."""
+    empty = torch.Tensor.new_empty
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: empty(*a, **k).fill_(float("nan")))
+    engine = Engine(tiny("llama"), prefill_chunk_tokens=128)
+    reference, fast = both(engine, "shadowkv:rank=12,budget=64,outliers=2,window=8", random_prompt(90))
+    for token in random_prompt(40, seed=5).split(1, dim=1):
+        torch.testing.assert_close(engine.extend(fast, token), engine.extend(reference, token), rtol=1e-4, atol=1e-4)
+
+
+def test_the_ring_wraps_around():
+    regions = Regions(slots=4, outliers=2, ring=5)
+    spans = torch.tensor([[4, 2, 3, 4], [0, 1, 0, 0]])
+    used = slots.positions_in_use(spans, regions)
+    assert used[0].tolist() == [True] * 6 + [True, True, False, True, True]
+    assert used[1].tolist() == [False] * 4 + [True, False] + [False] * 5
