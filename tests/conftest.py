@@ -5,6 +5,9 @@ from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 
+# Before anything imports Triton: whether it interprets is settled then.
+os.environ.setdefault("TRITON_INTERPRET", "1")
+
 import pytest
 import torch
 from tiny_models import tiny_model
@@ -37,3 +40,18 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(autouse=True)
+def _plain_torch(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fast engine runs in plain torch on a CPU, but for tests of kernels: the interpreter is slow."""
+    if "interpreter" not in request.fixturenames:
+        monkeypatch.setattr("shadowkv.kernels.interpreted", lambda: False)
+
+
+@pytest.fixture
+def interpreter() -> None:
+    """Kernels run in Triton's interpreter, on a CPU."""
+    pytest.importorskip("triton", reason="kernels need Triton")
+    if torch.cuda.is_available():
+        pytest.skip("kernels are compiled on this machine: pytest -m gpu")

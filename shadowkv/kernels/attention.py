@@ -7,11 +7,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from shadowkv.kernels.launch import check_head_dim, padded, rows_of
+from shadowkv.kernels import interpreted
+from shadowkv.kernels.launch import check_head_dim, padded, product, rows_of
 from shadowkv.ranges import ranged
 from shadowkv.slots import Regions
 
-_BLOCK = 64
 _PROGRAMS = 264  # two for each of an H100's or H200's processors
 
 
@@ -39,6 +39,7 @@ def attend_stretch(
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK: tl.constexpr,
+    INTERPRETED: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
@@ -65,9 +66,9 @@ def attend_stretch(
             (position < in_slots) | ((after >= 0) & (turn < 0) & (after < of_outliers)) | ((turn >= 0) & (age < length))
         )
         used = used & (position < end)
-        at = position.to(tl.int64)[:, None] * head_dim + d[None, :]
+        at = position[:, None] * head_dim + d[None, :]
         keys = tl.load(k + batch * k_b + head * k_h + at, mask=used[:, None] & known[None, :], other=0.0)
-        z = tl.dot(asked, tl.trans(keys), input_precision="ieee") * scaling
+        z = product(asked, tl.trans(keys), tl.zeros((GROUP, BLOCK), tl.float32), INTERPRETED) * scaling
         z = tl.where(used[None, :], z, float("-inf"))
         higher = tl.maximum(largest, tl.max(z, axis=1))
         safe = tl.where(higher == float("-inf"), 0.0, higher)
@@ -75,7 +76,7 @@ def attend_stretch(
         shrink = tl.exp(largest - safe)
         values = tl.load(v + batch * v_b + head * v_h + at, mask=used[:, None] & known[None, :], other=0.0)
         total = total * shrink + tl.sum(weights, axis=1)
-        held = held * shrink[:, None] + tl.dot(weights.to(values.dtype), values, input_precision="ieee")
+        held = product(weights.to(values.dtype), values, held * shrink[:, None], INTERPRETED)
         largest = higher
     place = (row * tl.num_programs(1) + split) * group + g
     tl.store(part_max + place, largest, mask=g < group)
@@ -100,22 +101,28 @@ def join_stretches(
     tl.store(out + head * head_dim + d, answer.to(out.dtype.element_ty), mask=d < head_dim)
 
 
+def block_of(head_dim: int) -> int:
+    """Positions looked at together: keys, values and what is gathered of them are held in registers."""
+    return 64 if head_dim <= 128 else 32
+
+
 @ranged("attention")
 def attend_resident(q: Tensor, k: Tensor, v: Tensor, spans: Tensor, regions: Regions, scaling: float) -> Tensor:
     """See `shadowkv.slots.attend_resident`."""
     batch, q_heads, _, head_dim = q.shape
     check_head_dim(head_dim)
     heads, device = k.shape[1], q.device
-    group, rows, blocks = q_heads // heads, batch * heads, triton.cdiv(regions.tokens, _BLOCK)
+    group, rows, blocks = q_heads // heads, batch * heads, triton.cdiv(regions.tokens, block_of(head_dim))
     splits = max(1, min(blocks, triton.cdiv(_PROGRAMS, rows)))
-    stretch = triton.cdiv(blocks, splits) * _BLOCK
+    stretch = triton.cdiv(blocks, splits) * block_of(head_dim)
     splits = triton.cdiv(regions.tokens, stretch)
     part = torch.empty(rows, splits, group, head_dim, dtype=torch.float32, device=device)
     part_max, part_sum = torch.empty(2, rows, splits, group, dtype=torch.float32, device=device)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     attend_stretch[(rows, splits)](
         q.contiguous(), k, v, spans.contiguous(), part, part_max, part_sum, scaling, heads, group, head_dim, *regions,
-        stretch, *rows_of(k, 2), *rows_of(v, 2), GROUP=padded(group), HEAD_DIM=padded(head_dim), BLOCK=_BLOCK,
+        stretch, *rows_of(k, 2), *rows_of(v, 2), GROUP=padded(group), HEAD_DIM=padded(head_dim),
+        BLOCK=block_of(head_dim), INTERPRETED=interpreted(),
     )  # fmt: skip
     join_stretches[(batch * q_heads,)](
         part, part_max, part_sum, out, splits, group, head_dim, SPLITS=padded(splits, 1), HEAD_DIM=padded(head_dim)

@@ -53,7 +53,7 @@ def copy_chunks(
         slot = tl.load(fill + row * slots + entry)
         if slot >= 0:
             number = tl.load(held + batch * held_b + head * held_h + slot)
-            token = number.to(tl.int64) * chunk + c[:, None]
+            token = number * chunk + c[:, None]
             scaled = scales + batch * scales_b + head * scales_h
             source = codes + batch * codes_b + head * codes_h
             if CODE == 0:

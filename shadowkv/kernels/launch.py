@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 import triton
+import triton.language as tl
 from torch import Tensor
 
 from shadowkv.errors import SkvError
 
 LARGEST_HEAD = 256
+
+
+@triton.jit
+def product(a, b, total, INTERPRETED: tl.constexpr):
+    """a @ b + total, exact products, summed in fp32."""
+    if INTERPRETED:
+        # The interpreter multiplies the bits of bf16 numbers as if they were integers.
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, total, input_precision="ieee")
 
 
 def padded(size: int, least: int = 16) -> int:

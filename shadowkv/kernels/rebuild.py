@@ -10,7 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from shadowkv.kernels.launch import check_head_dim, padded, rows_of
+from shadowkv.kernels import interpreted
+from shadowkv.kernels.launch import check_head_dim, padded, product, rows_of
 from shadowkv.ranges import ranged
 from shadowkv.rotary_table import RotaryTable
 from shadowkv.slots import Factors
@@ -50,6 +51,7 @@ def rebuild_chunks(
     TOKENS: tl.constexpr,
     RANK: tl.constexpr,
     HEAD_DIM: tl.constexpr,
+    INTERPRETED: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     batch, head = row // heads, row % heads
@@ -60,7 +62,7 @@ def rebuild_chunks(
     if tl.max(slot, axis=0) >= 0:
         filled = slot >= 0
         number = tl.load(held + batch * held_b + head * held_h + slot, mask=filled, other=0)
-        token = number.to(tl.int64) * chunk + m % chunk
+        token = number * chunk + m % chunk
         d, k = tl.arange(0, HEAD_DIM), tl.arange(0, RANK)
         known = d < head_dim
         other = tl.load(partner + d, mask=known, other=0)
@@ -72,12 +74,13 @@ def rebuild_chunks(
                 coefficients + batch * coefficients_b + token[:, None] * rank + first + k[None, :],
                 mask=filled[:, None] & of_rank[None, :],
                 other=0,
-            ).to(vectors.dtype.element_ty)
+            )
+            rows = rows.to(tl.float32).to(vectors.dtype.element_ty)  # by way of fp32 for the interpreter
             at = vectors + batch * vectors_b + (first + k[:, None]) * width + head * head_dim
             asked = of_rank[:, None] & known[None, :]
-            own = tl.dot(rows, tl.load(at + d[None, :], mask=asked, other=0.0), own, input_precision="ieee")
+            own = product(rows, tl.load(at + d[None, :], mask=asked, other=0.0), own, INTERPRETED)
             turned = tl.load(at + other[None, :], mask=asked, other=0.0)
-            mixed = tl.dot(rows, turned, mixed, input_precision="ieee")
+            mixed = product(rows, turned, mixed, INTERPRETED)
         if CODED:
             scale = tl.load(scales + batch * scales_b + token, mask=filled, other=0.0).to(tl.float32)
             own, mixed = own * scale[:, None], mixed * scale[:, None]
@@ -94,6 +97,11 @@ def rebuild_chunks(
         tl.store(target, key.to(out.dtype.element_ty), mask=filled[:, None] & known[None, :])
 
 
+def tokens_at_once(head_dim: int) -> int:
+    """Tokens of one program: two products of this size are held in registers."""
+    return 32 if head_dim <= 128 else 16
+
+
 @ranged("rebuild")
 def fill_keys(factors: Factors, rotary: RotaryTable, held: Tensor, fill: Tensor, chunk: int, out: Tensor) -> None:
     """See `shadowkv.slots.fill_keys`."""
@@ -101,11 +109,12 @@ def fill_keys(factors: Factors, rotary: RotaryTable, held: Tensor, fill: Tensor,
     head_dim, rank = out.shape[-1], factors.vectors.shape[1]
     check_head_dim(head_dim)
     scale = factors.coefficients if factors.scale is None else factors.scale
-    tokens = 64 if head_dim <= 128 else 32  # two products are held in registers
+    tokens = tokens_at_once(head_dim)
     rebuild_chunks[(batch * heads, triton.cdiv(slots * chunk, tokens))](
         factors.coefficients, scale, factors.vectors, factors.mean, *rotary, held, fill, out,
         heads, slots, chunk, rank, head_dim, rotary.cos.shape[1],
         *rows_of(factors.coefficients, 2), *rows_of(scale, 2), *rows_of(factors.vectors, 2), *rows_of(factors.mean, 2),
         *rows_of(held, 1), *rows_of(out, 2),
-        CODED=factors.scale is not None, TOKENS=tokens, RANK=_BLOCK_RANK, HEAD_DIM=padded(head_dim), num_warps=8,
+        CODED=factors.scale is not None, TOKENS=tokens, RANK=_BLOCK_RANK, HEAD_DIM=padded(head_dim),
+        INTERPRETED=interpreted(), num_warps=8,
     )  # fmt: skip

@@ -12,10 +12,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from shadowkv.kernels.launch import check_head_dim, padded, rows_of
+from shadowkv.kernels import interpreted
+from shadowkv.kernels.launch import check_head_dim, padded, product, rows_of
 from shadowkv.ranges import ranged
 
-_BLOCK = 128
 _BLOCKS_AT_ONCE = 64
 
 
@@ -37,6 +37,7 @@ def chunk_logits(
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK: tl.constexpr,
+    INTERPRETED: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)  # of batch x heads
     block = tl.program_id(1)
@@ -50,9 +51,9 @@ def chunk_logits(
         other=0.0,
     )
     there = c < tl.minimum(count, chunks)
-    at = landmarks + batch * stride_b + head * stride_h + c.to(tl.int64)[:, None] * head_dim + d[None, :]
+    at = landmarks + batch * stride_b + head * stride_h + c[:, None] * head_dim + d[None, :]
     means = tl.load(at, mask=there[:, None] & (d[None, :] < head_dim), other=0.0)
-    z = tl.dot(asked, tl.trans(means), input_precision="ieee") * scaling
+    z = product(asked, tl.trans(means), tl.zeros((GROUP, BLOCK), tl.float32), INTERPRETED) * scaling
     z = tl.where(there[None, :], z, float("-inf"))
     out = logits + (row * group + g[:, None]) * chunks + c[None, :]
     tl.store(out, z, mask=(g[:, None] < group) & (c[None, :] < chunks))
@@ -102,21 +103,26 @@ def group_scores(
     tl.store(scores + row * chunks + c, tl.where(there, tl.max(share, axis=0), -1.0), mask=c < chunks)
 
 
+def landmarks_at_once(head_dim: int) -> int:
+    """Landmarks of one program, held in registers."""
+    return 128 if head_dim <= 128 else 64
+
+
 @ranged("selection")
 def chunk_scores(q: Tensor, landmarks: Tensor, scaling: float, counts: Tensor) -> Tensor:
     """See `shadowkv.ops.chunk_scores`. landmarks [B,H,C,D] with its last two axes contiguous."""
     batch, heads, chunks, head_dim = landmarks.shape
     check_head_dim(head_dim)
-    group, rows, blocks = q.shape[1] // heads, batch * heads, triton.cdiv(chunks, _BLOCK)
+    group, rows, blocks = q.shape[1] // heads, batch * heads, triton.cdiv(chunks, landmarks_at_once(head_dim))
     stride_b, stride_h = rows_of(landmarks, 2)
     logits = torch.empty(rows, group, chunks, dtype=torch.float32, device=q.device)
     block_max, block_sum = torch.empty(2, rows, blocks, group, dtype=torch.float32, device=q.device)
     scores = torch.empty(batch, heads, chunks, dtype=torch.float32, device=q.device)
     grid = (rows, blocks)
-    sizes = {"GROUP": padded(group), "BLOCK": _BLOCK}
+    sizes = {"GROUP": padded(group), "BLOCK": landmarks_at_once(head_dim)}
     chunk_logits[grid](
         q.contiguous(), landmarks, counts, logits, block_max, block_sum, scaling, heads, group, chunks, head_dim,
-        stride_b, stride_h, HEAD_DIM=padded(head_dim), **sizes,
+        stride_b, stride_h, HEAD_DIM=padded(head_dim), INTERPRETED=interpreted(), **sizes,
     )  # fmt: skip
     group_scores[grid](
         logits, block_max, block_sum, counts, scores, heads, group, chunks, BLOCKS=_BLOCKS_AT_ONCE, **sizes

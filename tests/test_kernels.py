@@ -1,0 +1,245 @@
+"""Every kernel gives what its plain-torch twin gives, in Triton's interpreter."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from kernel_cases import (
+    Case,
+    attention_inputs,
+    choose_inputs,
+    filling,
+    key_inputs,
+    plan_inputs,
+    poisoned,
+    scores_inputs,
+    stored_values,
+)
+from tiny_models import random_prompt, tiny_model
+
+from shadowkv import slots
+from shadowkv.engine import Engine
+from shadowkv.registry import parse_method
+from shadowkv.slots import Regions
+
+pytestmark = pytest.mark.usefixtures("interpreter")
+TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
+GEOMETRIES = [
+    Case(),
+    Case(group=1, head_dim=128, chunks=130),
+    Case(heads=1, group=7, head_dim=96, chunks=17, slots=5, chunk=5, rank=33),
+    Case(batch=1, heads=3, group=4, head_dim=256, slots=16, chunk=4, rank=8),
+    Case(head_dim=16, chunk=3, slots=6, rank=50),
+]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+def close(got, wanted, dtype=torch.float32):
+    bound = TOLERANCE[dtype]
+    torch.testing.assert_close(got, wanted, rtol=bound, atol=bound)
+
+
+def kernels():
+    from shadowkv.kernels import twins
+
+    return twins
+
+
+def test_twins_have_the_same_names_and_signatures():
+    for name in kernels().__all__:
+        twin, kernel = (inspect.signature(getattr(module, name)) for module in (slots, kernels()))
+        assert list(twin.parameters) == list(kernel.parameters), name
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", GEOMETRIES, ids=str)
+def test_chunk_scores(case, dtype):
+    case = replace(case, dtype=dtype)
+    inputs = scores_inputs(case, [case.chunks, 3][: case.batch])
+    close(kernels().chunk_scores(**inputs), slots.chunk_scores(**inputs))
+
+
+def test_scores_of_rows_without_chunks():
+    inputs = scores_inputs(Case(), [0, 1])
+    scores = kernels().chunk_scores(**inputs)
+    close(scores, slots.chunk_scores(**inputs))
+    assert (scores[0] == -1).all()
+
+
+def test_scores_over_many_blocks():
+    inputs = scores_inputs(Case(batch=1, heads=1, chunks=128 * 66 + 5, head_dim=16), [128 * 66 + 1])
+    close(kernels().chunk_scores(**inputs), slots.chunk_scores(**inputs))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        torch.rand,
+        lambda *shape: torch.randint(0, 3, shape).float() / 2,  # ties
+        lambda *shape: torch.zeros(shape),
+        lambda *shape: torch.where(torch.rand(shape) < 0.9, -1.0, torch.rand(shape)),  # fewer than slots
+        lambda *shape: -torch.ones(shape),
+        lambda *shape: torch.rand(shape) * 1e-42,  # denormal
+    ],
+)
+@pytest.mark.parametrize("case", [Case(), Case(chunks=5), Case(chunks=100, slots=37), Case(chunks=8, slots=8)], ids=str)
+def test_choose_chunks(case, make):
+    inputs = choose_inputs(case, make)
+    assert torch.equal(kernels().choose_chunks(**inputs), slots.choose_chunks(**inputs))
+
+
+def test_choose_chunks_over_several_blocks(monkeypatch):
+    from shadowkv.kernels import choose
+
+    monkeypatch.setattr(choose, "_LARGEST_BLOCK", 16)
+    inputs = choose_inputs(Case(chunks=70, slots=40), lambda *shape: torch.randint(0, 9, shape).float())
+    assert torch.equal(kernels().choose_chunks(**inputs), slots.choose_chunks(**inputs))
+
+
+@pytest.mark.parametrize(
+    ("chosen", "held", "shared"),
+    [(8, 8, 8), (8, 8, 0), (8, 8, 5), (8, 0, 0), (5, 3, 2), (5, 5, 0), (0, 0, 0), (1, 0, 0)],
+)
+@pytest.mark.parametrize("many", [1, 9])
+def test_plan_fill(chosen, held, shared, many):
+    chosen, held, shared = chosen * many, held * many, shared * many
+    inputs = plan_inputs(Case(slots=8 * many), chosen, held, shared)
+    twin, kernel = ({name: x.clone() for name, x in inputs.items()} for _ in range(2))
+    fill = kernels().plan_fill(**kernel)
+    assert torch.equal(fill, slots.plan_fill(**twin))
+    assert torch.equal(kernel["held"], twin["held"])
+    # What it is for: all chosen are held, and what was held already did not move.
+    assert torch.equal(kernel["held"][..., :chosen].sort(-1).values, inputs["chosen"][..., :chosen])
+    stayed = kernel["held"] == inputs["held"]
+    assert int((fill >= 0).sum()) == 4 * (chosen - shared)
+    assert stayed[..., :held].sum() == 4 * shared + 4 * max(held - chosen, 0)
+
+
+@pytest.mark.parametrize("fills", [0, 3, 5])
+@pytest.mark.parametrize("values", ["native", "bf16", "int8", "fp8", "int4"])
+@pytest.mark.parametrize("case", GEOMETRIES, ids=str)
+def test_fill_values(case, values, fills):
+    case = replace(case, values=values, dtype=torch.bfloat16 if case.head_dim == 96 else torch.float32)
+    stored, plan = stored_values(case), filling(case, fills)
+    blank = poisoned(case.randn(case.batch, case.heads, case.slots * case.chunk + 3, case.head_dim))
+    got, wanted = blank.clone(), blank.clone()
+    kernels().fill_values(stored, **plan, out=got)
+    slots.fill_values(stored, **plan, out=wanted)
+    bound = 1e-6 if case.dtype == torch.float32 else 2**-7  # the interpreter rounds to bf16 by cutting off
+    torch.testing.assert_close(got, wanted, rtol=bound, atol=1e-6, equal_nan=True)
+    assert int(got.isnan().any(-1).sum()) == case.batch * case.heads * (blank.shape[2] - fills * case.chunk)
+
+
+def test_every_byte_of_fp8_is_read_as_torch_reads_it():
+    codes = torch.arange(256).to(torch.uint8).view(torch.int8)
+    codes = torch.where((codes & 0x7F) == 0x7F, 0, codes)  # NaN, which is never written
+    from shadowkv.stored import Stored
+
+    case = Case(batch=1, heads=1, head_dim=256, chunks=1, slots=1, chunk=1)
+    stored = Stored("fp8", (codes.view(1, 1, 1, 256), torch.ones(1, 1, 1, 1, dtype=torch.float16)))
+    got, wanted = (torch.zeros(1, 1, 1, 256) for _ in range(2))
+    kernels().fill_values(stored, **filling(case, 1), out=got)
+    slots.fill_values(stored, **filling(case, 1), out=wanted)
+    assert torch.equal(got, wanted)
+
+
+@pytest.mark.parametrize("fills", [0, 5])
+@pytest.mark.parametrize("factors", ["native", "int8"])
+@pytest.mark.parametrize("case", [*GEOMETRIES, Case(family="glm"), Case(family="llama-yarn")], ids=str)
+def test_fill_keys(case, factors, fills):
+    dtype = torch.bfloat16 if case.head_dim == 128 else torch.float32
+    case = replace(case, factors=factors, dtype=dtype)
+    inputs, plan = key_inputs(case), filling(case, fills)
+    blank = poisoned(case.randn(case.batch, case.heads, case.slots * case.chunk + 3, case.head_dim))
+    got, wanted = blank.clone(), blank.clone()
+    kernels().fill_keys(**inputs, **plan, out=got)
+    slots.fill_keys(**inputs, **plan, out=wanted)
+    torch.testing.assert_close(got, wanted, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype], equal_nan=True)
+    assert int(got.isnan().any(-1).sum()) == case.batch * case.heads * (blank.shape[2] - fills * case.chunk)
+
+
+REGIONS = Regions(slots=64, outliers=16, ring=53)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("regions", "spans"),
+    [
+        (REGIONS, [[64, 16, 40, 50], [24, 8, 0, 1]]),
+        (REGIONS, [[0, 0, 52, 1], [0, 0, 0, 53]]),
+        (Regions(0, 0, 200), [[0, 0, 0, 200], [0, 0, 0, 7]]),
+    ],
+)
+@pytest.mark.parametrize("case", GEOMETRIES, ids=str)
+def test_attend_resident(case, regions, spans, dtype):
+    inputs = attention_inputs(replace(case, dtype=dtype), regions, spans[: case.batch])
+    got = kernels().attend_resident(**inputs)
+    assert torch.isfinite(got).all()
+    close(got, slots.attend_resident(**inputs), dtype)
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.builds(
+        Case,
+        batch=st.integers(1, 3),
+        heads=st.integers(1, 3),
+        group=st.integers(1, 8),
+        head_dim=st.sampled_from([16, 48, 64, 96, 128]),
+        chunks=st.integers(12, 60),
+        slots=st.integers(1, 12),
+        chunk=st.integers(1, 9),
+        rank=st.integers(1, 70),
+        values=st.sampled_from(["native", "int8", "fp8", "int4"]),
+        factors=st.sampled_from(["native", "int8"]),
+    ),
+    st.data(),
+)
+def test_any_geometry(case, data):
+    """One step, kernel after kernel, on random shapes, lengths and hits."""
+    counts = data.draw(st.lists(st.integers(0, case.chunks), min_size=case.batch, max_size=case.batch))
+    inputs = scores_inputs(case, counts)
+    scores = kernels().chunk_scores(**inputs)
+    close(scores, slots.chunk_scores(**inputs))
+    numbers = torch.arange(case.chunks).int().expand(scores.shape).contiguous()
+    chosen = kernels().choose_chunks(scores, numbers, case.slots)
+    assert torch.equal(chosen, slots.choose_chunks(scores, numbers, case.slots))
+    held = torch.full_like(chosen, -1)
+    fill = kernels().plan_fill(chosen, held)
+    stored, keys = stored_values(case), key_inputs(case)
+    blank = torch.zeros(case.batch, case.heads, case.slots * case.chunk + 9, case.head_dim)
+    for name, given_ in (("fill_values", {"stored": stored}), ("fill_keys", keys)):
+        got, wanted = blank.clone(), blank.clone()
+        getattr(kernels(), name)(**given_, held=held, fill=fill, chunk=case.chunk, out=got)
+        getattr(slots, name)(**given_, held=held, fill=fill, chunk=case.chunk, out=wanted)
+        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_two_hundred_steps_on_kernels_equal_the_reference():
+    # One layer and one head: the interpreter takes milliseconds per operation of a block.
+    engine = Engine(tiny_model("llama-mqa", num_hidden_layers=1), prefill_chunk_tokens=128)
+    prefill = engine.prefill(random_prompt(120))
+    spec = "shadowkv:rank=6,budget=32,outliers=1,local=1,window=8"
+    reference, fast = (engine.replay(prefill, parse_method(f"{spec},engine={e}")) for e in ("reference", "fast"))
+    for token in random_prompt(200, seed=5).split(1, dim=1):
+        torch.testing.assert_close(engine.extend(fast, token), engine.extend(reference, token), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("coding", ["values=int4,factors=int8", "values=fp8,offload=none"])
+def test_batches_on_kernels_equal_the_reference(tiny, coding):
+    engine = Engine(tiny("llama"), prefill_chunk_tokens=128)
+    prefill = engine.prefill(random_prompt(120, batch=2))
+    spec = f"shadowkv:rank=12,budget=32,outliers=1,window=2,{coding}"
+    reference, fast = (engine.replay(prefill, parse_method(f"{spec},engine={e}")) for e in ("reference", "fast"))
+    for token in random_prompt(12, batch=2, seed=5).split(1, dim=1):
+        torch.testing.assert_close(engine.extend(fast, token), engine.extend(reference, token), rtol=1e-4, atol=1e-4)
