@@ -23,7 +23,8 @@ def product(a, b, total, INTERPRETED: tl.constexpr):
 
 def padded(size: int, least: int = 16) -> int:
     """The next power of two, and 16 at least: what tl.dot takes."""
-    return max(least, triton.next_power_of_2(size))
+    power: int = triton.next_power_of_2(size)
+    return max(least, power)
 
 
 def check_head_dim(head_dim: int) -> None:
