@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
-from typing import Any, NoReturn, cast
+from typing import Any, NamedTuple, NoReturn, cast
 
 import torch
 from torch import Tensor
@@ -20,36 +21,48 @@ from shadowkv.recording import Recorded, RecordedLayer, Recording, count_queries
 from shadowkv.rope import Rope
 
 
+class Share(NamedTuple):
+    """A `DecodeCache` and how many rows of the batch are its own."""
+
+    cache: DecodeCache
+    rows: int
+
+
 class MethodLayer(CacheLayerMixin):
-    """Decoding through a method: one `DecodeCache` for a uniform batch, or one per row of a padded one."""
+    """Decoding through a method: one `DecodeCache` for all rows, or several for some rows each."""
 
     is_sliding = False
 
-    def __init__(self, layer: int, caches: list[DecodeCache], columns: int) -> None:
+    def __init__(self, layer: int, shares: Sequence[Share], columns: int) -> None:
         super().__init__()
         self.is_initialized = True
         self._layer = layer
-        self._caches = caches
-        self._columns = columns  # tokens of a row, its left padding included: what positions are counted from
+        self._shares = shares
+        self.columns = columns  # tokens of the longest row, left padding included: what transformers counts from
+        self.has_room = False  # whether `make_room` of every cache has been called for the token that comes
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         pass
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        self._columns += key_states.shape[2]
+        self.columns += key_states.shape[2]
         return with_handle(key_states, self), value_states
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
-        rows = q.shape[0] // len(self._caches)
-        split = zip(self._caches, q.split(rows), k.split(rows), v.split(rows), strict=True)
-        parts = [cache.attend(self._layer, row_q, row_k, row_v, scaling) for cache, row_q, row_k, row_v in split]
+        sizes = [share.rows for share in self._shares]
+        parts = []
+        for share, own_q, own_k, own_v in zip(
+            self._shares, q.split(sizes), k.split(sizes), v.split(sizes), strict=True
+        ):
+            attend = share.cache.run if self.has_room else share.cache.attend
+            parts.append(attend(self._layer, own_q, own_k, own_v, scaling))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def get_seq_length(self) -> int:
-        return self._columns
+        return self.columns
 
     def get_mask_sizes(self, query_length: int | Tensor) -> tuple[int, int]:
-        return self._columns + count_queries(query_length), 0
+        return self.columns + count_queries(query_length), 0
 
     def get_max_length(self) -> int:
         return -1
@@ -63,7 +76,8 @@ class MethodCache(Cache):
 
     def __init__(self, model: PreTrainedModel, recording: Recorded, method: Method, rope: Rope) -> None:
         super().__init__(layers=[])
-        self._caches: list[DecodeCache] = []
+        self._shares: list[Share] = []
+        self.row_tokens: list[int] = []  # tokens that each row holds
         self.usable: Callable[[], bool] = lambda: True  # false once the prompt it shows views of was written over
         self._foresight = Foresight(model, self) if method.speculates else None
         self.begin(recording, method, rope, None)
@@ -72,7 +86,8 @@ class MethodCache(Cache):
         """Hand every recorded layer to `method`. `skip` is the left padding per row, None for none."""
         rows: list[int | None] = [None] if skip is None else list(range(len(skip)))
         padding = [0] if skip is None else skip
-        self._caches = [method.new_state(rope) for _ in rows]
+        caches = [method.new_state(rope) for _ in rows]
+        batch, tokens = 1, 0
         layers: list[CacheLayerMixin] = []
         served = [index for index, recorded in enumerate(recording.recorded) if recorded.window is None]
         for index, recorded in enumerate(recording.recorded):
@@ -80,10 +95,14 @@ class MethodCache(Cache):
                 layers.append(_windowed(recorded))
                 continue
             depth = depth_of(served.index(index), len(served))
-            for cache, row, pad in zip(self._caches, rows, padding, strict=True):
-                cache.ingest(index, recorded.layer_kv(row, pad)._replace(depth=depth))
-            layers.append(MethodLayer(index, self._caches, recorded.tokens))
-        for cache, row in zip(self._caches, rows, strict=True):
+            for cache, row, pad in zip(caches, rows, padding, strict=True):
+                kv = recorded.layer_kv(row, pad)
+                cache.ingest(index, kv._replace(depth=depth))
+                batch, tokens = kv.k.shape[0], recorded.tokens
+            layers.append(MethodLayer(index, self._shares, recorded.tokens))
+        self._shares += [Share(cache, batch) for cache in caches]
+        self.row_tokens = [tokens - pad for pad in padding for _ in range(batch)]
+        for cache, row in zip(caches, rows, strict=True):
             cache.complete()
             if self._foresight is not None:
                 cache.foresee(partial(_guess, self._foresight, slice(None) if row is None else slice(row, row + 1)))
@@ -103,50 +122,117 @@ class MethodCache(Cache):
 
     def nbytes(self) -> Bytes:
         """What the method holds, and the windows of the layers it does not serve."""
-        total = sum((cache.nbytes() for cache in self._caches), Bytes(0, 0))
+        total = sum((share.cache.nbytes() for share in self._shares), Bytes(0, 0))
         windows = [layer for layer in self.layers if isinstance(layer, DynamicSlidingWindowLayer)]
         dense = sum(x.nbytes for layer in windows for x in (layer.keys, layer.values))
         return total + Bytes(dense, 0)
 
     def close(self) -> None:
         """Let go of everything held; the cache cannot be used afterwards."""
-        for cache in self._caches:
-            cache.close()
+        for share in self._shares:
+            share.cache.close()
         if self._foresight is not None:
             self._foresight.close()
-        self._caches, self.layers = [], []
+        self._shares, self.layers = [], []
+
+    @property
+    def positions(self) -> Tensor | None:
+        """Where each row's next token goes, [B,1], if rows differ in that; transformers counts for equal ones."""
+        return None if len(set(self.row_tokens)) == 1 else torch.tensor(self.row_tokens)[:, None]
+
+    def fed(self, tokens: int) -> None:
+        """Tell that every row was given this many tokens more."""
+        self.row_tokens = [held + tokens for held in self.row_tokens]
+
+    @property
+    def steady(self) -> bool:
+        """Whether one token per row is a fixed sequence of operations in every layer: `make_room`, `with_room`."""
+        ours = all(isinstance(layer, MethodLayer) for layer in self.layers)
+        return ours and all(share.cache.steady for share in self._shares)
+
+    def make_room(self) -> bool:
+        """See `DecodeCache.make_room`."""
+        moved = [share.cache.make_room() for share in self._shares]
+        return any(moved)
+
+    def recount(self) -> None:
+        """Make transformers count from what `fed` was told: a replayed graph tells it nothing."""
+        for layer in self.layers:
+            if isinstance(layer, MethodLayer):
+                layer.columns = max(self.row_tokens)
+
+    @contextmanager
+    def with_room(self) -> Iterator[None]:
+        """Within the block a forward pass of one token per row is only that, after `make_room`."""
+        layers = [layer for layer in self.layers if isinstance(layer, MethodLayer)]
+        try:
+            for layer in layers:
+                layer.has_room = True
+            yield
+        finally:
+            for layer in layers:
+                layer.has_room = False
 
 
 class JoinedCache(MethodCache):
-    """Prompts of one length that were built one by one, decoded as one batch; the rows' own caches are used up.
+    """Prompts that were built one by one, decoded as one batch; the caches of the rows are used up.
 
-    `stacked` says whether they became one cache, or run one after the other within each layer.
+    Rows may hold different numbers of tokens, and be batches themselves. `stacked` says whether they became one
+    cache, or run one after the other within each layer.
     """
 
     def __init__(self, model: PreTrainedModel, method: Method, rows: Sequence[MethodCache]) -> None:
         Cache.__init__(self, layers=[])
         self.usable = lambda: True
-        lengths = {row.get_seq_length() for row in rows}
-        if len(lengths) != 1:
-            raise ValueError(f"rows of one batch hold as many tokens each, not {sorted(lengths)}")
-        columns = lengths.pop()
+        self.row_tokens = [tokens for row in rows for tokens in row.row_tokens]
+        columns = max(self.row_tokens)
         layers = [list(same) for same in zip(*(row.layers for row in rows), strict=True)]
-        held = [cache for row in rows for cache in row._caches]
+        if any(same[0].is_sliding for same in layers) and len(set(self.row_tokens)) > 1:
+            raise SkvError("rows of different lengths cannot be one batch in a model with sliding-window layers")
+        held = [share for row in rows for share in row._shares]
         for row in rows:
-            row._caches = []
+            row._shares = []
             row.close()
-        self._caches = list(type(held[0]).join(held))
-        self.stacked = len(self._caches) == 1
-        self._foresight = Foresight(model, self) if method.speculates else None
-        rows_each = len(rows) // len(self._caches)
-        for place, cache in enumerate(self._caches):
-            if self._foresight is not None:
-                of_cache = slice(place * rows_each, (place + 1) * rows_each)
-                cache.foresee(partial(_guess, self._foresight, of_cache))
+        self._adopt(model, method, _joined(held))
         self.layers = [
-            _joined_windows(same) if same[0].is_sliding else MethodLayer(index, self._caches, columns)
+            _joined_windows(same) if same[0].is_sliding else MethodLayer(index, self._shares, columns)
             for index, same in enumerate(layers)
         ]
+
+    def _adopt(self, model: PreTrainedModel, method: Method, shares: list[Share]) -> None:
+        self._shares = shares
+        self.stacked = len(shares) == 1
+        self._foresight = Foresight(model, self) if method.speculates else None
+        first = 0
+        for share in shares:
+            if self._foresight is not None:
+                share.cache.foresee(partial(_guess, self._foresight, slice(first, first + share.rows)))
+            first += share.rows
+
+    def keep(self, model: PreTrainedModel, method: Method, rows: Sequence[int]) -> JoinedCache:
+        """A batch of these rows alone, numbers ascending; this one is used up.
+
+        Raises `SkvError` for models with sliding-window layers.
+        """
+        if any(layer.is_sliding for layer in self.layers):
+            raise SkvError("rows cannot be taken out of a batch in a model with sliding-window layers")
+        kept = JoinedCache.__new__(JoinedCache)
+        Cache.__init__(kept, layers=[])
+        kept.usable = lambda: True
+        shares, first = list[Share](), 0
+        for share in self._shares:
+            own = [row - first for row in rows if first <= row < first + share.rows]
+            first += share.rows
+            if len(own) == share.rows:
+                shares.append(share)
+            elif own:
+                shares.append(Share(share.cache.pick(own), len(own)))
+        kept.row_tokens = [self.row_tokens[row] for row in rows]
+        kept._adopt(model, method, shares)
+        columns = max(kept.row_tokens)
+        kept.layers = [MethodLayer(index, kept._shares, columns) for index in range(len(self.layers))]
+        self._shares, self.layers = [], []
+        return kept
 
 
 class DropInCache(MethodCache):
@@ -158,7 +244,7 @@ class DropInCache(MethodCache):
         Cache.__init__(self, layers=[])
         self._method, self._rope = method, Rope(model)
         self._recording: Recording | None = Recording(model, method.prefill, method.needs_prompt_queries)
-        self._caches = []
+        self._shares, self.row_tokens = [], []
         self._foresight = Foresight(model, self) if method.speculates else None
         self.layers = self._recording.layers
 
@@ -184,6 +270,15 @@ class DropInCache(MethodCache):
             self.begin(self._recording, self._method, self._rope, self._recording.padding)
             self._recording = None
         return cast("tuple[Tensor, Tensor]", super().update(key_states, value_states, layer_idx, *args, **kwargs))
+
+
+def _joined(held: list[Share]) -> list[Share]:
+    """As few caches as can hold the rows of all."""
+    joined = type(held[0].cache).join([share.cache for share in held])
+    if len(joined) == len(held):
+        return [Share(cache, share.rows) for cache, share in zip(joined, held, strict=True)]
+    assert len(joined) == 1
+    return [Share(joined[0], sum(share.rows for share in held))]
 
 
 def _refuse(what: str) -> NoReturn:

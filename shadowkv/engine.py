@@ -8,8 +8,10 @@ the numbers are the same to the bit with or without that reuse.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +21,7 @@ from shadowkv.attention import attach
 from shadowkv.cache import JoinedCache, MethodCache
 from shadowkv.errors import SkvError
 from shadowkv.geometry import dims_of
+from shadowkv.graphs import GraphedStep, can_be_graphed, capture_on_gpu
 from shadowkv.method import OBSERVED_QUERIES, Method, require
 from shadowkv.prefills import SparsePrefill
 from shadowkv.recording import Recorded, Recording
@@ -55,6 +58,7 @@ class Engine:
     prefill_chunk_tokens: grid of the prefill (default 256 on a CPU, 8192 on a GPU).
     reuse_prefix: keep what consecutive prompts share.
     record_queries: keep the prompt's queries for methods that need them (see `Method.needs_prompt_queries`).
+    graphs: on a GPU, decode steps as CUDA graphs where they can be.
     """
 
     def __init__(
@@ -64,6 +68,7 @@ class Engine:
         prefill_chunk_tokens: int | None = None,
         reuse_prefix: bool = True,
         record_queries: bool = False,
+        graphs: bool = True,
     ) -> None:
         attach(model)
         self.model = model
@@ -72,6 +77,7 @@ class Engine:
         self.prefill_chunk_tokens = prefill_chunk_tokens or _CHUNK_TOKENS.get(model.device.type, 8192)
         self._reuse_prefix = reuse_prefix
         self._record_queries = record_queries
+        self._graphs = graphs
         self._kept: dict[SparsePrefill | None, _Kept] = defaultdict(_Kept)
 
     @torch.inference_mode()
@@ -117,11 +123,16 @@ class Engine:
 
     @torch.inference_mode()
     def join(self, rows: Sequence[MethodCache], method: Method) -> JoinedCache:
-        """Caches of equally long prompts as one batch, layer by layer; the rows are used up.
+        """Caches as one batch, layer by layer; the rows are used up. They may differ in length, and be batches.
 
         With `forget` after each prefill, B prompts never need B dense snapshots at once.
         """
         return JoinedCache(self.model, method, rows)
+
+    @torch.inference_mode()
+    def keep(self, batch: JoinedCache, method: Method, rows: Sequence[int]) -> JoinedCache:
+        """These rows of a batch, numbers ascending, as a batch of their own; the others, and `batch`, are gone."""
+        return batch.keep(self.model, method, rows)
 
     def forget(self) -> None:
         """Let go of all snapshots: their buffers are freed, or belong to the caches that show views of them."""
@@ -133,10 +144,28 @@ class Engine:
         if not cache.usable():
             raise ValueError("this cache failed in a step, or its prompt was replaced by a later prefill")
         usable, cache.usable = cache.usable, lambda: False  # a step that fails leaves some layers ahead of others
-        output = self.model(input_ids.to(self.model.device), past_key_values=cache, use_cache=True, logits_to_keep=1)
+        logits = self._forward(input_ids.to(self.model.device), cache)
         cache.usable = usable
+        cache.fed(input_ids.shape[1])
+        return logits
+
+    def _forward(self, input_ids: Tensor, cache: MethodCache) -> Tensor:
+        known: dict[str, Any] = {}
+        if cache.positions is not None:
+            ahead = torch.arange(input_ids.shape[1], device=input_ids.device)
+            known["position_ids"] = cache.positions.to(input_ids.device) + ahead
+        output = self.model(input_ids, past_key_values=cache, use_cache=True, logits_to_keep=1, **known)
         logits: Tensor = output.logits
         return logits[:, -1].float()
+
+    def stepper(self, cache: MethodCache) -> Callable[[Tensor], Tensor]:
+        """What feeds [B,1] tokens to `cache` and returns the logits after them, [B,vocab] fp32.
+
+        On a GPU a step is one CUDA graph, where the method and the model let it be; else it is `extend`.
+        """
+        if self.model.device.type == "cuda" and self._graphs and can_be_graphed(self.rope, cache):
+            return GraphedStep(self.model, cache, capture_on_gpu)
+        return partial(self.extend, cache)
 
     def decode(
         self,
@@ -153,8 +182,9 @@ class Engine:
         `logits` [B,vocab] are those after the last token held, so a prompt's first new token is its prefill's under
         every method. The last token returned has not been fed to the model.
         """
-        self.rope.check_span(cache.get_seq_length(), max_new_tokens)
+        self.rope.check_span(max(cache.row_tokens), max_new_tokens)
         rows: list[list[int]] = [[] for _ in range(logits.shape[0])]
+        feed = self.stepper(cache)
         open_rows = set(range(len(rows)))
         for step in range(max_new_tokens):
             if step < min_new_tokens and stop_ids:
@@ -167,7 +197,7 @@ class Engine:
                     rows[row].append(token)
             if not open_rows or step == max_new_tokens - 1:
                 break
-            logits = self.extend(cache, tokens[:, None])
+            logits = feed(tokens[:, None])
         return rows
 
     def generate(

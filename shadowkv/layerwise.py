@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import Self, cast
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from shadowkv import ops
 from shadowkv.buffers import TokenBuffer
 from shadowkv.method import Bytes, DecodeCache, Dims, LayerKV, Method, largest_within
 from shadowkv.rope import Rope
-from shadowkv.stacking import Stackable, can_stack, stack
+from shadowkv.stacking import Stackable, can_stack, pick, stack
 
 
 class LayerState(Stackable, ABC):
@@ -40,6 +40,27 @@ class StepwiseState(LayerState):
     @abstractmethod
     def step(self, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
         """`attend` for one token."""
+
+
+class SteadyState(StepwiseState):
+    """A layer whose step is a fixed sequence of operations on tensors that stay where they are."""
+
+    def step(self, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
+        self.make_room()
+        return self.run(q, k, v, scaling)
+
+    @property
+    def capturable(self) -> bool:
+        """Whether `run` never waits for the device, so that a CUDA graph can hold it."""
+        return True
+
+    @abstractmethod
+    def make_room(self) -> bool:
+        """What the host does before a step takes one token per row; True if tensors moved."""
+
+    @abstractmethod
+    def run(self, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
+        """One token per row, after `make_room`: nothing here asks the device for anything."""
 
 
 class DenseLayer(LayerState):
@@ -68,6 +89,17 @@ class LayeredCache(DecodeCache):
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
         return self.layers[layer].attend(q, k, v, scaling)
 
+    @property
+    def steady(self) -> bool:
+        return all(isinstance(state, SteadyState) and state.capturable for state in self.layers.values())
+
+    def make_room(self) -> bool:
+        moved = [cast("SteadyState", state).make_room() for state in self.layers.values()]
+        return any(moved)
+
+    def run(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
+        return cast("SteadyState", self.layers[layer]).run(q, k, v, scaling)
+
     def nbytes(self) -> Bytes:
         return sum((state.nbytes() for state in self.layers.values()), Bytes(0, 0))
 
@@ -94,6 +126,11 @@ class LayerwiseCache(LayeredCache):
         for cache, group in zip(joined, together, strict=True):
             cache.layers = stack([row.layers for row in group])
         return joined
+
+    def pick(self, rows: list[int]) -> DecodeCache:
+        picked = type(self)(self._method, self._rope)
+        picked.layers = pick(self.layers, rows)
+        return picked
 
 
 class LayerwiseMethod(Method):

@@ -133,6 +133,23 @@ class DecodeCache(ABC):
         """
         return rows
 
+    def pick(self, rows: list[int]) -> DecodeCache:
+        """A cache of these rows of a batch alone. Raises `SkvError` where rows cannot be parted."""
+        raise SkvError(f"rows of a batch of {type(self).__name__} cannot be parted")
+
+    @property
+    def steady(self) -> bool:
+        """Whether one token per row is a fixed sequence of operations on tensors that stay: `make_room` and `run`."""
+        return False
+
+    def make_room(self) -> bool:
+        """What the host does before `run` takes one token per row; True if tensors moved."""
+        raise NotImplementedError
+
+    def run(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
+        """`attend` for one token per row, after `make_room`; never waits for the device: a CUDA graph can hold it."""
+        raise NotImplementedError
+
     def close(self) -> None:  # noqa: B027 - most caches have nothing but tensors to let go
         """Release streams, pinned memory and the like."""
 

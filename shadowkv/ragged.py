@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from shadowkv.stacking import Stackable
+from shadowkv.stacking import Stackable, joined_tensor
 
 
 class RaggedBuffer(Stackable):
@@ -29,13 +30,19 @@ class RaggedBuffer(Stackable):
 
     def put(self, rows: Rows, place: int, x: Tensor) -> bool:
         """Write x at `place` of these rows; True if that took a larger tensor."""
+        x = x.to(self.data.device)  # before growth: what was held may still be read by the device until then
         count = x.shape[self._axis]
-        grown = place + count > self.tokens
-        if grown:
-            # By a share of what is held, so that copying stays cheap however long the generation is.
-            self.data = _with_tokens(self.data, self._axis, place + count + max(self._room, place // 8))
-        self.data.narrow(self._axis, place, count)[rows] = x.to(self.data.device)
+        grown = self.reserve(place + count)
+        self.data.narrow(self._axis, place, count)[rows] = x
         return grown
+
+    def reserve(self, tokens: int) -> bool:
+        """Make room for so many tokens; True if that took a larger tensor."""
+        if tokens <= self.tokens:
+            return False
+        # By a share of what is held, so that copying stays cheap however long the generation is.
+        self.data = _with_tokens(self.data, self._axis, tokens + max(self._room, tokens // 8))
+        return True
 
     def shape_of_a_row(self) -> Hashable:
         shape = list(self.data.shape[1:])
@@ -56,6 +63,11 @@ class RaggedBuffer(Stackable):
             joined.data[begin:end].narrow(first._axis, 0, row.tokens).copy_(row.data)
             begin = end
         return joined
+
+    def pick(self, rows: list[int]) -> RaggedBuffer:
+        picked = copy(self)
+        picked.data = joined_tensor([self.data[row : row + 1] for row in rows])
+        return picked
 
     def nbytes(self) -> int:
         return self.data.nbytes
@@ -104,6 +116,9 @@ class BatchLengths(Stackable):
     @classmethod
     def stack(cls, rows: list[BatchLengths]) -> BatchLengths:
         return cls([length for row in rows for length in row.rows])
+
+    def pick(self, rows: list[int]) -> BatchLengths:
+        return BatchLengths([self.rows[row] for row in rows])
 
 
 # Rows of a batch: all of them, or some by number.

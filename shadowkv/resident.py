@@ -20,7 +20,7 @@ from torch import Tensor
 
 from shadowkv import slots
 from shadowkv.kernels import operations
-from shadowkv.layerwise import StepwiseState
+from shadowkv.layerwise import SteadyState
 from shadowkv.method import Bytes, LayerKV
 from shadowkv.ragged import BatchLengths, RaggedBuffer, RowLengths, Rows
 from shadowkv.rope import Rope
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 _SLOTS, _OUTLIERS, _START, _LENGTH = range(4)
 
 
-class ResidentLayer(StepwiseState):
+class ResidentLayer(SteadyState):
     """One layer of a batch whose rows may have prompts of different lengths."""
 
     def __init__(self, method: ShadowKV, layer: int, kv: LayerKV, rope: Rope) -> None:
@@ -71,12 +71,7 @@ class ResidentLayer(StepwiseState):
         row = RowLengths(tokens, context, landmarks, outliers, 0, tail, tail + method.window)
         self._lengths = BatchLengths([row] * batch)
 
-    def step(self, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
-        self.make_room()
-        return self.run(q, k, v, scaling)
-
     def make_room(self) -> bool:
-        """What the host does before a step takes one token per row; True if tensors moved."""
         chunk, moved = self._method.chunk, False
         # Rows of equal lengths go together: all of them, if their prompts were equally long.
         full: dict[RowLengths, list[int]] = {}
@@ -89,7 +84,6 @@ class ResidentLayer(StepwiseState):
         return moved
 
     def run(self, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
-        """One token per row, after `make_room`: nothing here asks the device for anything."""
         batch, kernels = q.shape[0], operations(q.device)
         self._put_in_ring(k, v)
         # On a GPU the values of one half cross the bus while the other half chooses.
@@ -122,7 +116,7 @@ class ResidentLayer(StepwiseState):
 
     @property
     def capturable(self) -> bool:
-        """Whether `run` never waits for the device: not if the host's memory could not be pinned."""
+        # Values in memory that could not be pinned are copied by the host, which has to know which ones.
         return all(part.data.device == self._k.device or part.data.is_pinned() for part in self._values)
 
     def _put_in_ring(self, k: Tensor, v: Tensor) -> None:

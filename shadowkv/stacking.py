@@ -1,4 +1,4 @@
-"""Rows that were built one by one, joined into one batch: attribute by attribute, letting go of each row's share.
+"""Rows that were built one by one, joined into one batch and taken out of it: attribute by attribute.
 
 Nothing here knows a method. A tensor with the batch first is concatenated, a container item by item, an object that
 is `Stackable` attribute by attribute; anything else is a setting, and has to be the same in every row.
@@ -7,6 +7,7 @@ is `Stackable` attribute by attribute; anything else is a setting, and has to be
 from __future__ import annotations
 
 from collections.abc import Hashable
+from copy import copy
 from functools import singledispatch
 from typing import Any, Self
 
@@ -29,6 +30,13 @@ class Stackable:
             setattr(joined, name, stack([vars(row).pop(name) for row in rows]))
         return joined
 
+    def pick(self, rows: list[int]) -> Self:
+        """These rows of a batch, in this order, in tensors of their own."""
+        picked = copy(self)
+        for name, value in vars(self).items():
+            setattr(picked, name, pick(value, rows))
+        return picked
+
 
 def can_stack(rows: list[Any]) -> bool:
     """Whether rows differ in nothing but what their tensors hold."""
@@ -38,6 +46,38 @@ def can_stack(rows: list[Any]) -> bool:
 def stack(rows: list[Any]) -> Any:
     """The rows as one batch, copied: nothing in it is a view of what they were made from. See `can_stack`."""
     return _stack(rows[0], rows)
+
+
+@singledispatch
+def pick(thing: Any, rows: list[int]) -> Any:
+    """Some rows of what `stack` made; of a setting, the setting itself."""
+    return thing
+
+
+@pick.register
+def _(thing: Tensor, rows: list[int]) -> Tensor:
+    return joined_tensor([thing[row : row + 1] for row in rows]) if thing.dim() else thing
+
+
+@pick.register
+def _(thing: tuple, rows: list[int]) -> Any:  # type: ignore[type-arg]
+    items = [pick(item, rows) for item in thing]
+    return type(thing)(*items) if hasattr(thing, "_fields") else tuple(items)
+
+
+@pick.register
+def _(thing: list, rows: list[int]) -> Any:  # type: ignore[type-arg]
+    return [pick(item, rows) for item in thing]
+
+
+@pick.register
+def _(thing: dict, rows: list[int]) -> Any:  # type: ignore[type-arg]
+    return {key: pick(item, rows) for key, item in thing.items()}
+
+
+@pick.register
+def _(thing: Stackable, rows: list[int]) -> Any:
+    return thing.pick(rows)
 
 
 def joined_tensor(rows: list[Tensor]) -> Tensor:

@@ -154,7 +154,7 @@ def test_pyramidkv_is_snapkv_with_the_budget_of_its_depth(tiny):
     prefill = engine.prefill(random_prompt(300))
     held = engine.replay(prefill, method).nbytes()
     assert held == method.prompt_bytes(engine.dims, 300)
-    layers = engine.replay(prefill, method)._caches[0].layers
+    layers = engine.replay(prefill, method)._shares[0].cache.layers
     token_bytes = engine.dims.full_bytes_per_token // engine.dims.layers
     kept = [layers[i].nbytes().device // token_bytes for i in range(3)]
     assert kept == [method.layer_budget(depth, 300) for depth in (0.0, 0.5, 1.0)]

@@ -169,7 +169,7 @@ class _SpyCache(DecodeCache):
 def spied(model, tokens=3):
     engine = Engine(model, prefill_chunk_tokens=128)
     cache = engine.replay(engine.prefill(random_prompt(300)), _Spy())
-    spy = cache._caches[0]
+    spy = cache._shares[0].cache
     spy.foresight = cache._foresight
     with torch.no_grad():
         model(random_prompt(tokens, seed=5), past_key_values=cache, use_cache=True)

@@ -12,11 +12,13 @@ from tiny_models import random_prompt, tiny_model
 
 from shadowkv.buffers import TokenBuffer
 from shadowkv.engine import Engine
+from shadowkv.errors import SkvError
 from shadowkv.method import Bytes
 from shadowkv.registry import parse_method
 from shadowkv.stacking import Stackable, can_stack, stack
 
 ROWS, STEPS = 3, 24
+FAST = [spec for spec in CASES if spec.endswith("engine=fast") and "energy" not in spec]
 RAGGED = ("duo", "infinigen", "xkv", "shadowkv:energy")  # rows differ in shape, or share nothing to stack
 
 
@@ -86,7 +88,7 @@ def test_rows_let_go_of_their_dense_snapshot(engine, spec):
     del row
     gc.collect()
     assert snapshot() is None
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors_of(cache._caches)}
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors_of(cache._shares)}
     assert sum(storages.values()) <= sum(cache.nbytes()) * 1.02
 
 
@@ -101,14 +103,71 @@ def tensors_of(thing):
         yield from tensors_of(getattr(thing, "__dict__", {}))
 
 
-def test_rows_of_different_lengths_are_refused(engine):
-    method = parse_method("full")
-    rows = []
-    for tokens in (200, 201):
-        rows.append(engine.replay(engine.prefill(random_prompt(tokens)), method))
+@pytest.mark.parametrize("spec", CASES)
+def test_rows_of_different_lengths_answer_as_they_do_alone(engine, spec):
+    method = parse_method(spec)
+    lengths = (300, 211, 96)
+    prompts = [random_prompt(tokens, seed=tokens) for tokens in lengths]
+    stream = torch.cat([random_prompt(STEPS, seed=50 + s) for s in range(ROWS)])
+    rows, alone = [], []
+    for prompt, fed in zip(prompts, stream.split(1), strict=True):
+        prefill = engine.prefill(prompt, method.prefill)
+        alone.append(forced(engine, engine.replay(prefill, method), fed))
+        rows.append(engine.replay(prefill, method))
         engine.forget()
-    with pytest.raises(ValueError, match="as many tokens"):
-        engine.join(rows, method)
+    cache = engine.join(rows, method)
+    assert cache.row_tokens == list(lengths)
+    if spec.endswith("engine=fast") and "energy" not in spec:
+        assert cache.stacked
+    together = forced(engine, cache, stream)
+    for row in range(ROWS):
+        assert ((together[:, row] - alone[row][:, 0]).norm() / alone[row].norm()).item() < 1e-4
+    assert cache.row_tokens == [tokens + STEPS for tokens in lengths]
+
+
+@pytest.mark.parametrize("spec", ["full", "full:engine=fast", "quest:budget=64", *FAST])
+def test_rows_leave_and_others_join(engine, spec):
+    """Three rows; one leaves; another batch joins: each row goes on as if it were alone."""
+    method = parse_method(spec)
+    prompts = [random_prompt(tokens, seed=tokens) for tokens in (150, 300, 211, 97)]
+    stream = [random_prompt(20, seed=50 + s) for s in range(4)]
+
+    def begun(number):
+        cache = engine.replay(engine.prefill(prompts[number]), method)
+        engine.forget()
+        return cache
+
+    alone = [forced(engine, begun(number), stream[number]) for number in range(4)]
+
+    def check(cache, spans):
+        """Feed each row the tokens of its span."""
+        fed = torch.cat([stream[n][:, begin:end] for n, (begin, end) in spans.items()])
+        together = forced(engine, cache, fed)
+        for place, (n, (begin, end)) in enumerate(spans.items()):
+            wanted = alone[n][begin:end, 0]
+            assert ((together[:, place] - wanted).norm() / wanted.norm()).item() < 1e-4
+
+    cache = engine.join([begun(n) for n in (0, 1, 2)], method)
+    check(cache, {0: (0, 7), 1: (0, 7), 2: (0, 7)})
+    cache = engine.keep(cache, method, [0, 2])
+    check(cache, {0: (7, 12), 2: (7, 12)})
+    cache = engine.join([cache, begun(3)], method)
+    check(cache, {0: (12, 18), 2: (12, 18), 3: (0, 6)})
+
+
+def test_models_with_windows_keep_rows_of_one_length_together(tiny):
+    engine, method = Engine(tiny("gemma3"), prefill_chunk_tokens=128), parse_method("full")
+
+    def begun(tokens, seed=0):
+        cache = engine.replay(engine.prefill(random_prompt(tokens, seed=seed)), method)
+        engine.forget()
+        return cache
+
+    with pytest.raises(SkvError, match="different lengths"):
+        engine.join([begun(200), begun(201)], method)
+    batch = engine.join([begun(200, seed=1), begun(200, seed=2)], method)
+    with pytest.raises(SkvError, match="taken out"):
+        engine.keep(batch, method, [0])
 
 
 class Thing(Stackable):

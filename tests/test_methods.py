@@ -15,6 +15,7 @@ from shadowkv.registry import methods, parse_method
 # Settings small enough to leave things out at 300 tokens. A method not listed is tested at its defaults.
 SMALL = {
     "duo": ["duo:sinks=4,recent=24", "duo:sinks=0,recent=16,retrieval=0.2", "duo:sinks=33,recent=1,retrieval=0.0"],
+    "full": ["full", "full:engine=fast"],
     "infinigen": [
         "infinigen:budget=40,dense_layers=1",
         "infinigen:budget=32,alpha=1.5,ratio=0.5,dense_layers=1,reduce=group_max",
@@ -228,7 +229,7 @@ def test_nbytes_counts_every_tensor_reachable_from_the_cache(engine, spec):
                 data = thing._data if thing._owned else thing.view  # type: ignore[attr-defined]
                 walk(data)
 
-    walk(cache._caches)
+    walk(cache._shares)
     assert sum(seen.values()) == sum(cache.nbytes())
 
 

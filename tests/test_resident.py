@@ -48,7 +48,7 @@ def test_two_hundred_steps_equal_the_reference(tiny, spec):
 def test_it_grows_beyond_its_spare_room(tiny):
     engine = Engine(tiny("llama"), prefill_chunk_tokens=128)
     reference, fast = both(engine, "shadowkv:rank=12,budget=64,outliers=2,window=8", random_prompt(100))
-    layer = fast._caches[0].layers[0]
+    layer = fast._shares[0].cache.layers[0]
     room = layer._coefficients[0].tokens
     for stream in random_prompt(room + 40, seed=5).split(200, dim=1):
         left, right = engine.extend(fast, stream), engine.extend(reference, stream)
@@ -70,7 +70,7 @@ def test_a_chunk_chosen_again_is_not_filled_again(tiny, monkeypatch):
     monkeypatch.setattr(slots, "plan_fill", counting)
     engine = Engine(tiny("llama"), prefill_chunk_tokens=128)
     cache = engine.replay(engine.prefill(random_prompt(300)), parse_method("shadowkv:rank=12,budget=64,engine=fast"))
-    layer = cache._caches[0].layers[0]
+    layer = cache._shares[0].cache.layers[0]
     q, k = torch.randn(1, 4, 1, 16), torch.randn(1, 2, 1, 16)
     layer.attend(q, k, k, 0.25)
     layer.attend(q, k, k, 0.25)

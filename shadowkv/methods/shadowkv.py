@@ -23,7 +23,7 @@ from torch import Tensor
 
 from shadowkv import ops
 from shadowkv.buffers import TokenBuffer
-from shadowkv.kernels import has_triton
+from shadowkv.engines import ENGINES, means_fast, uses_fast
 from shadowkv.key_factors import FACTOR_CODINGS, KeyFactors
 from shadowkv.landmarks import Landmarks, SelectsChunks
 from shadowkv.layerwise import LayerState, LayerwiseMethod, StepwiseState
@@ -37,7 +37,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "values": tuple(CODINGS),
     "factors": FACTOR_CODINGS,
     "offload": ("host", "none"),
-    "engine": ("auto", "reference", "fast"),
+    "engine": ENGINES,
 }
 
 
@@ -92,15 +92,11 @@ class ShadowKV(LayerwiseMethod, SelectsChunks):
         )
 
     def new_layer(self, layer: int, kv: LayerKV, rope: Rope) -> LayerState:
-        if self.runs_fast(kv.k.device.type) and (self.engine == "fast" or has_triton()):
+        if uses_fast(self.engine, kv.k.device.type):
             from shadowkv.resident import ResidentLayer
 
             return ResidentLayer(self, layer, kv, rope)
         return _ShadowLayer(self, layer, kv, rope)
-
-    def runs_fast(self, device: str) -> bool:
-        """Which of the two engines is meant on a device of this type."""
-        return self.engine == "fast" or (self.engine == "auto" and device == "cuda")
 
     def bytes_per_token(self, dims: Dims) -> Bytes:
         per_layer = self._factor_bytes(dims) + (dims.width * dims.element_bytes + dims.kv_heads * 4) / self.chunk
@@ -109,7 +105,7 @@ class ShadowKV(LayerwiseMethod, SelectsChunks):
         return Bytes(keys, values) if self.offload == "host" else Bytes(keys + values, 0)
 
     def memory_parts(self, dims: Dims, tokens: int) -> dict[str, Bytes]:
-        fast = self.runs_fast(dims.device)
+        fast = means_fast(self.engine, dims.device)
         context = self.context_tokens(tokens) + (self.growth_tokens if fast else 0)
         landmarks = self.landmarks(tokens) + (self.growth_tokens // self.chunk if fast else 0)
         exact = self.regions.outliers + self.regions.ring if fast else self.exact_tokens(tokens)
@@ -166,7 +162,7 @@ class ShadowKV(LayerwiseMethod, SelectsChunks):
         return fetched if self.offload == "host" else 0
 
     def workspace_bytes(self, dims: Dims, tokens: int) -> int:
-        if self.runs_fast(dims.device):
+        if means_fast(self.engine, dims.device):
             scores_bytes = 4
             return (dims.q_heads + dims.kv_heads) * self.landmarks(tokens) * scores_bytes
         return 2 * self.chosen_tokens(tokens) * dims.width * dims.element_bytes

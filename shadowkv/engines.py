@@ -1,0 +1,25 @@
+"""Two implementations of one method: the reference, and a fast one of fixed shapes."""
+
+from __future__ import annotations
+
+from shadowkv.kernels import has_triton
+from shadowkv.method import require
+from shadowkv.names import did_you_mean
+
+ENGINES = ("auto", "reference", "fast")
+
+
+def check_engine(method: str, engine: str) -> None:
+    """Raise `SkvError` for an engine that there is not."""
+    known = engine in ENGINES
+    require(known, f"{method}: engine={engine} is unknown{did_you_mean(engine, ENGINES)}; one of {', '.join(ENGINES)}")
+
+
+def means_fast(engine: str, device: str) -> bool:
+    """Which engine a parameter asks for on a device of this type, whatever is installed here."""
+    return engine == "fast" or (engine == "auto" and device == "cuda")
+
+
+def uses_fast(engine: str, device: str) -> bool:
+    """Which engine it gets: `auto` goes without Triton where there is none."""
+    return means_fast(engine, device) and (engine == "fast" or has_triton())

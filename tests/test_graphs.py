@@ -1,0 +1,132 @@
+"""A step as a graph: captured once, replayed, and captured anew where tensors moved."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny_models import random_prompt
+
+from shadowkv.engine import Engine
+from shadowkv.graphs import GraphedStep, can_be_graphed
+from shadowkv.registry import parse_method
+from shadowkv.stacking import Stackable
+
+FAST = ["shadowkv:rank=12,budget=64,outliers=2,window=8,engine=fast", "full:engine=fast"]
+
+
+def tensors(thing):
+    """Every tensor held below `thing`."""
+    if isinstance(thing, torch.Tensor):
+        yield thing
+    elif isinstance(thing, dict):
+        for value in thing.values():
+            yield from tensors(value)
+    elif isinstance(thing, list | tuple):
+        for value in thing:
+            yield from tensors(value)
+    elif isinstance(thing, Stackable) or hasattr(thing, "layers"):
+        yield from tensors(vars(thing))
+
+
+class FakeGraphs:
+    """Captures as a GPU does, without computing anything: the step is run, and what it changed put back."""
+
+    def __init__(self, cache):
+        self.cache, self.captured, self.replayed = cache, 0, 0
+
+    def held(self):
+        return list(tensors([share.cache for share in self.cache._shares]))
+
+    def __call__(self, step):
+        before = [x.clone() for x in self.held()]
+        result = step()
+        for x, old in zip(self.held(), before, strict=True):
+            x.copy_(old)
+        result.fill_(float("nan"))
+        self.captured += 1
+        places = [x.data_ptr() for x in self.held()]
+
+        def replay():
+            now = [x.data_ptr() for x in self.held()]
+            assert now == places, "a graph writes to where tensors were when it was captured"
+            self.replayed += 1
+            result.copy_(step())
+
+        return replay, result
+
+
+@pytest.mark.parametrize("spec", FAST)
+def test_replays_give_what_steps_give_and_graphs_are_made_anew_where_buffers_grew(tiny, spec):
+    engine, method = Engine(tiny("llama"), prefill_chunk_tokens=128), parse_method(spec)
+    prefill = engine.prefill(random_prompt(100, batch=2))
+    plain, graphed = engine.replay(prefill, method), engine.replay(prefill, method)
+    stream, first = random_prompt(1080, batch=2, seed=5), 1000  # the buffers have room for 1024 tokens
+    for cache in (plain, graphed):
+        engine.extend(cache, stream[:, :first])
+    graphs = FakeGraphs(graphed)
+    feed = GraphedStep(engine.model, graphed, graphs)
+    for token in stream[:, first:].split(1, dim=1):
+        torch.testing.assert_close(feed(token), engine.extend(plain, token), rtol=1e-4, atol=1e-4)
+    assert graphs.captured == 2
+    assert graphs.replayed == 80 - 2  # but for the first step, and the one in which buffers grew
+    assert plain.row_tokens == graphed.row_tokens == [1180] * 2
+    assert plain.get_seq_length() == graphed.get_seq_length() == 1180
+    assert engine.extend(graphed, stream[:, :3]).isfinite().all()
+
+
+@pytest.mark.parametrize("spec", FAST)
+def test_ragged_rows_are_graphed_together(tiny, spec):
+    engine, method = Engine(tiny("llama"), prefill_chunk_tokens=128), parse_method(spec)
+
+    def batch():
+        rows = []
+        for tokens in (150, 97):
+            rows.append(engine.replay(engine.prefill(random_prompt(tokens)), method))
+            engine.forget()
+        return engine.join(rows, method)
+
+    plain, graphed = batch(), batch()
+    feed = GraphedStep(engine.model, graphed, FakeGraphs(graphed))
+    for token in random_prompt(30, batch=2, seed=5).split(1, dim=1):
+        torch.testing.assert_close(feed(token), engine.extend(plain, token), rtol=1e-4, atol=1e-4)
+
+
+def test_a_step_that_fails_ends_the_cache(tiny, monkeypatch):
+    engine, method = Engine(tiny("llama"), prefill_chunk_tokens=128), parse_method("full:engine=fast")
+    cache = engine.replay(engine.prefill(random_prompt(50)), method)
+    feed = GraphedStep(engine.model, cache, FakeGraphs(cache))
+    monkeypatch.setattr("shadowkv.slots.attend_resident", lambda *a: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        feed(random_prompt(1))
+    with pytest.raises(ValueError, match="failed in a step"):
+        feed(random_prompt(1))
+
+
+@pytest.mark.parametrize(
+    ("family", "spec", "graphed"),
+    [
+        ("llama", FAST[0], True),
+        ("llama", FAST[1], True),
+        ("llama", "full", False),
+        ("llama", "quest:budget=64", False),
+        ("gemma3", FAST[1], False),  # layers with a window
+        ("phi3-longrope", FAST[1], False),  # its rotary embedding looks at the length
+    ],
+)
+def test_what_can_be_graphed(tiny, family, spec, graphed):
+    engine = Engine(tiny(family), prefill_chunk_tokens=128)
+    cache = engine.replay(engine.prefill(random_prompt(300)), parse_method(spec))
+    assert can_be_graphed(engine.rope, cache) == graphed
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("spec", FAST)
+def test_graphs_on_a_gpu_give_what_steps_give(tiny, spec):
+    """Capture fails on any wait for the device, so this is also the test that a step has none."""
+    engine, method = Engine(tiny("llama").to("cuda"), prefill_chunk_tokens=128), parse_method(spec)
+    prefill = engine.prefill(random_prompt(150, batch=2).cuda())
+    plain, graphed = engine.replay(prefill, method), engine.replay(prefill, method)
+    feed = engine.stepper(graphed)
+    assert isinstance(feed, GraphedStep)
+    for token in random_prompt(200, batch=2, seed=5).cuda().split(1, dim=1):
+        torch.testing.assert_close(feed(token), engine.extend(plain, token), rtol=1e-3, atol=1e-3)
