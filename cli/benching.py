@@ -70,17 +70,16 @@ class Prepared(AskedModel):
 
         from evals.bench.memory import Room, size
         from shadowkv.errors import SkvError
-        from shadowkv.model_size import count_parameters
+        from shadowkv.model_size import model_size
 
-        counted = count_parameters(self.config, trust_remote_code=self.settings.trust_remote_code)
-        weights_bytes = counted.total * self.dims.element_bytes
-        if self.cap_bytes is not None and self.cap_bytes < weights_bytes:
-            raise SkvError(f"--memory-cap {self.settings.memory_cap} is less than the weights, {size(weights_bytes)}")
+        model = model_size(self.config, self.dims.element_bytes, trust_remote_code=self.settings.trust_remote_code)
+        if self.cap_bytes is not None and self.cap_bytes < model.weight_bytes:
+            raise SkvError(
+                f"--memory-cap {self.settings.memory_cap} is less than the weights, {size(model.weight_bytes)}"
+            )
         return Room(
             torch.device(self.device),
-            self.dims,
-            weights_bytes,
-            counted.per_step * self.dims.element_bytes,
+            model,
             self.cap_bytes,
             snapshots=not self.settings.synthetic_kv,
             records_queries=self.records_queries,

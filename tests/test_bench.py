@@ -23,7 +23,7 @@ from evals.bench.measuring import Bench
 from evals.bench.memory import MemoryShortError, Room, available_host_bytes
 from evals.bench.prompts import RealPrompts, SyntheticPrompts
 from evals.bench.records import BenchRecord, Cell
-from evals.bench.report import write_bench_reports
+from evals.bench.report import notes_of, write_bench_reports
 from evals.bench.summary import gains, summarise_bench
 from evals.bench.sweep import Plan, doublings, ladder_cells, largest_fitting, run_sweep
 from evals.bench.timing import distribution, paired_ratios, spread, step_times
@@ -32,6 +32,8 @@ from evals.sources import haystack
 from shadowkv.engine import Engine
 from shadowkv.errors import SkvError
 from shadowkv.loading import load_tokenizer
+from shadowkv.model_size import model_size
+from shadowkv.planner import demand_of, sequence_parts
 from shadowkv.presets import find_preset
 from shadowkv.registry import methods, parse_method
 from shadowkv.resolving import ModelSource
@@ -63,8 +65,7 @@ def prompts(engine, tokenizer):
 
 
 def room(engine, **changes):
-    weights = sum(p.numel() * p.element_size() for p in engine.model.parameters())
-    return replace(Room(torch.device("cpu"), engine.dims, weights, weights), **changes)
+    return replace(Room(torch.device("cpu"), model_size(engine.model.config, 4)), **changes)
 
 
 def bench(engine, **changes):
@@ -254,10 +255,32 @@ def test_what_is_planned_is_what_is_held(engine, prompts):
     for spec in SPECS:
         method = parse_method(spec)
         decoding = SkvContender(engine, prompts, method).start(CONTEXT, 3)
-        held, planned = decoding.nbytes(), room(engine, weights_bytes=0, snapshots=False).need(method, CONTEXT, 3, 0)
-        assert held.device <= planned.device
+        held, there = decoding.nbytes(), room(engine, snapshots=False)
+        planned = there.need(method, CONTEXT, 3, 0)
+        assert held.device <= planned.device - there.model.weight_bytes
         assert held.host == pytest.approx(planned.host, rel=0.01)
         decoding.close()
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma3"])
+def test_room_is_planned_as_skv_plan_does(kind):
+    """Sliding windows, a step's workspace and logits count, as they do before anyone rents a GPU."""
+    size, method = model_size(tiny_model(kind).config, 4), parse_method("quest:budget=64,dense_layers=0")
+    there = Room(torch.device("cpu"), size, snapshots=False)
+    none, one = (there.need(method, 700, batch, 0).device for batch in (0, 1))
+    planned = sum(part.device for part in sequence_parts(demand_of(method, size.dims, 700), size, 700).values())
+    assert none == size.weight_bytes
+    assert one - none == planned + 256 * size.dims.full_bytes_per_token
+
+
+def test_bytes_read_are_those_of_the_plan(engine, prompts):
+    """So that GB/s of a sweep and of `skv plan` are of the same bytes, landmarks and page extremes among them."""
+    found = [bench(engine).measure(c, Cell(c.label, CONTEXT, 2, 0)) for c in contenders(engine, prompts)]
+    size = model_size(engine.model.config, 4)
+    for made, spec in zip(found, SPECS, strict=True):
+        method = parse_method(spec)
+        assert made.read_bytes == size.step_parameters * 4 + 2 * method.read_bytes(size.dims, CONTEXT)
+        assert made.bus_bytes == 2 * method.bus_bytes(size.dims, CONTEXT)
 
 
 def test_short_host_memory_is_said_with_the_number(engine, monkeypatch):
@@ -382,6 +405,46 @@ def test_rows_compare_at_equal_batch_and_at_the_best_one():
     assert (best["full"].batch, best["fast"].batch) == (1, 4)
     assert (best["fast"].gain.low, best["fast"].gain.high) == (2.0, 4.0)
     assert best["fast"].gain_equal.median == pytest.approx(0.5625)
+
+
+def test_times_of_two_machines_make_no_ratio():
+    records = [
+        *(record("full", 1, repeat, 10.0) for repeat in (0, 1, 2)),
+        record("fast", 1, 0, 5.0),
+        *(record("fast", 1, repeat, 1.0, machine="elsewhere") for repeat in (1, 2)),
+        record("other", 1, 0, 1.0, machine="elsewhere"),
+    ]
+    rows = {row.method: row for row in summarise_bench(records)}
+    assert (rows["fast"].ratio_low, rows["fast"].ratio_high) == (2.0, 2.0)
+    assert rows["other"].ratio is None
+    assert {gain.method: gain.gain and gain.gain.high for gain in gains(records)} == {
+        "full": 1.0, "fast": 2.0, "other": None,
+    }  # fmt: skip
+
+
+def test_what_failed_among_repeats_is_told():
+    """A row that has some times is not one that has them all."""
+    records = [
+        record("full", 1, 0, 10.0),
+        record("full", 1, 1, 0.0, status="oom", error="no room", step_ms=[]),
+    ]
+    rows = summarise_bench(records)
+    assert (rows[0].status, rows[0].repeats, rows[0].failed) == ("ok", 1, 1)
+    assert "oom: full @ 1k x 1, in 1 of 2 repeats: no room" in notes_of(MANIFEST, records, rows)
+
+
+def test_ratios_of_different_commands_are_told():
+    sessions = [replace(MANIFEST.sessions[0], started=f"2026-01-0{day}T00:00:00+00:00") for day in (1, 2)]
+    told = replace(MANIFEST, sessions=sessions)
+    first, second = "2026-01-01T08:00:00+00:00", "2026-01-02T08:00:00+00:00"
+    records = [
+        record("full", 1, 0, 10.0, started=first),
+        record("beside", 1, 0, 10.0, started=first),
+        record("later", 1, 0, 10.0, started=second),
+        record("alone", 2, 0, 10.0, started=second),
+    ]
+    said = [note for note in notes_of(told, records, summarise_bench(records)) if "another command" in note]
+    assert said == ["not measured side by side, full attention being of another command in part: later, alone"]
 
 
 def test_reports_say_what_was_not_real(engine, prompts, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,14 +15,15 @@ from evals.bench.summary import BenchRow, Gain, gains, summarise_bench
 from evals.bench.timing import Spread
 from evals.manifest import Manifest
 from evals.results import read_records
+from evals.summary import REFERENCE, grouped
 from evals.tables import Table, mib, number, tokens
 
 _CAPTION = (
     "Tokens/s: of all rows while decoding, prefill excluded; median over repeats, and half of what lies between the "
     "lowest and the highest. x full: to full attention at the same batch, measured side by side in every repeat, "
     "(lowest-highest). TTFT: of a prompt that waits for no other, timed once for all methods; of full@hf, of the whole "
-    "batch. Bus: between host and device per step, as the method plans. Read: at least, weights and attended keys and "
-    "values over the median step. Peak: of the device's allocator, on a CPU of the whole process."
+    "batch. Bus: between host and device per step; read: what a step has to read of the device's memory; both as in "
+    "skv plan, over the median step. Peak: of the device's allocator, on a CPU of the whole process."
 )
 
 
@@ -119,15 +121,20 @@ def notes_of(manifest: Manifest, records: Sequence[BenchRecord], rows: Sequence[
     notes = list(manifest.notes)
     machines = list(dict.fromkeys(record.machine for record in records))
     if len(machines) > 1:
-        notes.append(f"measured on several machines, ratios between them mean nothing: {'; '.join(machines)}")
+        notes.append(f"measured on several machines, between which there are no ratios: {'; '.join(machines)}")
+    later = _of_other_commands(manifest, records)
+    if later:
+        notes.append(f"not measured side by side, full attention being of another command in part: {', '.join(later)}")
     apart = list(dict.fromkeys(row.method for row in rows if row.stacked is False))
     if apart:
         notes.append(f"rows run one after the other: {', '.join(apart)}")
     for row in rows:
-        if row.status != "ok":
-            notes.append(f"{row.status}: {row.method} @ {tokens(row.context)} x {row.batch}: {row.error}")
+        if row.failed:
+            some = f", in {row.failed} of {row.failed + row.repeats} repeats" if row.repeats else ""
+            notes.append(f"{row.failure}: {row.method} @ {tokens(row.context)} x {row.batch}{some}: {row.error}")
     selection, config = manifest.selection, manifest.config
     if selection.get("find_max"):
+        notes.append("repeat 0 of a largest batch is from the search for it, in which methods do not take turns")
         top = [row for row in rows if row.status == "ok" and row.batch >= selection["max_batch"]]
         notes += [f"the search ended at --max-batch {row.batch}: {row.method} @ {tokens(row.context)}" for row in top]
     before = [record.conditions["before"] for record in records if "before" in record.conditions]
@@ -136,6 +143,16 @@ def notes_of(manifest: Manifest, records: Sequence[BenchRecord], rows: Sequence[
         f" one; {selection['repeats']} repeats, methods taking turns; noise before each: {noise_note(before)}"
     )
     return notes
+
+
+def _of_other_commands(manifest: Manifest, records: Sequence[BenchRecord]) -> list[str]:
+    """Methods that some context was measured with by other commands than full attention, hence at another time."""
+    starts = sorted(session.started for session in manifest.sessions)
+    good = grouped([record for record in records if record.status == "ok"], lambda r: (r.context, r.method))
+    by = {key: {bisect_right(starts, record.started) for record in found} for key, found in good.items()}
+    return list(
+        dict.fromkeys(key[1] for key, commands in by.items() if commands != by.get((key[0], REFERENCE), commands))
+    )
 
 
 def bench_title(manifest: Manifest) -> str:
