@@ -30,12 +30,9 @@ class _Prepared(AskedModel):
     def __init__(self, make_task: MakeTask, settings: Settings) -> None:
         from cli.checks import check_run
         from cli.choosing import choose, parse_budgets, parse_kv_bytes, parse_specs
-        from shadowkv.errors import SkvError
 
         asked, alike = parse_specs(settings.methods or ()), parse_budgets(settings.budget)
         check_run(settings)
-        if settings.budget is not None and settings.kv_bytes is not None:
-            raise SkvError("--budget and --kv-bytes would each decide what methods keep; give one of them")
         super().__init__(settings, dummy=settings.dummy)
         self.settings = settings
         self.task = make_task(self.context_tokens)
@@ -126,7 +123,7 @@ def _plan(ready: _Prepared) -> int:
     from cli.render import print_table, status
     from evals.summary import grouped
     from evals.tables import Table, mib, tokens
-    from shadowkv.loading import weights_bytes
+    from shadowkv.model_size import count_parameters
 
     settings = ready.settings
     prompts = []
@@ -138,7 +135,7 @@ def _plan(ready: _Prepared) -> int:
     longest = max(prompt["prompt_tokens"] for prompt in prompts)
     planned = {method.label: method.prompt_bytes(ready.dims, longest) for method in ready.methods}
     memory = {label: {"device_bytes": held.device, "host_bytes": held.host} for label, held in planned.items()}
-    weights = weights_bytes(ready.config, ready.dims.element_bytes)
+    weights = count_parameters(ready.config).total * ready.dims.element_bytes
     queries = ready.dims.query_bytes_per_token if ready.records_queries else 0
     snapshots = len({method.prefill for method in ready.methods})
     prefill = (ready.dims.full_bytes_per_token + queries) * longest * snapshots
@@ -184,6 +181,7 @@ def tell_left_out(left_out: dict[str, str]) -> None:
 
 
 def _manifest(ready: _Prepared, prefill_chunk_tokens: int, loaded: LoadedModel) -> Manifest:
+    from cli.choosing import untouched_note
     from evals.manifest import Manifest, described, model_entry, plain, this_session
 
     task = ready.task
@@ -191,9 +189,7 @@ def _manifest(ready: _Prepared, prefill_chunk_tokens: int, loaded: LoadedModel) 
     notes += task.notes()
     notes += [f"left out: {name}: {why}" for name, why in ready.left_out.items()]
     notes += [f"unsupported: {label}: {why}" for label, why in ready.unsupported.items()]
-    if ready.chosen.untouched:
-        what = "--budget" if ready.settings.kv_bytes is None else f"--kv-bytes {ready.settings.kv_bytes}"
-        notes.append(f"{what} does not apply to {', '.join(ready.chosen.untouched)}, which run as they are")
+    notes += untouched_note(ready.chosen, ready.settings)
     return Manifest(
         benchmark=task.benchmark,
         config=plain({**task.config(), "prefill_chunk_tokens": prefill_chunk_tokens}),

@@ -170,7 +170,8 @@ def _show_plan(ready: Prepared, plan: Plan) -> int:
     batches = ", ".join(map(str, plan.ladder)) or "the largest of each method"
     caption = (
         f"Weights {room.model.weight_bytes / 2**30:.2f} GiB. Batches: {batches}; {plan.repeats} repeats of "
-        f"{settings.steps} steps after {settings.warmup} of warm-up. Largest: as planned, at most {plan.max_batch}. Nothing was run."
+        f"{settings.steps} steps after {settings.warmup} of warm-up. Largest: as planned, at most {plan.max_batch}. "
+        "Nothing was run."
     )
     columns = ["context", "method", "device MiB\nper row", "host MiB\nper row", "largest\nbatch"]
     print_table(Table(f"{ready.source.name} ({ready.source.described}) on {ready.device}", columns, lines, caption, 2))

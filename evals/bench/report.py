@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -17,6 +18,7 @@ from evals.manifest import Manifest
 from evals.results import read_records
 from evals.summary import REFERENCE, grouped
 from evals.tables import Table, mib, number, tokens
+from shadowkv.wording import plain_line
 
 _CAPTION = (
     "Tokens/s: of all rows while decoding, prefill excluded; median over repeats, and half of what lies between the "
@@ -211,8 +213,9 @@ def latex(table: Table, notes: Sequence[str]) -> str:
     columns = [head.replace("\n", " ") for head in table.columns]
     align = "l" * table.names + "r" * (len(columns) - table.names)
     body = pd.DataFrame([list(row) for row in table.rows], columns=columns)
-    shown: str = body.to_latex(index=False, escape=True, column_format=align, caption=table.title)
+    caption = re.sub(r"([&%$#_{}])", r"\\\1", table.title)  # pandas escapes cells only
+    shown: str = body.to_latex(index=False, escape=True, column_format=align, caption=caption)
     # Unescaped by pandas: what LaTeX engines without UTF-8 input would stumble over.
     for sign, spelled in (("±", r"$\pm$"), ("–", "--"), ("·", r"$\cdot$")):
         shown = shown.replace(sign, spelled)
-    return shown + "".join(f"% {note}\n" for note in notes)
+    return shown + "".join(f"% {plain_line(note)}\n" for note in notes)
