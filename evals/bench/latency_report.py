@@ -11,8 +11,9 @@ import numpy as np
 from evals.bench.conditions import noise_note
 from evals.bench.latency import PARTS, LatencyRecord
 from evals.bench.report import bench_title, latex, page
+from evals.looks import COLOURS
 from evals.manifest import Manifest
-from evals.plots import COLOURS, new_figure, save, wrapped
+from evals.plots import new_figure, save, wrapped
 from evals.results import read_records
 from evals.summary import grouped
 from evals.tables import Table, number, tokens
