@@ -15,6 +15,7 @@ from evals.bench.records import BenchRecord
 from evals.bench.summary import BenchRow, Gain, gains, summarise_bench
 from evals.bench.timing import Spread
 from evals.manifest import Manifest
+from evals.page import heading, page
 from evals.results import read_records
 from evals.summary import REFERENCE, grouped
 from evals.tables import Table, mib, number, tokens
@@ -159,11 +160,8 @@ def _of_other_commands(manifest: Manifest, records: Sequence[BenchRecord]) -> li
 
 def bench_title(manifest: Manifest) -> str:
     """One line that says what was run on what, and how far it is from the real thing."""
-    model = manifest.model
-    marks = [
-        f"[{mark}]" for mark, on in (("dummy weights", model["dummy"]), ("synthetic KV", _synthetic(manifest))) if on
-    ]
-    return " ".join([f"{manifest.benchmark} · {model['name']} · {model['dtype']} on {model['device']}", *marks])
+    marks = {"dummy weights": manifest.model["dummy"], "synthetic KV": _synthetic(manifest)}
+    return " ".join([heading(manifest), *(f"[{mark}]" for mark, on in marks.items() if on)])
 
 
 def _synthetic(manifest: Manifest) -> bool:
@@ -181,7 +179,7 @@ def write_bench_reports(folder: Path) -> BenchReport:
     marks = {"dummy": manifest.model["dummy"], "synthetic_kv": _synthetic(manifest), "notes": "; ".join(notes)}
     frame = pd.DataFrame([asdict(row) | marks for row in rows])
     frame.to_csv(folder / "summary.csv", index=False)
-    (folder / "summary.md").write_text(page(manifest, tables, notes), encoding="utf-8")
+    (folder / "summary.md").write_text(page(title, manifest, tables, notes[len(manifest.notes) :]), encoding="utf-8")
     (folder / "summary.tex").write_text("\n".join(latex(table, notes) for table in tables), encoding="utf-8")
     (folder / "plots").mkdir(exist_ok=True)
     plots = []
@@ -193,17 +191,6 @@ def write_bench_reports(folder: Path) -> BenchReport:
         ]
     names = ("summary.csv", "summary.md", "summary.tex")
     return BenchReport(rows, found, tables, notes, [*(folder / name for name in names), *plots])
-
-
-def page(manifest: Manifest, tables: Sequence[Table], notes: Sequence[str]) -> str:
-    """Tables in Markdown, with what a reader must know above and below them."""
-    session = manifest.sessions[-1]
-    lines = [f"# {bench_title(manifest)}", "", *(f"**{note}**\n" for note in manifest.notes)]
-    lines += [table.markdown() for table in tables]
-    lines += [f"- {note}" for note in notes if note not in manifest.notes]
-    versions = ", ".join(f"{name} {version}" for name, version in session.versions.items())
-    commands = [f"`{command}`\n" for command in dict.fromkeys(session.command for session in manifest.sessions)]
-    return "\n".join([*lines, "", *commands, f"{manifest.config['machine']} · {versions}"]) + "\n"
 
 
 def latex(table: Table, notes: Sequence[str]) -> str:
