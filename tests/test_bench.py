@@ -14,7 +14,7 @@ import torch
 from test_results import manifest
 from tiny_models import tiny_model
 
-from evals.bench.conditions import noise_note
+from evals.bench.conditions import conditions, noise_note
 from evals.bench.engines import SkvContender, TransformersContender
 from evals.bench.latency import PARTS, LatencyRecord, measure_latency, parts_of
 from evals.bench.latency_report import write_latency_reports
@@ -478,6 +478,25 @@ def test_latex_compiles_whatever_a_model_is_called():
     assert made.endswith("% two lines\n")
 
 
+def test_the_gpu_is_asked_by_its_own_name(monkeypatch):
+    """As CUDA_VISIBLE_DEVICES may number it anew, and from within a container, which sees other process ids."""
+    asked = []
+    answers = {"clocks.sm": "1980, 2619, 35, 80.1\n", "pid": "4001\n4002\n"}
+
+    def run(command, **_):
+        asked.append(command[-1])
+        said = next(text for word, text in answers.items() if word in command[1])
+        return SimpleNamespace(returncode=0, stdout=said)
+
+    monkeypatch.setattr("subprocess.run", run)
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda _: SimpleNamespace(uuid="c0ffee"))
+    found = conditions(torch.device("cuda:0"))
+    assert set(asked) == {"GPU-c0ffee"}
+    assert (found["clocks.sm"], found["other_gpu_processes"]) == ("1980", 1)
+    answers["pid"] = ""
+    assert conditions(torch.device("cuda:0"))["other_gpu_processes"] == 0
+
+
 def test_noise_is_told():
     before = [{"load_per_core": 0.1, "clocks.sm": "1980", "other_gpu_processes": 0}, {"load_per_core": 0.9}]
     assert (
@@ -523,15 +542,21 @@ def test_latency_finds_the_parts_of_a_step(engine, prompts, tmp_path, spec):
     assert any(file.name == "latency.png" for file in report.files)
 
 
-def event(name, cpu, device, *children):
-    return SimpleNamespace(name=name, cpu_time_total=cpu, device_time_total=device, cpu_children=children)
+def event(name, cpu, kernels, *children):
+    own = [SimpleNamespace(name="a_kernel", duration=us) for us in kernels]
+    return SimpleNamespace(name=name, cpu_time_total=cpu, kernels=own, cpu_children=children)
 
 
 def test_the_outermost_range_gets_the_time():
     """Microseconds of two steps; what a range holds inside another is the outer one's."""
-    inner = event("skv::fetch", 300.0, 30.0)
-    step = event("skv::step", 1000.0, 100.0, event("aten::x", 500.0, 50.0, event("skv::selection", 400.0, 40.0, inner)))
-    on_cpu, on_gpu = (parts_of([step, step, inner], 2, on_gpu=gpu) for gpu in (False, True))
+    inner = event("skv::fetch", 300.0, [20.0, 10.0])
+    selection = event("skv::selection", 400.0, [10.0], inner)
+    # Ranges show up on the GPU as well, as a stretch of its time with kernels and gaps between them.
+    selection.kernels.append(SimpleNamespace(name="skv::selection", duration=900.0))
+    span = event("skv::step", 0.0, [])
+    span.kernels.append(SimpleNamespace(name="skv::step", duration=950.0))
+    step = event("skv::step", 1000.0, [50.0], event("aten::x", 500.0, [10.0], selection))
+    on_cpu, on_gpu = (parts_of([step, span, step, span, inner], 2, on_gpu=gpu) for gpu in (False, True))
     assert on_cpu.by_part["selection"] == 0.4
     assert on_cpu.by_part["fetch"] == 0
     assert on_cpu.by_part["other"] == pytest.approx(0.6)
