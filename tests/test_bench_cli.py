@@ -54,6 +54,7 @@ def test_both_show_examples(capsys, command):
         (["--kv-bytes", "0%"], "--kv-bytes 0% is not in (0, 100] %"),
         (["--kv-bytes", "lots"], "--kv-bytes: 'lots' is not a size"),
         (["-m", "tova:budget=64", "--kv-bytes", "25%"], "give that or --kv-bytes"),
+        (["--engine", "vllm", "--synthetic-kv"], "so --synthetic-kv is not of it"),
         (["--memory-cap", "much"], "is not a size; write 80GB"),
         (["--memory-cap", "10kB"], "--memory-cap 10kB is less than the weights"),
         (["-m", "shadwkv"], "did you mean 'shadowkv'"),
