@@ -191,7 +191,10 @@ def _assumptions(setup: Setup, rows: Sequence[Planned]) -> str:
             "the fetch."
         )
     elif any(row.plan.method.startswith(ShadowKV.name) for row in rows):
-        said.append("ShadowKV is this repository's, which fetches and rebuilds every chunk at every step.")
+        said.append(
+            "ShadowKV is this repository's, which fetches and rebuilds every chunk at every step; --as-published plans "
+            "its authors' engine, which does not."
+        )
     if setup.model.dims.element_bytes > 2:
         said.append("FLOP/s are those of 16 bits.")
     if any(row.plan.max_batch == 0 for row in rows):

@@ -16,6 +16,7 @@ from evals.results import read_records, read_run
 from evals.summary import REFERENCE, Row, summarise
 from evals.tables import Table, number, percent, tokens
 from shadowkv.errors import SkvError
+from shadowkv.methods.shadowkv import ShadowKV
 from shadowkv.registry import parse_method
 
 
@@ -46,10 +47,20 @@ def throughput_summary(folders: Sequence[Path]) -> Table:
 
 
 def _published(model: str, context: int, method: str) -> str:
-    if not method.startswith("shadowkv"):
-        return "–"
-    rows = [row for row in ROWS if (row.model, row.context) == (model, context)]
-    return f"{rows[0].shadowkv_tokens_per_s / rows[0].full_tokens_per_s:.2f}" if rows else "–"
+    """The authors' gain with this very setting; a dash for any other."""
+    for row in ROWS:
+        if (row.model, row.context, ShadowKV(budget=row.budget).label) == (model, context, method):
+            return f"{row.shadowkv_tokens_per_s / row.full_tokens_per_s:.2f}"
+    return "–"
+
+
+def notes_of_runs(folders: Sequence[Path]) -> list[str]:
+    """What the runs say of themselves, each with the folders that say it."""
+    said: dict[str, list[str]] = {}
+    for folder in folders:
+        for note in Manifest.read(folder / "run.json").notes:
+            said.setdefault(note, []).append(folder.name)
+    return [f"{', '.join(names)}: {note}" for note, names in said.items()]
 
 
 def accuracy_summary(folders: Sequence[Path]) -> Table:
