@@ -176,9 +176,16 @@ def tell_left_out(left_out: dict[str, str]) -> None:
     """Name the tasks that cannot be run here, those of one reason together."""
     from shadowkv.wording import plain_line
 
-    for reason in dict.fromkeys(left_out.values()):
-        names = ", ".join(name for name, why in left_out.items() if why == reason)
-        print(f"skv: left out: {names}: {plain_line(reason)}", file=sys.stderr)
+    for line in _left_out_lines(left_out):
+        print(f"skv: {plain_line(line)}", file=sys.stderr)
+
+
+def _left_out_lines(left_out: dict[str, str]) -> list[str]:
+    """One for each reason."""
+    by_reason: dict[str, list[str]] = {}
+    for name, reason in left_out.items():
+        by_reason.setdefault(reason, []).append(name)
+    return [f"left out: {', '.join(names)}: {reason}" for reason, names in by_reason.items()]
 
 
 def _manifest(ready: _Prepared, prefill_chunk_tokens: int, loaded: LoadedModel) -> Manifest:
@@ -188,7 +195,7 @@ def _manifest(ready: _Prepared, prefill_chunk_tokens: int, loaded: LoadedModel) 
     task = ready.task
     notes = ["dummy weights: scores mean nothing, only times and bytes do"] if loaded.dummy else []
     notes += task.notes()
-    notes += [f"left out: {name}: {why}" for name, why in ready.left_out.items()]
+    notes += _left_out_lines(ready.left_out)
     notes += [f"unsupported: {label}: {why}" for label, why in ready.unsupported.items()]
     notes += untouched_note(ready.chosen, ready.settings)
     return Manifest(

@@ -108,8 +108,8 @@ def _report(recipe: Recipe, scale: str, folder: Path, steps: Sequence[Step]) -> 
             figure = write_ablations(run / "plots" / "ablations.png", run, ABLATION_BASE[scale])
             files.append(str(figure.relative_to(folder)))
     notes = [_SMOKE, *notes_of_runs(runs)] if scale == "smoke" else notes_of_runs(runs)
-    page = [f"# {recipe.name}, {scale} scale", f"The experiment: {recipe.summary}.", table.markdown()]
-    page += [f"- {note}" for note in notes]
+    page = [f"# {recipe.name}, {scale} scale", f"The experiment: {recipe.summary}.", table.markdown().rstrip()]
+    page += ["\n".join(f"- {note}" for note in notes)] if notes else []
     (folder / "paper.md").write_text("\n\n".join(page) + "\n", encoding="utf-8")
     print_table(table)
     print_notes(notes)

@@ -145,6 +145,8 @@ def test_longbench_without_some_rows_names_them(capsys, tmp_path, tiny_folder):
     assert "left out: " in said
     assert "multi_news" in said
     assert "no rows" in said
+    notes = read_run(tmp_path / "run")[0].notes
+    assert sum("multi_news" in note and "samsum" in note for note in notes) == 1, "one line for one reason"
 
 
 def test_what_is_not_there_is_said(capsys):
