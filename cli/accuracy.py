@@ -136,7 +136,8 @@ def _plan(ready: _Prepared) -> int:
     longest = max(prompt["prompt_tokens"] for prompt in prompts)
     planned = {method.label: method.prompt_bytes(ready.dims, longest) for method in ready.methods}
     memory = {label: {"device_bytes": held.device, "host_bytes": held.host} for label, held in planned.items()}
-    weights = count_parameters(ready.config).total * ready.dims.element_bytes
+    counted = count_parameters(ready.config, trust_remote_code=settings.trust_remote_code)
+    weights = counted.total * ready.dims.element_bytes
     queries = ready.dims.query_bytes_per_token if ready.records_queries else 0
     snapshots = len({method.prefill for method in ready.methods})
     prefill = (ready.dims.full_bytes_per_token + queries) * longest * snapshots

@@ -92,7 +92,7 @@ def load_model(
     tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
     torch_dtype: torch.dtype = getattr(torch, dtype)
     if dummy:
-        _check_room(config, torch_dtype, device)
+        _check_room(count_parameters(config, trust_remote_code=trust_remote_code).total, torch_dtype, device)
         torch.manual_seed(0)
         with torch.device(device):
             model = AutoModelForCausalLM.from_config(config, dtype=torch_dtype, trust_remote_code=trust_remote_code)
@@ -185,11 +185,10 @@ def _check_complete(source: ModelSource, report: dict[str, Any]) -> None:
         raise SkvError(f"the weights of {source.name} do not fit its config.json: they {' and '.join(said)}")
 
 
-def _check_room(config: Any, dtype: Any, device: str) -> None:
+def _check_room(parameters: int, dtype: Any, device: str) -> None:
     """Refuse random weights that cannot fit, before the machine swaps."""
     import torch
 
-    parameters = count_parameters(config).total
     need = parameters * dtype.itemsize
     if device == "cpu":
         room = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
