@@ -114,8 +114,7 @@ def parts_of(events: Iterable[Any], steps: int, *, on_gpu: bool) -> Parts:
     On a GPU the parts are of the time of its kernels, and what remains of a step is waiting: for the host, or for
     kernels to be launched.
     """
-    # A range is there once more as a stretch of the GPU's time, from its first kernel to its last.
-    tops = [event for event in events if event.name == _STEP and event.cpu_time_total]
+    tops = [event for event in events if event.name == _STEP]
     spent = _kernels_us if on_gpu else _cpu_us
     found = dict.fromkeys(PARTS, 0.0)
     whole = total = 0.0
@@ -136,7 +135,7 @@ def _cpu_us(event: Any) -> float:
 
 
 def _kernels_us(event: Any) -> float:
-    """Time of all kernels launched within an event."""
+    """Time of all kernels launched within an event; a range is there once more as a stretch of the GPU's time."""
     own = sum(kernel.duration for kernel in event.kernels if not kernel.name.startswith(PREFIX))
     return float(own + sum(map(_kernels_us, event.cpu_children)))
 

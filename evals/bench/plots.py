@@ -113,12 +113,14 @@ def write_memory_bars(path: Path, rows: Sequence[BenchRow], found: Sequence[Gain
             height = np.array([value or 0 for value in values]) / 2**30
             axis.bar(range(len(cells)), height, bottom=bottom, label=name, color=colour)
             bottom += height
+        axis.use_sticky_edges = False  # or the highest bar would end on the frame
         axis.margins(y=0.05)
         names = [f"{wrapped(row.method)}\nx {row.batch}" for row in cells]
         axis.set_xticks(range(len(cells)), names, fontsize=6)
         axis.set_title(tokens(context), fontsize=8)
         axis.tick_params(axis="y", labelsize=7)
         axis.grid(axis="y", alpha=0.3)
+    panels[0].set_ylim(bottom=0)
     panels[0].set_ylabel("GiB at the best batch", fontsize=8)
     handles, names = panels[0].get_legend_handles_labels()
     figure.legend(handles, names, fontsize=6, ncols=len(_PARTS), loc="outside lower center")

@@ -52,9 +52,9 @@ def _rate(row: BenchRow) -> str:
     return "–" if found is None else f"{found.median:.2f} ±{100 * found.relative:.0f}%"
 
 
-def ratio(value: float | None, low: float | None, high: float | None) -> str:
+def ratio(found: Spread | None) -> str:
     """A ratio with its lowest and highest."""
-    return "–" if value is None or low is None or high is None else f"{value:.2f} ({low:.2f}–{high:.2f})"
+    return "–" if found is None else f"{found.median:.2f} ({found.low:.2f}–{found.high:.2f})"
 
 
 def _steps(row: BenchRow) -> str:
@@ -71,7 +71,7 @@ _COLUMNS = (
     _Column("batch", lambda row: str(row.batch)),
     _Column("status", lambda row: {"oom": "OOM"}.get(row.status, row.status), dense=False),
     _Column("tokens/s", lambda row: _rate(row) if row.status == "ok" else row.status.upper()),
-    _Column("x full", lambda row: ratio(row.ratio, row.ratio_low, row.ratio_high)),
+    _Column("x full", lambda row: ratio(row.over_full)),
     _Column("ms/token\np10/p50/p90", _steps, dense=False),
     _Column("ms/token\np50", lambda row: number(row.step_ms_p50, ".1f"), dense=True),
     _Column("TTFT\ns", lambda row: number(row.ttft_s, ".2f")),
@@ -95,9 +95,6 @@ def throughput_table(title: str, rows: Sequence[BenchRow], *, dense: bool = Fals
 def gain_table(found: Sequence[Gain]) -> Table:
     """The form of the ShadowKV paper's table: each method at its own best batch against full attention at its own."""
 
-    def shown(spread: Spread | None) -> str:
-        return "–" if spread is None else ratio(*spread)
-
     def at(rate: float | None, batch: int | None) -> str:
         return "–" if rate is None else f"{rate:.2f} ({batch})"
 
@@ -107,8 +104,8 @@ def gain_table(found: Sequence[Gain]) -> Table:
             gain.method,
             at(gain.full_tokens_per_s, gain.full_batch),
             at(gain.tokens_per_s, gain.batch),
-            shown(gain.gain),
-            shown(gain.gain_equal),
+            ratio(gain.gain),
+            ratio(gain.gain_equal),
         ]
         for gain in found
     ]

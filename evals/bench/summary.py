@@ -56,6 +56,12 @@ class BenchRow:
         return None if moved is None or not self.step_ms_p50 else 1000 * moved / self.step_ms_p50
 
     @property
+    def over_full(self) -> Spread | None:
+        if self.ratio is None or self.ratio_low is None or self.ratio_high is None:
+            return None
+        return Spread(self.ratio, self.ratio_low, self.ratio_high)
+
+    @property
     def throughput(self) -> Spread | None:
         if self.tokens_per_s is None or self.tokens_per_s_low is None or self.tokens_per_s_high is None:
             return None

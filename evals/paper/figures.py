@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from evals.bench.records import BenchRecord
+from evals.bench.report import ratio
 from evals.bench.summary import gains
 from evals.looks import looks
 from evals.manifest import Manifest
@@ -14,7 +15,7 @@ from evals.paper.published import ROWS
 from evals.plots import new_figure, save
 from evals.results import read_records, read_run
 from evals.summary import REFERENCE, Row, summarise
-from evals.tables import Table, number, percent, tokens
+from evals.tables import Table, percent, tokens
 from shadowkv.errors import SkvError
 from shadowkv.methods.shadowkv import ShadowKV
 from shadowkv.registry import parse_method
@@ -37,12 +38,15 @@ def throughput_summary(folders: Sequence[Path]) -> Table:
                     gain.method,
                     full,
                     f"{gain.tokens_per_s:.2f} ({gain.batch})",
-                    number(gain.gain and gain.gain.median, ".2f"),
+                    ratio(gain.gain),
                     _published(model, gain.context, gain.method),
                 ]
             )
     columns = ["model", "context", "method", "full tokens/s (batch)", "tokens/s (batch)", "gain", "published gain"]
-    caption = "Each at its best batch. Published: ShadowKV's authors on one A100-80GB; another machine has other gains."
+    caption = (
+        "Each at its best batch; gain: median (lowest-highest) over repeats. Published: ShadowKV's authors on one "
+        "A100-80GB; another machine has other gains."
+    )
     return Table("Decode throughput", columns, lines, caption, names=3)
 
 
