@@ -30,12 +30,9 @@ class _Prepared(AskedModel):
     def __init__(self, make_task: MakeTask, settings: Settings) -> None:
         from cli.checks import check_run
         from cli.choosing import choose, parse_budgets, parse_kv_bytes, parse_specs
-        from shadowkv.errors import SkvError
 
         asked, alike = parse_specs(settings.methods or ()), parse_budgets(settings.budget)
         check_run(settings)
-        if settings.budget is not None and settings.kv_bytes is not None:
-            raise SkvError("--budget and --kv-bytes would each decide what methods keep; give one of them")
         super().__init__(settings, dummy=settings.dummy)
         self.settings = settings
         self.task = make_task(self.context_tokens)
@@ -80,7 +77,8 @@ def run(make_task: MakeTask, settings: Settings) -> int:
 def _run(ready: _Prepared, questions: Sequence[Question]) -> list[Record]:
     """Answer what is open, report, and return the records of these questions that have no score."""
     from cli.render import print_summary, progress
-    from evals.report import title, write_reports
+    from evals.page import heading
+    from evals.report import write_reports
     from evals.results import open_run
     from evals.runner import Run, run_accuracy
     from shadowkv.engine import Engine
@@ -115,7 +113,7 @@ def _run(ready: _Prepared, questions: Sequence[Question]) -> list[Record]:
         }
         print(json.dumps({**summary, **rest}, indent=1))
     elif not settings.quiet:
-        print_summary(title(manifest), report, manifest.notes)
+        print_summary(heading(manifest), report, manifest.notes)
         names = [str(file.relative_to(path)) for file in report.files]
         print(f"{path}: run.json samples.jsonl {' '.join(names)}")
     return unscored
@@ -126,7 +124,7 @@ def _plan(ready: _Prepared) -> int:
     from cli.render import print_table, status
     from evals.summary import grouped
     from evals.tables import Table, mib, tokens
-    from shadowkv.loading import weights_bytes
+    from shadowkv.model_size import count_parameters
 
     settings = ready.settings
     prompts = []
@@ -138,7 +136,8 @@ def _plan(ready: _Prepared) -> int:
     longest = max(prompt["prompt_tokens"] for prompt in prompts)
     planned = {method.label: method.prompt_bytes(ready.dims, longest) for method in ready.methods}
     memory = {label: {"device_bytes": held.device, "host_bytes": held.host} for label, held in planned.items()}
-    weights = weights_bytes(ready.config, ready.dims.element_bytes)
+    counted = count_parameters(ready.config, trust_remote_code=settings.trust_remote_code)
+    weights = counted.total * ready.dims.element_bytes
     queries = ready.dims.query_bytes_per_token if ready.records_queries else 0
     snapshots = len({method.prefill for method in ready.methods})
     prefill = (ready.dims.full_bytes_per_token + queries) * longest * snapshots
@@ -178,22 +177,28 @@ def tell_left_out(left_out: dict[str, str]) -> None:
     """Name the tasks that cannot be run here, those of one reason together."""
     from shadowkv.wording import plain_line
 
-    for reason in dict.fromkeys(left_out.values()):
-        names = ", ".join(name for name, why in left_out.items() if why == reason)
-        print(f"skv: left out: {names}: {plain_line(reason)}", file=sys.stderr)
+    for line in _left_out_lines(left_out):
+        print(f"skv: {plain_line(line)}", file=sys.stderr)
+
+
+def _left_out_lines(left_out: dict[str, str]) -> list[str]:
+    """One for each reason."""
+    by_reason: dict[str, list[str]] = {}
+    for name, reason in left_out.items():
+        by_reason.setdefault(reason, []).append(name)
+    return [f"left out: {', '.join(names)}: {reason}" for reason, names in by_reason.items()]
 
 
 def _manifest(ready: _Prepared, prefill_chunk_tokens: int, loaded: LoadedModel) -> Manifest:
+    from cli.choosing import untouched_note
     from evals.manifest import Manifest, described, model_entry, plain, this_session
 
     task = ready.task
     notes = ["dummy weights: scores mean nothing, only times and bytes do"] if loaded.dummy else []
     notes += task.notes()
-    notes += [f"left out: {name}: {why}" for name, why in ready.left_out.items()]
+    notes += _left_out_lines(ready.left_out)
     notes += [f"unsupported: {label}: {why}" for label, why in ready.unsupported.items()]
-    if ready.chosen.untouched:
-        what = "--budget" if ready.settings.kv_bytes is None else f"--kv-bytes {ready.settings.kv_bytes}"
-        notes.append(f"{what} does not apply to {', '.join(ready.chosen.untouched)}, which run as they are")
+    notes += untouched_note(ready.chosen, ready.settings)
     return Manifest(
         benchmark=task.benchmark,
         config=plain({**task.config(), "prefill_chunk_tokens": prefill_chunk_tokens}),

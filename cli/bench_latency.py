@@ -55,8 +55,10 @@ def latency(
         raise SkvError("--engine vllm cannot be looked into; --engine hf can")
     tell_unsupported(ready.unsupported)
     if settings.dry_run:
-        planned = {"contexts": ready.contexts, "batches": batches, "methods": [m.label for m in ready.methods]}
-        print(json.dumps(planned, indent=1) if settings.as_json else f"{planned}: nothing was run")
+        labels = [*(method.label for method in ready.methods), *(f"full@{name}" for name in ready.engines)]
+        planned = {"contexts": ready.contexts, "batches": batches, "methods": labels}
+        shown = "; ".join(f"{name} {', '.join(map(str, values))}" for name, values in planned.items())
+        print(json.dumps(planned, indent=1) if settings.as_json else f"{ready.source.name}: {shown}. Nothing was run.")
         return 0
     return _run(ready, batches, trace)
 

@@ -49,6 +49,13 @@ def check(settings: BenchSettings) -> None:
         if name not in known:
             raise SkvError(f"unknown engine '{name}'{did_you_mean(name, known)}; one of {', '.join(known)}")
         if name == "vllm":
+            own = {
+                "--dummy": settings.dummy,
+                "--synthetic-kv": settings.synthetic_kv,
+                "--memory-cap": settings.memory_cap,
+            }
+            for option in [option for option, given in own.items() if given]:
+                raise SkvError(f"--engine vllm has weights, prompts and memory of its own, so {option} is not of it")
             require_vllm()
     least = {"--steps": (settings.steps, 1), "--warmup": (settings.warmup, 0)}
     for option, (value, minimum) in least.items():

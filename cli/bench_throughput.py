@@ -154,7 +154,7 @@ def _show_plan(ready: Prepared, plan: Plan) -> int:
             rows.append({"context": context, "method": method.label, **row})
     told = {
         "model": ready.source.name,
-        "weights_bytes": room.weights_bytes,
+        "weights_bytes": room.model.weight_bytes,
         "batches": list(plan.ladder),
         "find_max_batch": plan.find_max,
         "repeats": plan.repeats,
@@ -169,8 +169,9 @@ def _show_plan(ready: Prepared, plan: Plan) -> int:
     ]
     batches = ", ".join(map(str, plan.ladder)) or "the largest of each method"
     caption = (
-        f"Weights {room.weights_bytes / 2**30:.2f} GiB. Batches: {batches}; {plan.repeats} repeats of {settings.steps} "
-        f"steps after {settings.warmup} of warm-up. Largest: as planned, at most {plan.max_batch}. Nothing was run."
+        f"Weights {room.model.weight_bytes / 2**30:.2f} GiB. Batches: {batches}; {plan.repeats} repeats of "
+        f"{settings.steps} steps after {settings.warmup} of warm-up. Largest: as planned, at most {plan.max_batch}. "
+        "Nothing was run."
     )
     columns = ["context", "method", "device MiB\nper row", "host MiB\nper row", "largest\nbatch"]
     print_table(Table(f"{ready.source.name} ({ready.source.described}) on {ready.device}", columns, lines, caption, 2))

@@ -27,19 +27,21 @@ class Prepared(AskedModel):
     """Everything that can be known, and refused, before weights are loaded."""
 
     def __init__(self, settings: BenchSettings) -> None:
-        from cli.choosing import choose, parse_budgets, parse_specs
+        from cli.choosing import choose, parse_budgets, parse_kv_bytes, parse_specs
         from evals.lengths import parse_lengths
         from shadowkv.sizes import parse_bytes
 
-        specs, budgets = parse_specs(settings.methods or ()), parse_budgets(settings.budget)
+        specs, alike = parse_specs(settings.methods or ()), parse_budgets(settings.budget)
         check(settings)
         super().__init__(settings, dummy=settings.dummy)
         self.settings = settings
         self.engines = tuple(dict.fromkeys(settings.engine or ()))
         self.cap_bytes = None if settings.memory_cap is None else parse_bytes(settings.memory_cap, "--memory-cap")
         self.contexts = tuple(sorted(parse_lengths(settings.context, self.context_tokens, "--context")))
-        chosen = choose(specs, budgets, self.source, self.dims)
-        self.methods, self.unsupported = chosen.methods, chosen.unsupported
+        if settings.kv_bytes is not None:
+            alike = parse_kv_bytes(settings.kv_bytes, self.dims, max(self.contexts))
+        self.chosen = choose(specs, alike, self.source, self.dims)
+        self.methods, self.unsupported = self.chosen.methods, self.chosen.unsupported
         if settings.synthetic_kv:
             self._refuse_made_up_keys({_name(asked.method) for asked in specs if not asked.of_a_set})
 
@@ -70,17 +72,16 @@ class Prepared(AskedModel):
 
         from evals.bench.memory import Room, size
         from shadowkv.errors import SkvError
-        from shadowkv.model_size import count_parameters
+        from shadowkv.model_size import model_size
 
-        counted = count_parameters(self.config, trust_remote_code=self.settings.trust_remote_code)
-        weights_bytes = counted.total * self.dims.element_bytes
-        if self.cap_bytes is not None and self.cap_bytes < weights_bytes:
-            raise SkvError(f"--memory-cap {self.settings.memory_cap} is less than the weights, {size(weights_bytes)}")
+        model = model_size(self.config, self.dims.element_bytes, trust_remote_code=self.settings.trust_remote_code)
+        if self.cap_bytes is not None and self.cap_bytes < model.weight_bytes:
+            raise SkvError(
+                f"--memory-cap {self.settings.memory_cap} is less than the weights, {size(model.weight_bytes)}"
+            )
         return Room(
             torch.device(self.device),
-            self.dims,
-            weights_bytes,
-            counted.per_step * self.dims.element_bytes,
+            model,
             self.cap_bytes,
             snapshots=not self.settings.synthetic_kv,
             records_queries=self.records_queries,
@@ -149,8 +150,9 @@ def load(ready: Prepared) -> Loaded:
 
 def manifest_of(loaded: Loaded, benchmark: str, selection: dict[str, Any]) -> Manifest:
     """run.json of a benchmark of speed: the machine is part of what must stay the same."""
+    from cli.choosing import untouched_note
     from evals.bench.vllm_engine import UNTESTED
-    from evals.manifest import Manifest, model_entry, plain, this_session
+    from evals.manifest import Manifest, described, model_entry, plain, this_session
 
     ready, model = loaded.ready, loaded.model
     settings = ready.settings
@@ -165,6 +167,7 @@ def manifest_of(loaded: Loaded, benchmark: str, selection: dict[str, Any]) -> Ma
     if "vllm" in ready.engines:
         notes.append(UNTESTED)
     notes += [f"unsupported: {label}: {why}" for label, why in ready.unsupported.items()]
+    notes += untouched_note(ready.chosen, settings)
     sources = {}
     if not settings.synthetic_kv:
         text = ready.haystack
@@ -182,7 +185,7 @@ def manifest_of(loaded: Loaded, benchmark: str, selection: dict[str, Any]) -> Ma
             "machine": loaded.bench.machine,
         },
         methods={
-            **{m.label: plain(m.params()) for m in ready.methods},
+            **{m.label: plain(described(m)) for m in ready.methods},
             **{f"full@{name}": {} for name in ready.engines},
         },
         selection=plain(selection),

@@ -27,6 +27,8 @@ def check_run(options: RunOptions) -> None:
     from shadowkv.errors import SkvError
 
     check_dtype(options.dtype)
+    if options.budget is not None and options.kv_bytes is not None:
+        raise SkvError("--budget and --kv-bytes would each decide what methods keep; give one of them")
     chunk = options.prefill_chunk_tokens
     if chunk is not None and chunk < 1:
         raise SkvError(f"--prefill-chunk must be at least 1, got {chunk}")

@@ -10,6 +10,7 @@ from operator import methodcaller
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
+    from cli.options import RunOptions
     from shadowkv.method import Dims, Method
     from shadowkv.resolving import ModelSource
 
@@ -124,6 +125,13 @@ def choose(asked: Sequence[Asked], alike: Sequence[Alike], source: ModelSource, 
     if not chosen.methods:
         raise SkvError(next(iter(chosen.unsupported.values())))
     return chosen
+
+
+def untouched_note(chosen: Chosen, options: RunOptions) -> list[str]:
+    """What tables must say where an option for all methods left some as they are."""
+    option = "--budget" if options.kv_bytes is None else f"--kv-bytes {options.kv_bytes}"
+    names = ", ".join(chosen.untouched)
+    return [f"{option} does not apply to {names}, which run as they are"] if names else []
 
 
 def tell_unsupported(unsupported: Mapping[str, str]) -> None:

@@ -43,6 +43,12 @@ class RunOptions(ModelOptions):
         str | None,
         typer.Option(help="Tokens that every method attends to in all, so that they compare: 512 or 256,512."),
     ] = None
+    kv_bytes: Annotated[
+        str | None,
+        typer.Option(
+            help="Device memory for the KV of the longest prompt, for every method that can choose: 64MiB or 25%,50%."
+        ),
+    ] = None
     out: Annotated[Path | None, typer.Option(help="Run folder; the same command continues it.")] = None
     dummy: Annotated[bool, typer.Option("--dummy", help="Random weights; every table says so.")] = False
     prefill_chunk_tokens: Annotated[
@@ -61,12 +67,6 @@ class RunOptions(ModelOptions):
 class Settings(RunOptions):
     """What every accuracy benchmark can be told, whatever it measures."""
 
-    kv_bytes: Annotated[
-        str | None,
-        typer.Option(
-            help="Device memory for the KV of the longest prompt, for every method that can choose: 64MiB or 25%,50%."
-        ),
-    ] = None
     reuse_prefix: Annotated[
         bool, typer.Option("--prefix-reuse/--no-prefix-reuse", help="Compute what prompts share once.")
     ] = True

@@ -20,6 +20,7 @@ EPILOG = (
     "skv paper throughput --scale full --model llama3.1-8b --device cuda\n\n"
     "skv paper ruler --scale full --dry-run"
 )
+_SMOKE = "smoke scale: a small model on short prompts shows that everything works, and nothing of the paper's claims"
 
 
 def paper(
@@ -95,8 +96,8 @@ def _run(commands: dict[Path, list[str]]) -> int:
 
 
 def _report(recipe: Recipe, scale: str, folder: Path, steps: Sequence[Step]) -> None:
-    from cli.render import print_table
-    from evals.paper.figures import accuracy_summary, throughput_summary, write_ablations
+    from cli.render import print_notes, print_table
+    from evals.paper.figures import accuracy_summary, notes_of_runs, throughput_summary, write_ablations
     from evals.paper.recipes import ABLATION_BASE
 
     runs = [folder / step.folder for step in steps]
@@ -106,7 +107,10 @@ def _report(recipe: Recipe, scale: str, folder: Path, steps: Sequence[Step]) -> 
         for run in runs:
             figure = write_ablations(run / "plots" / "ablations.png", run, ABLATION_BASE[scale])
             files.append(str(figure.relative_to(folder)))
-    head = f"# {recipe.name} at {scale} scale: {recipe.summary}\n\n"
-    (folder / "paper.md").write_text(head + table.markdown(), encoding="utf-8")
+    notes = [_SMOKE, *notes_of_runs(runs)] if scale == "smoke" else notes_of_runs(runs)
+    page = [f"# {recipe.name}, {scale} scale", f"The experiment: {recipe.summary}.", table.markdown().rstrip()]
+    page += ["\n".join(f"- {note}" for note in notes)] if notes else []
+    (folder / "paper.md").write_text("\n\n".join(page) + "\n", encoding="utf-8")
     print_table(table)
+    print_notes(notes)
     print(f"{folder}: {' '.join(files)}")

@@ -144,18 +144,17 @@ def parts_table(setup: Setup, rows: Sequence[Planned]) -> Table:
 
 def write_plot(path: Path, setup: Setup, rows: Sequence[Planned]) -> Path:
     """Predicted tokens/s and batch over the context, one line per method; what does not fit is not there."""
-    from evals.plots import COLOURS, new_figure, save
+    from evals.looks import looks
+    from evals.plots import new_figure, save
 
     figure = new_figure(8.4, 3.8, f"Predicted, nothing was run: {setup.name} on {setup.gpu.name}")
     speed, size = figure.subplots(1, 2)
     fitting = sorted((row.plan for row in rows if row.plan.times), key=lambda planned: planned.context)
-    for place, label in enumerate(dict.fromkeys(row.plan.method for row in rows)):
+    for label, look in looks([row.plan.method for row in rows]).items():
         found = [planned for planned in fitting if planned.method == label]
-        marker = "os^vDP*X"[(place + place // len(COLOURS)) % 8]  # colours repeat, pairs do not
-        style = {"color": COLOURS[place % len(COLOURS)], "marker": marker, "ms": 4, "lw": 1.2}
         x = [planned.context for planned in found]
-        speed.plot(x, [planned.tokens_per_s for planned in found], label=label, **style)
-        size.plot(x, [planned.batch for planned in found], **style)
+        speed.plot(x, [planned.tokens_per_s for planned in found], label=label, ms=4, lw=1.2, **look.style)
+        size.plot(x, [planned.batch for planned in found], ms=4, lw=1.2, **look.style)
     contexts = sorted({row.plan.context for row in rows})
     for axis, name in ((speed, "tokens/s"), (size, "batch")):
         axis.set_xscale("log", base=2)
@@ -192,7 +191,10 @@ def _assumptions(setup: Setup, rows: Sequence[Planned]) -> str:
             "the fetch."
         )
     elif any(row.plan.method.startswith(ShadowKV.name) for row in rows):
-        said.append("ShadowKV is this repository's, which fetches and rebuilds every chunk at every step.")
+        said.append(
+            "ShadowKV is this repository's, which fetches and rebuilds every chunk at every step; --as-published plans "
+            "its authors' engine, which does not."
+        )
     if setup.model.dims.element_bytes > 2:
         said.append("FLOP/s are those of 16 bits.")
     if any(row.plan.max_batch == 0 for row in rows):

@@ -10,15 +10,13 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from evals.looks import looks
 from evals.results import Record
 from evals.statistics import interval_95, mean_of_means
 from evals.summary import Row, grouped, methods_of, scores_of
 from evals.tables import tokens
 
 _DPI = 200
-# Okabe and Ito's colours, which colour-blind readers can tell apart, and a marker for each: print has no colours.
-COLOURS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7", "#999933")
-MARKERS = "osD^vP*X"
 
 
 def new_figure(width: float, height: float, title: str) -> Figure:
@@ -47,7 +45,7 @@ def write_score_by_group(
     figure = new_figure(6.4, 4.0, title)
     axis = figure.subplots()
     labels = methods_of([record for _, records in groups for record in records])
-    for place, label in enumerate(labels):
+    for place, (label, look) in enumerate(looks(labels).items()):
         # Intervals of several methods at one place would hide each other.
         shift = 0.04 * (place - (len(labels) - 1) / 2)
         points = [(x + shift, *_score([r for r in found if r.method == label])) for x, (_, found) in enumerate(groups)]
@@ -55,12 +53,12 @@ def write_score_by_group(
         if not len(known):
             continue
         x, y, low, high = known.T
-        spread = _whiskers(y, low, high)
-        colour, marker = COLOURS[place % len(COLOURS)], MARKERS[place % len(MARKERS)]
-        axis.errorbar(x, y, spread, label=label, capsize=2, lw=1.2, ms=4, color=colour, marker=marker)
+        drawn = axis.errorbar(x, y, _whiskers(y, low, high), label=label, capsize=2, lw=1.2, ms=4,
+                              elinewidth=0.8, **look.style)  # fmt: skip
+        drawn.lines[0].set_clip_on(False)  # a marker at 0 is seen whole
     axis.set_xticks(range(len(groups)), [name for name, _ in groups])
     axis.set_xlabel(axis_label, fontsize=8)
-    _finish(axis)
+    _finish(figure, axis)
     return save(figure, path)
 
 
@@ -76,21 +74,19 @@ def write_score_by_bytes(path: Path, rows: Sequence[Row], title: str) -> Path:
             points.setdefault(_family(row.method), []).append(row)
     figure = new_figure(7.2, 4.6, title)
     axis = figure.subplots()
-    for place, (name, found) in enumerate(points.items()):
+    for name, look in looks(list(points)).items():
+        found = points[name]
         found.sort(key=lambda row: (row.device_bytes or 0.0, row.score or 0.0))
         x = [(row.device_bytes or 0.0) / (row.prompt_tokens or 1.0) / 1024 for row in found]
         scores = 100 * np.array([[row.score, row.score_low, row.score_high] for row in found], dtype=float)
         y, low, high = scores.T
-        spread = _whiskers(y, low, high)
-        colour = COLOURS[place % len(COLOURS)]
-        marker = MARKERS[(place + place // len(COLOURS)) % len(MARKERS)]
-        axis.errorbar(x, y, spread, label=name, color=colour, marker=marker, ms=5, lw=0.8, elinewidth=0.5, capsize=2)
+        axis.errorbar(x, y, _whiskers(y, low, high), label=name, ms=5, lw=0.8, elinewidth=0.5, capsize=2,
+                      **look.style)  # fmt: skip
     axis.set_xscale("log", base=2)
     axis.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axis.set_xlabel(f"KV bytes on the device per prompt token, KiB (length {tokens(longest)})", fontsize=8)
-    _finish(axis)
+    _finish(figure, axis)
     axis.set_ylim(-4, 104)  # a marker at 0 or 100 is seen whole
-    axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5))
     return save(figure, path)
 
 
@@ -106,17 +102,16 @@ def write_task_bars(path: Path, records: Sequence[Record], title: str, tasks: Se
     figure = new_figure(max(6.4, 1.5 + 0.12 * len(tasks) * (len(labels) + 1.5)), 4.2, title)
     axis = figure.subplots()
     width = 0.8 / len(labels)
-    for place, label in enumerate(labels):
+    for place, (label, look) in enumerate(looks(labels).items()):
         cells = [_score([r for r in records if r.method == label and r.task == task]) for task in tasks]
         y, low, high = np.array(cells, dtype=float).T
         x = np.arange(len(tasks)) + (place - (len(labels) - 1) / 2) * width
-        spread = _whiskers(y, low, high)
-        colour = COLOURS[place % len(COLOURS)]
-        axis.bar(x, y, width, yerr=spread, label=label, color=colour, ecolor="0.5", error_kw={"lw": 0.9}, alpha=0.85)
+        axis.bar(x, y, width, yerr=_whiskers(y, low, high), label=label, color=look.colour, hatch=look.hatch,
+                 edgecolor="white", lw=0, ecolor="0.5", error_kw={"lw": 0.9})  # fmt: skip
         for at in x[np.isnan(y)]:
-            axis.text(at, 1, "–", ha="center", fontsize=7, color=colour)  # without a score is not a score of 0
+            axis.text(at, 1, "–", ha="center", fontsize=7, color=look.colour)  # without a score is not a score of 0
     axis.set_xticks(range(len(tasks)), tasks, rotation=45, ha="right")
-    _finish(axis)
+    _finish(figure, axis)
     return save(figure, path)
 
 
@@ -136,10 +131,10 @@ def _whiskers(means: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarra
     return lengths
 
 
-def _finish(axis: Any) -> None:
+def _finish(figure: Figure, axis: Any) -> None:
     axis.set_ylim(0, 105)
     axis.set_ylabel("score, %", fontsize=8)
     axis.tick_params(labelsize=7)
     axis.grid(axis="y", alpha=0.3)
     if axis.get_legend_handles_labels()[0]:
-        axis.legend(fontsize=6)
+        figure.legend(fontsize=6, loc="outside right center")  # inside, it would hide points

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from evals.plots import COLOURS, new_figure, save
+from evals.looks import looks
+from evals.plots import new_figure, save
 from evals.results import Record
 from evals.summary import grouped
 from evals.tables import Table, number, tokens
@@ -38,12 +39,12 @@ def write_quality_by_layer(path: Path, records: Sequence[Record], title: str) ->
     longest = max(record.length for record in measured)
     figure = new_figure(9.6, 4.2, f"{title} · {tokens(longest)}")
     axes = figure.subplots(1, 2)
+    cells = grouped(measured, lambda r: r.method)
     for axis, (measure, name) in zip(axes, _MEASURES.items(), strict=True):
-        for place, (label, found) in enumerate(grouped(measured, lambda r: r.method).items()):
-            values = _by_layer([r for r in found if r.length == longest], measure)
+        for label, look in looks(list(cells)).items():
+            values = _by_layer([r for r in cells[label] if r.length == longest], measure)
             if values is not None:
-                colour, style = COLOURS[place % len(COLOURS)], "-" if place < len(COLOURS) else "--"
-                axis.plot(values, style, color=colour, lw=1, marker=".", ms=3, label=label)
+                axis.plot(values, lw=1, ms=3, label=label, **look.style)
         axis.set_xlabel("layer (of those with full attention)", fontsize=8)
         axis.set_ylabel(name, fontsize=8)
         axis.set_ylim(bottom=0)

@@ -9,8 +9,8 @@ from types import MappingProxyType
 
 from evals.costs import cost_table
 from evals.longbench.report import longbench_tables, v2_tables, write_longbench_plots, write_v2_plots
-from evals.manifest import Manifest
 from evals.niah.report import niah_tables, write_niah_plots
+from evals.page import heading, page
 from evals.plots import write_score_by_bytes
 from evals.quality import quality_tables, write_quality_by_layer
 from evals.results import Record, read_run
@@ -52,33 +52,18 @@ def write_reports(folder: Path) -> Report:
 
     manifest, records = read_run(folder)
     shown = PRESENTATIONS[manifest.benchmark]
-    rows, quality = summarise(records), quality_tables(records)
+    rows, quality, title = summarise(records), quality_tables(records), heading(manifest)
     tables = [*shown.tables(records), *quality]
     notes = {"notes": "; ".join(manifest.notes)}
     pd.DataFrame([asdict(row) | notes for row in rows]).to_csv(folder / "summary.csv", index=False)
     pd.DataFrame([asdict(cell) | notes for cell in task_scores(records)]).to_csv(folder / "tasks.csv", index=False)
-    (folder / "summary.md").write_text(markdown(manifest, rows, tables), encoding="utf-8")
+    (folder / "summary.md").write_text(
+        page(title, manifest, [cost_table("Score and cost", rows), *tables]), encoding="utf-8"
+    )
     (folder / "plots").mkdir(exist_ok=True)
-    plots = shown.plots(folder / "plots", records, title(manifest)) if records else []
+    plots = shown.plots(folder / "plots", records, title) if records else []
     if quality:
-        plots.append(write_quality_by_layer(folder / "plots" / "quality_by_layer.png", records, title(manifest)))
+        plots.append(write_quality_by_layer(folder / "plots" / "quality_by_layer.png", records, title))
     if len({row.method for row in rows if row.device_bytes}) > 1:
-        plots.append(write_score_by_bytes(folder / "plots" / "score_by_bytes.png", rows, title(manifest)))
+        plots.append(write_score_by_bytes(folder / "plots" / "score_by_bytes.png", rows, title))
     return Report(rows, tables, [folder / name for name in ("summary.csv", "tasks.csv", "summary.md")] + plots)
-
-
-def title(manifest: Manifest) -> str:
-    """One line that says what was run on what."""
-    model = manifest.model
-    return f"{manifest.benchmark} · {model['name']} · {model['dtype']} on {model['device']}"
-
-
-def markdown(manifest: Manifest, rows: Sequence[Row], tables: Sequence[Table]) -> str:
-    """The tables in Markdown, with what a reader must know above and below them."""
-    session = manifest.sessions[-1]
-    lines = [f"# {title(manifest)}", "", *(f"**{note}**\n" for note in manifest.notes)]
-    lines += [table.markdown() for table in (cost_table("Score and cost", rows), *tables)]
-    versions = ", ".join(f"{name} {version}" for name, version in session.versions.items())
-    machine = f"{session.machine.get('gpu') or session.machine['cpu']}, {session.machine['torch_threads']} threads"
-    commands = [f"`{command}`\n" for command in dict.fromkeys(session.command for session in manifest.sessions)]
-    return "\n".join([*lines, *commands, f"{machine} · {versions}"]) + "\n"

@@ -92,7 +92,7 @@ def load_model(
     tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
     torch_dtype: torch.dtype = getattr(torch, dtype)
     if dummy:
-        _check_room(config, torch_dtype, device)
+        _check_room(count_parameters(config, trust_remote_code=trust_remote_code).total, torch_dtype, device)
         torch.manual_seed(0)
         with torch.device(device):
             model = AutoModelForCausalLM.from_config(config, dtype=torch_dtype, trust_remote_code=trust_remote_code)
@@ -143,11 +143,6 @@ def pick_dtype(device: str, dtype: str) -> str:
     return ("float32" if device == "cpu" else "bfloat16") if dtype == "auto" else dtype
 
 
-def weights_bytes(config: Any, element_bytes: int) -> int:
-    """Size of a model's parameters, without making them."""
-    return element_bytes * count_parameters(config).total
-
-
 def weights_sha256(folder: Path) -> str:
     """One checksum for all weight files; the Hub's cache and pulled packs know theirs, the rest is read."""
     import hashlib
@@ -190,18 +185,18 @@ def _check_complete(source: ModelSource, report: dict[str, Any]) -> None:
         raise SkvError(f"the weights of {source.name} do not fit its config.json: they {' and '.join(said)}")
 
 
-def _check_room(config: Any, dtype: Any, device: str) -> None:
+def _check_room(parameters: int, dtype: Any, device: str) -> None:
     """Refuse random weights that cannot fit, before the machine swaps."""
     import torch
 
-    need = weights_bytes(config, dtype.itemsize)
+    need = parameters * dtype.itemsize
     if device == "cpu":
         room = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     else:
         room = torch.cuda.mem_get_info(device)[0]
     if need > 0.9 * room:
         raise SkvError(
-            f"{need / dtype.itemsize / 1e9:.1f} billion parameters of {dtype.itemsize} bytes need {need / 2**30:.0f} "
+            f"{parameters / 1e9:.1f} billion parameters of {dtype.itemsize} bytes need {need / 2**30:.0f} "
             f"GiB, {device} has {room / 2**30:.0f} GiB; use a smaller model, --dtype bfloat16 or a GPU"
         )
 

@@ -69,6 +69,10 @@ class Dims:
         """Lists of tokens that a layer chooses under a group reduction: one per query head, or per KV head."""
         return self.q_heads if reduce == "per_q_head" else self.kv_heads
 
+    def gathered_bytes(self, reduce: str, read: int, tokens: int) -> int:
+        """Keys and values that a layer copies to attend to `read` of `tokens` per list; 0 if it reads all in place."""
+        return 2 * self.lists(reduce) * read * self.head_dim * self.element_bytes if read <= tokens else 0
+
     @property
     def full_bytes_per_token(self) -> int:
         """Dense keys and values of one token in all layers."""

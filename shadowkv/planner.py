@@ -103,7 +103,7 @@ def plan(
 
     `device_bytes` caps what the GPU's memory can be used for, `host_bytes` is the host's memory; None is no limit.
     """
-    parts = _parts(demand, model, tokens)
+    parts = sequence_parts(demand, model, tokens)
     need = sum(parts.values(), Bytes(0, 0))
     room = min(gpu.usable_bytes, gpu.usable_bytes if device_bytes is None else device_bytes) - model.weight_bytes
     on_device = max(room, 0) // need.device
@@ -129,7 +129,8 @@ def plan(
     )
 
 
-def _parts(demand: Demand, model: ModelSize, tokens: int) -> dict[str, Bytes]:
+def sequence_parts(demand: Demand, model: ModelSize, tokens: int) -> dict[str, Bytes]:
+    """Memory of one sequence by part: what the method holds, sliding windows, a step's workspace and logits."""
     windows = model.window_bytes(tokens)
     logits = model.vocab * (_LOGIT_BYTES + model.dims.element_bytes)
     return {
@@ -139,13 +140,18 @@ def _parts(demand: Demand, model: ModelSize, tokens: int) -> dict[str, Bytes]:
     }
 
 
+def step_bytes(demand: Demand, model: ModelSize, tokens: int, batch: int) -> int:
+    """Device memory that a step of `batch` sequences has to read: weights once, then what each sequence reads."""
+    weights = model.step_parameters * model.dims.element_bytes
+    return weights + batch * (demand.read_bytes + model.window_bytes(tokens))
+
+
 def _times(demand: Demand, model: ModelSize, gpu: GPU, tokens: int, batch: int) -> Times:
     rates, dims = gpu.achieved, model.dims
-    windows = model.window_bytes(tokens)
-    moved = demand.read_bytes + demand.overlapped_bytes + windows
-    window_flop = 2 * windows // dims.element_bytes * dims.q_heads // dims.kv_heads
+    moved = step_bytes(demand, model, tokens, batch) + batch * demand.overlapped_bytes
+    window_flop = 2 * model.window_bytes(tokens) // dims.element_bytes * dims.q_heads // dims.kv_heads
     return Times(
-        hbm=1000 * (model.step_parameters * dims.element_bytes + batch * moved) / rates.bandwidth_bytes,
+        hbm=1000 * moved / rates.bandwidth_bytes,
         pcie=1000 * batch * demand.bus_bytes / rates.link_bytes,
         flop=1000 * batch * (2 * model.step_parameters + demand.flop + window_flop) / rates.flop,
         overhead=model.layers * gpu.layer_overhead_ms,

@@ -14,7 +14,7 @@ import torch
 from test_results import manifest
 from tiny_models import tiny_model
 
-from evals.bench.conditions import noise_note
+from evals.bench.conditions import conditions, noise_note
 from evals.bench.engines import SkvContender, TransformersContender
 from evals.bench.latency import PARTS, LatencyRecord, measure_latency, parts_of
 from evals.bench.latency_report import write_latency_reports
@@ -23,15 +23,18 @@ from evals.bench.measuring import Bench
 from evals.bench.memory import MemoryShortError, Room, available_host_bytes
 from evals.bench.prompts import RealPrompts, SyntheticPrompts
 from evals.bench.records import BenchRecord, Cell
-from evals.bench.report import write_bench_reports
+from evals.bench.report import latex, notes_of, write_bench_reports
 from evals.bench.summary import gains, summarise_bench
 from evals.bench.sweep import Plan, doublings, ladder_cells, largest_fitting, run_sweep
 from evals.bench.timing import distribution, paired_ratios, spread, step_times
 from evals.results import open_records, read_records
 from evals.sources import haystack
+from evals.tables import Table
 from shadowkv.engine import Engine
 from shadowkv.errors import SkvError
 from shadowkv.loading import load_tokenizer
+from shadowkv.model_size import model_size
+from shadowkv.planner import demand_of, sequence_parts
 from shadowkv.presets import find_preset
 from shadowkv.registry import methods, parse_method
 from shadowkv.resolving import ModelSource
@@ -63,8 +66,7 @@ def prompts(engine, tokenizer):
 
 
 def room(engine, **changes):
-    weights = sum(p.numel() * p.element_size() for p in engine.model.parameters())
-    return replace(Room(torch.device("cpu"), engine.dims, weights, weights), **changes)
+    return replace(Room(torch.device("cpu"), model_size(engine.model.config, 4)), **changes)
 
 
 def bench(engine, **changes):
@@ -254,10 +256,32 @@ def test_what_is_planned_is_what_is_held(engine, prompts):
     for spec in SPECS:
         method = parse_method(spec)
         decoding = SkvContender(engine, prompts, method).start(CONTEXT, 3)
-        held, planned = decoding.nbytes(), room(engine, weights_bytes=0, snapshots=False).need(method, CONTEXT, 3, 0)
-        assert held.device <= planned.device
+        held, there = decoding.nbytes(), room(engine, snapshots=False)
+        planned = there.need(method, CONTEXT, 3, 0)
+        assert held.device <= planned.device - there.model.weight_bytes
         assert held.host == pytest.approx(planned.host, rel=0.01)
         decoding.close()
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma3"])
+def test_room_is_planned_as_skv_plan_does(kind):
+    """Sliding windows, a step's workspace and logits count, as they do before anyone rents a GPU."""
+    size, method = model_size(tiny_model(kind).config, 4), parse_method("quest:budget=64,dense_layers=0")
+    there = Room(torch.device("cpu"), size, snapshots=False)
+    none, one = (there.need(method, 700, batch, 0).device for batch in (0, 1))
+    planned = sum(part.device for part in sequence_parts(demand_of(method, size.dims, 700), size, 700).values())
+    assert none == size.weight_bytes
+    assert one - none == planned + 256 * size.dims.full_bytes_per_token
+
+
+def test_bytes_read_are_those_of_the_plan(engine, prompts):
+    """So that GB/s of a sweep and of `skv plan` are of the same bytes, landmarks and page extremes among them."""
+    found = [bench(engine).measure(c, Cell(c.label, CONTEXT, 2, 0)) for c in contenders(engine, prompts)]
+    size = model_size(engine.model.config, 4)
+    for made, spec in zip(found, SPECS, strict=True):
+        method = parse_method(spec)
+        assert made.read_bytes == size.step_parameters * 4 + 2 * method.read_bytes(size.dims, CONTEXT)
+        assert made.bus_bytes == 2 * method.bus_bytes(size.dims, CONTEXT)
 
 
 def test_short_host_memory_is_said_with_the_number(engine, monkeypatch):
@@ -384,6 +408,46 @@ def test_rows_compare_at_equal_batch_and_at_the_best_one():
     assert best["fast"].gain_equal.median == pytest.approx(0.5625)
 
 
+def test_times_of_two_machines_make_no_ratio():
+    records = [
+        *(record("full", 1, repeat, 10.0) for repeat in (0, 1, 2)),
+        record("fast", 1, 0, 5.0),
+        *(record("fast", 1, repeat, 1.0, machine="elsewhere") for repeat in (1, 2)),
+        record("other", 1, 0, 1.0, machine="elsewhere"),
+    ]
+    rows = {row.method: row for row in summarise_bench(records)}
+    assert (rows["fast"].ratio_low, rows["fast"].ratio_high) == (2.0, 2.0)
+    assert rows["other"].ratio is None
+    assert {gain.method: gain.gain and gain.gain.high for gain in gains(records)} == {
+        "full": 1.0, "fast": 2.0, "other": None,
+    }  # fmt: skip
+
+
+def test_what_failed_among_repeats_is_told():
+    """A row that has some times is not one that has them all."""
+    records = [
+        record("full", 1, 0, 10.0),
+        record("full", 1, 1, 0.0, status="oom", error="no room", step_ms=[]),
+    ]
+    rows = summarise_bench(records)
+    assert (rows[0].status, rows[0].repeats, rows[0].failed) == ("ok", 1, 1)
+    assert "oom: full @ 1k x 1, in 1 of 2 repeats: no room" in notes_of(MANIFEST, records, rows)
+
+
+def test_ratios_of_different_commands_are_told():
+    sessions = [replace(MANIFEST.sessions[0], started=f"2026-01-0{day}T00:00:00+00:00") for day in (1, 2)]
+    told = replace(MANIFEST, sessions=sessions)
+    first, second = "2026-01-01T08:00:00+00:00", "2026-01-02T08:00:00+00:00"
+    records = [
+        record("full", 1, 0, 10.0, started=first),
+        record("beside", 1, 0, 10.0, started=first),
+        record("later", 1, 0, 10.0, started=second),
+        record("alone", 2, 0, 10.0, started=second),
+    ]
+    said = [note for note in notes_of(told, records, summarise_bench(records)) if "another command" in note]
+    assert said == ["not measured side by side, full attention being of another command in part: later, alone"]
+
+
 def test_reports_say_what_was_not_real(engine, prompts, tmp_path):
     sweep(tmp_path, bench(engine), contenders(engine, prompts, ["full", "duo:sinks=4,recent=24"]))
     path = tmp_path / "run.json"
@@ -405,6 +469,32 @@ def test_reports_say_what_was_not_real(engine, prompts, tmp_path):
         assert "here; elsewhere" in said
     assert "[dummy weights] [synthetic KV]" in report.tables[0].title
     assert "[dummy weights] [synthetic KV]" in (tmp_path / "summary.tex").read_text().replace("\\_", "_")
+
+
+def test_latex_compiles_whatever_a_model_is_called():
+    made = latex(Table("throughput · my_model 50% #1", ["a_b", "tokens/s"], [["x_y ±3%", "1"]]), ["two\nlines"])
+    assert r"\caption{throughput $\cdot$ my\_model 50\% \#1}" in made
+    assert r"x\_y $\pm$3\%" in made
+    assert made.endswith("% two lines\n")
+
+
+def test_the_gpu_is_asked_by_its_own_name(monkeypatch):
+    """As CUDA_VISIBLE_DEVICES may number it anew, and from within a container, which sees other process ids."""
+    asked = []
+    answers = {"clocks.sm": "1980, 2619, 35, 80.1\n", "pid": "4001\n4002\n"}
+
+    def run(command, **_):
+        asked.append(command[-1])
+        said = next(text for word, text in answers.items() if word in command[1])
+        return SimpleNamespace(returncode=0, stdout=said)
+
+    monkeypatch.setattr("subprocess.run", run)
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda _: SimpleNamespace(uuid="c0ffee"))
+    found = conditions(torch.device("cuda:0"))
+    assert set(asked) == {"GPU-c0ffee"}
+    assert (found["clocks.sm"], found["other_gpu_processes"]) == ("1980", 1)
+    answers["pid"] = ""
+    assert conditions(torch.device("cuda:0"))["other_gpu_processes"] == 0
 
 
 def test_noise_is_told():
@@ -452,15 +542,21 @@ def test_latency_finds_the_parts_of_a_step(engine, prompts, tmp_path, spec):
     assert any(file.name == "latency.png" for file in report.files)
 
 
-def event(name, cpu, device, *children):
-    return SimpleNamespace(name=name, cpu_time_total=cpu, device_time_total=device, cpu_children=children)
+def event(name, cpu, kernels, *children):
+    own = [SimpleNamespace(name="a_kernel", duration=us) for us in kernels]
+    return SimpleNamespace(name=name, cpu_time_total=cpu, kernels=own, cpu_children=children)
 
 
 def test_the_outermost_range_gets_the_time():
     """Microseconds of two steps; what a range holds inside another is the outer one's."""
-    inner = event("skv::fetch", 300.0, 30.0)
-    step = event("skv::step", 1000.0, 100.0, event("aten::x", 500.0, 50.0, event("skv::selection", 400.0, 40.0, inner)))
-    on_cpu, on_gpu = (parts_of([step, step, inner], 2, on_gpu=gpu) for gpu in (False, True))
+    inner = event("skv::fetch", 300.0, [20.0, 10.0])
+    selection = event("skv::selection", 400.0, [10.0], inner)
+    # Ranges show up on the GPU as well, as a stretch of its time with kernels and gaps between them.
+    selection.kernels.append(SimpleNamespace(name="skv::selection", duration=900.0))
+    span = event("skv::step", 0.0, [])
+    span.kernels.append(SimpleNamespace(name="skv::step", duration=950.0))
+    step = event("skv::step", 1000.0, [50.0], event("aten::x", 500.0, [10.0], selection))
+    on_cpu, on_gpu = (parts_of([step, span, step, span, inner], 2, on_gpu=gpu) for gpu in (False, True))
     assert on_cpu.by_part["selection"] == 0.4
     assert on_cpu.by_part["fetch"] == 0
     assert on_cpu.by_part["other"] == pytest.approx(0.6)

@@ -11,6 +11,11 @@ from cli.main import main
 from evals.bench.latency import LatencyRecord
 from evals.bench.records import BenchRecord
 from evals.results import read_records
+from shadowkv.geometry import dims_of
+from shadowkv.loading import load_config
+from shadowkv.model_size import count_parameters
+from shadowkv.registry import parse_method
+from shadowkv.resolving import resolve
 
 SMALL = ["--context", "256,512", "--steps", "3", "--warmup", "1", "--haystack", "synthetic"]
 METHODS = ["-m", "full", "-m", "shadowkv:rank=8,budget=64", "-m", "quest:budget=64"]
@@ -45,6 +50,11 @@ def test_both_show_examples(capsys, command):
         (["--prefill-chunk", "0"], "at least 1"),
         (["--dtype", "float3"], "unknown dtype"),
         (["--engine", "vlm"], "did you mean 'vllm'"),
+        (["--kv-bytes", "25%", "--budget", "64"], "--budget and --kv-bytes would each decide"),
+        (["--kv-bytes", "0%"], "--kv-bytes 0% is not in (0, 100] %"),
+        (["--kv-bytes", "lots"], "--kv-bytes: 'lots' is not a size"),
+        (["-m", "tova:budget=64", "--kv-bytes", "25%"], "give that or --kv-bytes"),
+        (["--engine", "vllm", "--synthetic-kv"], "so --synthetic-kv is not of it"),
         (["--memory-cap", "much"], "is not a size; write 80GB"),
         (["--memory-cap", "10kB"], "--memory-cap 10kB is less than the weights"),
         (["-m", "shadwkv"], "did you mean 'shadowkv'"),
@@ -113,10 +123,7 @@ def test_a_sweep_prints_writes_and_continues(capsys, throughput, tmp_path):
 
 
 def test_a_tiny_cap_is_an_oom_and_no_failure(capsys, throughput, tiny_folder):
-    from shadowkv.loading import load_config, weights_bytes
-    from shadowkv.resolving import resolve
-
-    weights = weights_bytes(load_config(resolve(str(tiny_folder), dummy=False)), 4)
+    weights = 4 * count_parameters(load_config(resolve(str(tiny_folder), dummy=False))).total
     assert main([*throughput, "--batch", "1,2,4", "--memory-cap", f"{weights + 1_600_000}", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     found = {(row["method"], row["context"], row["batch"]): row["status"] for row in told["rows"]}
@@ -126,6 +133,20 @@ def test_a_tiny_cap_is_an_oom_and_no_failure(capsys, throughput, tiny_folder):
         assert statuses in (["ok", "ok", "ok"], ["ok", "ok", "oom"], ["ok", "oom", None], ["oom", None, None])
     assert any(note.startswith("device memory capped at") for note in told["notes"])
     assert any(note.startswith("oom: full @ 512") for note in told["notes"])
+
+
+def test_methods_are_given_the_same_device_memory(capsys, tiny_folder, tmp_path):
+    """A quarter of what full attention takes of the longest prompt; what is fixed runs as it is and is named."""
+    argv = ["bench", "throughput", "--model", str(tiny_folder), *SMALL, "--batch", "1", "--repeats", "1"]
+    asked = ["-m", "full", "-m", "shadowkv:budget=64", "-m", "snapkv", "-m", "streaming", "--kv-bytes", "25%"]
+    assert main([*argv, *asked, "--json", "--out", str(tmp_path / "run")]) == 0
+    told = json.loads(capsys.readouterr().out)
+    chosen = [parse_method(label) for label in dict.fromkeys(row["method"] for row in told["rows"])]
+    dims = dims_of(load_config(resolve(str(tiny_folder), dummy=False)), 4)
+    full, *others = (method.prompt_bytes(dims, 512).device for method in chosen)
+    assert [method.name for method in chosen] == ["full", "shadowkv", "snapkv", "streaming"]
+    assert all(0.2 * full < held <= 0.25 * full for held in others)
+    assert "--kv-bytes 25% does not apply to full, which run as they are" in told["notes"]
 
 
 def test_a_search_that_ends_at_its_ceiling_says_so(capsys, throughput):

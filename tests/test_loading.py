@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from shadowkv.errors import SkvError
-from shadowkv.loading import context_tokens, load_config, load_model, load_tokenizer, weights_bytes, weights_sha256
+from shadowkv.loading import context_tokens, load_config, load_model, load_tokenizer, weights_sha256
+from shadowkv.model_size import count_parameters
 from shadowkv.packs import pack_path
 from shadowkv.presets import presets
 from shadowkv.resolving import ModelSource, resolve
@@ -227,7 +228,7 @@ def test_every_preset_describes_a_model_that_can_be_built(name, monkeypatch, tmp
     config, preset = load_config(source), presets()[name]
     dims = dims_of(config, 2)
     assert (dims.q_heads, dims.kv_heads, dims.head_dim) == (preset.q_heads, preset.kv_heads, preset.head_dim)
-    billions = weights_bytes(config, 1) / 1e9
+    billions = count_parameters(config).total / 1e9
     told = {"8b": 8.0, "9b": 9.1, "mini": 3.8, "7b": 7.6, "135m": 0.135, "270m": 0.27}
     expected = next(size for part, size in told.items() if part in name)
     assert billions == pytest.approx(expected, rel=0.06)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
+from shutil import copytree
+
 import pytest
 import typer.main
 
 from cli.main import app, main
-from evals.paper.figures import ablated, accuracy_summary, throughput_summary, write_ablations
+from cli.paper import _report
+from evals.paper.figures import _published, ablated, accuracy_summary, throughput_summary, write_ablations
 from evals.paper.published import ROWS
-from evals.paper.recipes import ABLATION_BASE, MODELS, SCALES, SMOKE_MODEL, find_recipe, recipes
+from evals.paper.recipes import ABLATION_BASE, MODELS, SCALES, SMOKE_MODEL, Step, find_recipe, recipes
 from evals.results import read_run
 from evals.summary import summarise
 from shadowkv.presets import presets
@@ -103,6 +107,46 @@ def test_gains_stand_beside_the_published_ones(tmp_path, tiny_folder):
     rows = throughput_summary([out]).rows
     assert [row[:3] for row in rows] == [["tiny-llama", "256", "quest:budget=64"]]
     assert rows[0][-1] == "–", "nothing was published for this model"
+
+
+def test_a_gain_was_published_for_one_setting_only():
+    for method, said in (
+        ("shadowkv:budget=1024", "2.94"),
+        ("shadowkv:budget=2048", "–"),
+        ("shadowkv", "–"),
+        ("shadowkv:budget=1024,rank=64", "–"),
+        ("quest:budget=1024", "–"),
+    ):
+        assert _published("llama3.1-8b", 60 * 1024, method) == said
+    assert _published("llama3.1-8b", 122 * 1024, "shadowkv") == "3.04"
+
+
+def test_a_smoke_run_says_what_it_is_and_what_its_runs_say(capsys, run_folder, tmp_path):
+    """From folders as the commands leave them: everything is measured already."""
+    out = tmp_path / "paper"
+    copytree(run_folder, out / "tiny")
+    told = json.loads((out / "tiny" / "run.json").read_text())
+    (out / "tiny" / "run.json").write_text(json.dumps({**told, "notes": ["left out: cwe"]}))
+    _report(find_recipe("niah"), "smoke", out, [Step("tiny", ())])
+    page = (out / "paper.md").read_text()
+    for said in (page, " ".join(capsys.readouterr().out.split())):
+        assert "nothing of the paper's claims" in said
+        assert "tiny: left out: cwe" in said
+
+
+def test_longbench_without_some_rows_names_them(capsys, tmp_path, tiny_folder):
+    (tmp_path / "data").mkdir()
+    row = {"input": "q", "context": "text " * 50, "answers": ["a"], "length": 50, "all_classes": None, "_id": "1"}
+    (tmp_path / "data" / "trec.jsonl").write_text(json.dumps({**row, "all_classes": ["a", "b"]}) + "\n")
+    words = [word for step in find_recipe("longbench").steps("smoke", [str(tiny_folder)]) for word in step.words]
+    argv = [*words, "--data", str(tmp_path / "data"), "--wording", "own", "--out", str(tmp_path / "run"), "-q"]
+    assert main(argv) == 1
+    said = capsys.readouterr().err
+    assert "left out: " in said
+    assert "multi_news" in said
+    assert "no rows" in said
+    notes = read_run(tmp_path / "run")[0].notes
+    assert sum("multi_news" in note and "samsum" in note for note in notes) == 1, "one line for one reason"
 
 
 def test_what_is_not_there_is_said(capsys):

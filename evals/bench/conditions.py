@@ -27,13 +27,16 @@ def conditions(device: torch.device) -> dict[str, Any]:
     found |= dict(zip(_CLOCKS, values[0], strict=False)) if values else {}
     pids = _smi("--query-compute-apps=pid", device)
     if pids is not None:
-        found["other_gpu_processes"] = sum(row[0] != str(os.getpid()) for row in pids)
+        # This process is one of them, under a number of the host's where it runs in a container.
+        found["other_gpu_processes"] = max(len(pids) - 1, 0)
     return found
 
 
 def _smi(query: str, device: torch.device) -> list[list[str]] | None:
     """Rows of an nvidia-smi query, None where it cannot be asked."""
-    command = ["nvidia-smi", query, "--format=csv,noheader,nounits", "-i", str(device.index or 0)]
+    # By its own name: CUDA_VISIBLE_DEVICES numbers GPUs anew, and nvidia-smi does not ask it.
+    name = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+    command = ["nvidia-smi", query, "--format=csv,noheader,nounits", "-i", name]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=10)
     except (OSError, subprocess.TimeoutExpired):

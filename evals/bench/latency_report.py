@@ -10,9 +10,11 @@ import numpy as np
 
 from evals.bench.conditions import noise_note
 from evals.bench.latency import PARTS, LatencyRecord
-from evals.bench.report import bench_title, latex, page
+from evals.bench.report import bench_title, latex
+from evals.looks import COLOURS
 from evals.manifest import Manifest
-from evals.plots import COLOURS, new_figure, save, wrapped
+from evals.page import page
+from evals.plots import new_figure, save, wrapped
 from evals.results import read_records
 from evals.summary import grouped
 from evals.tables import Table, number, tokens
@@ -67,7 +69,7 @@ def write_latency_reports(folder: Path) -> LatencyReport:
         for r in records
     ]
     pd.DataFrame(flat).drop(columns=["parts_ms", "conditions"]).to_csv(folder / "summary.csv", index=False)
-    (folder / "summary.md").write_text(page(manifest, [table], notes), encoding="utf-8")
+    (folder / "summary.md").write_text(page(title, manifest, [table], notes[len(manifest.notes) :]), encoding="utf-8")
     (folder / "summary.tex").write_text(latex(table, notes), encoding="utf-8")
     files = [folder / name for name in ("summary.csv", "summary.md", "summary.tex")]
     good = [record for record in records if record.status == "ok"]

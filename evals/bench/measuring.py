@@ -12,6 +12,7 @@ from evals.bench.records import BenchRecord, Cell
 from evals.bench.timing import Clock, step_times
 from evals.failures import FAILURES, status_of
 from shadowkv.engine import Engine
+from shadowkv.planner import demand_of, step_bytes
 from shadowkv.wording import one_line
 
 
@@ -46,13 +47,13 @@ class Bench:
         return BenchRecord(*cell, status, said, self.machine, started, conditions={"before": before})
 
     def _measured(self, contender: Contender, cell: Cell, started: str, before: dict[str, object]) -> BenchRecord:
-        device, dims = self.engine.model.device, self.engine.dims
+        device, model = self.engine.model.device, self.room.model
+        demand = demand_of(contender.method, model.dims, cell.context)
         decoding = contender.start(cell.context, cell.batch)
         try:
             step_ms = step_times(decoding.step, self.warmup_steps, self.steps, Clock(device))
             held, began = decoding.nbytes(), decoding.began
             on_device, on_host = peak_bytes(device)
-            attended = contender.method.attended_tokens(dims, cell.context, self.new_tokens)
             return BenchRecord(
                 *cell,
                 status="ok",
@@ -65,13 +66,13 @@ class Bench:
                 prefill_s=began.prefill_s,
                 build_s=began.build_s,
                 stacked=began.stacked,
-                weights_bytes=self.room.weights_bytes,
+                weights_bytes=model.weight_bytes,
                 kv_device_bytes=held.device,
                 kv_host_bytes=held.host,
                 peak_device_bytes=on_device,
                 peak_host_bytes=on_host,
-                bus_bytes=cell.batch * contender.method.bus_bytes(dims, cell.context),
-                read_bytes=round(self.room.read_weights_bytes + cell.batch * attended * dims.full_bytes_per_token),
+                bus_bytes=cell.batch * demand.bus_bytes,
+                read_bytes=step_bytes(demand, model, cell.context, cell.batch),
                 tokens_sha256=decoding.tokens_sha256(),
                 conditions={"before": before, "after": conditions(device)},
             )

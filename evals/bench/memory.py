@@ -9,7 +9,9 @@ from pathlib import Path
 
 import torch
 
-from shadowkv.method import Bytes, Dims, Method
+from shadowkv.method import Bytes, Method
+from shadowkv.model_size import ModelSize
+from shadowkv.planner import demand_of, sequence_parts
 
 _GROWTH_TOKENS = 256  # room that buffers make for new tokens at a time
 _HOST_RESERVE = 0.05  # of what is available, left to everything else
@@ -31,20 +33,19 @@ class Room:
     """The memory that a measurement may take. `cap_bytes` is of the device; None is all there is."""
 
     device: torch.device
-    dims: Dims
-    weights_bytes: int
-    read_weights_bytes: int  # what a decode step reads of them: all but an embedding table of its own
+    model: ModelSize
     cap_bytes: int | None = None
     snapshots: bool = True  # whether prompts are computed, which needs one dense prefill at a time
     records_queries: bool = False
 
     def need(self, method: Method, context: int, batch: int, new_tokens: int) -> Bytes:
-        """What `batch` prompts take with the model: weights, caches, their growth, and one dense prefill."""
-        held = method.prompt_bytes(self.dims, context)
-        growth = (new_tokens + _GROWTH_TOKENS) * self.dims.full_bytes_per_token
-        queries = self.dims.query_bytes_per_token if self.records_queries else 0
-        snapshot = context * (self.dims.full_bytes_per_token + queries) if self.snapshots else 0
-        return Bytes(self.weights_bytes + batch * (held.device + growth) + snapshot, batch * held.host)
+        """What `batch` prompts take with the model: what `skv plan` says, room to grow, and one dense prefill."""
+        dims = self.model.dims
+        one = sum(sequence_parts(demand_of(method, dims, context), self.model, context).values(), Bytes(0, 0))
+        growth = (new_tokens + _GROWTH_TOKENS) * dims.full_bytes_per_token
+        queries = dims.query_bytes_per_token if self.records_queries else 0
+        snapshot = context * (dims.full_bytes_per_token + queries) if self.snapshots else 0
+        return Bytes(self.model.weight_bytes + batch * (one.device + growth) + snapshot, batch * one.host)
 
     def check(self, method: Method, context: int, batch: int, new_tokens: int) -> None:
         """Raise `MemoryShortError` where the plan exceeds the cap of a CPU, or the host memory that is free now.
@@ -62,7 +63,7 @@ class Room:
         """Raise `MemoryShortError` where the plan exceeds the host memory that is free now."""
         need = self.need(method, context, batch, new_tokens)
         # On a CPU the device's share is taken from the host too; the weights are there already.
-        host = need.host + (need.device - self.weights_bytes if self.device.type == "cpu" else 0)
+        host = need.host + (need.device - self.model.weight_bytes if self.device.type == "cpu" else 0)
         free = available_host_bytes()
         if host > (1 - _HOST_RESERVE) * free:
             raise MemoryShortError(
@@ -76,7 +77,7 @@ class Room:
         limits = [(self.device_bytes() - empty.device) // max(device, 1)]
         free = int((1 - _HOST_RESERVE) * available_host_bytes())
         if self.device.type == "cpu":
-            limits.append((free - empty.device + self.weights_bytes) // max(device + host, 1))
+            limits.append((free - empty.device + self.model.weight_bytes) // max(device + host, 1))
         elif host:
             limits.append(free // host)
         return max(0, min(ceiling, *limits))
@@ -86,7 +87,7 @@ class Room:
         if self.device.type == "cuda":
             total = torch.cuda.mem_get_info(self.device)[1]
         else:
-            total = available_host_bytes() + self.weights_bytes
+            total = available_host_bytes() + self.model.weight_bytes
         return total if self.cap_bytes is None else min(total, self.cap_bytes)
 
     def hold_cap(self) -> None:

@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from matplotlib.ticker import LogLocator
 
 from evals.bench.summary import BenchRow, Gain
-from evals.plots import COLOURS, MARKERS, new_figure, save, wrapped
+from evals.looks import looks
+from evals.plots import new_figure, save, wrapped
 from evals.summary import REFERENCE, grouped
 from evals.tables import tokens
 
@@ -18,26 +20,26 @@ _PARTS = (("weights", "0.75"), ("KV on the device", "#0072B2"), ("KV on the host
 def write_throughput(path: Path, rows: Sequence[BenchRow], title: str) -> Path:
     """Tokens per second against batch, log-log, by context; whiskers over repeats, a cross where memory ended."""
     contexts = grouped(rows, lambda row: row.context)
-    order = list(dict.fromkeys(row.method for row in rows))
+    drawn = looks([row.method for row in rows])
     figure = new_figure(max(4.8, 3.2 * len(contexts) + 1), 3.8, title)
     panels = figure.subplots(1, len(contexts), sharey=True, squeeze=False)[0]
     for axis, (context, cells) in zip(panels, contexts.items(), strict=True):
         for method, found in grouped(cells, lambda row: row.method).items():
-            place = order.index(method)
-            colour, marker = COLOURS[place % len(COLOURS)], MARKERS[place % len(MARKERS)]
+            look = drawn[method]
             good = [(row.batch, speed) for row in found if (speed := row.throughput) is not None]
             if good:
                 x, y = [batch for batch, _ in good], [speed.median for _, speed in good]
                 around = [[s.median - s.low for _, s in good], [s.high - s.median for _, s in good]]
-                axis.errorbar(x, y, around, label=method, color=colour, marker=marker, ms=4, lw=1.2, capsize=2)
+                axis.errorbar(x, y, around, label=method, ms=4, lw=1.2, capsize=2, **look.style)
             short = [row.batch for row in found if row.status == "oom"]
             if short:
                 height = good[-1][1].median if good else 1.0
-                axis.plot(short[:1], [height], "x", color=colour, ms=8, mew=2)
-                axis.annotate("OOM", (short[0], height), fontsize=6, color=colour, xytext=(4, 4),
+                axis.plot(short[:1], [height], "x", color=look.colour, ms=8, mew=2)
+                axis.annotate("OOM", (short[0], height), fontsize=6, color=look.colour, xytext=(4, 4),
                               textcoords="offset points")  # fmt: skip
         axis.set_xscale("log", base=2)
         axis.set_yscale("log", base=2)
+        axis.yaxis.set_major_locator(LogLocator(2, subs=(1, 1.5)))
         for scale in (axis.xaxis, axis.yaxis):
             scale.set_major_formatter(lambda value, _: f"{value:g}")
         axis.set_title(tokens(context), fontsize=8)
@@ -60,22 +62,23 @@ def write_gain_bars(path: Path, found: Sequence[Gain], title: str) -> Path:
     others = [gain for gain in found if gain.method != REFERENCE]
     contexts = list(dict.fromkeys(gain.context for gain in found))
     labels = list(dict.fromkeys(gain.method for gain in others))
+    drawn = looks([REFERENCE, *labels])
     figure = new_figure(max(5.6, 1.6 + 0.9 * len(contexts) * max(len(labels), 1)), 3.8, title)
     axis = figure.subplots()
     width = 0.8 / max(2 * len(labels), 1)
     for place, label in enumerate(labels):
-        colour = COLOURS[(place + 1) % len(COLOURS)]
+        look = drawn[label]
         for kind, (hatch, own) in enumerate((("", True), ("///", False))):
             for gain in (gain for gain in others if gain.method == label):
                 ratio = gain.gain if own else gain.gain_equal
                 x = contexts.index(gain.context) + (2 * place + kind - len(labels) + 0.5) * width
                 if ratio is None:
-                    axis.text(x, 0.02, "–", ha="center", fontsize=7, color=colour)
+                    axis.text(x, 0.02, "–", ha="center", fontsize=7, color=look.colour)
                     continue
                 around = [[ratio.median - ratio.low], [ratio.high - ratio.median]]
                 first = gain.context == contexts[0]
                 name = f"{label}, {'own best batch' if own else 'batch of full'}" if first else None
-                axis.bar(x, ratio.median, width, yerr=around, color=colour, hatch=hatch, label=name, alpha=0.8,
+                axis.bar(x, ratio.median, width, yerr=around, color=look.colour, hatch=look.hatch + hatch, label=name,
                          ecolor="0.3", error_kw={"lw": 0.9}, edgecolor="white")  # fmt: skip
                 if own:
                     said = f"{ratio.median:.2f}x\n({gain.batch})"
@@ -110,11 +113,14 @@ def write_memory_bars(path: Path, rows: Sequence[BenchRow], found: Sequence[Gain
             height = np.array([value or 0 for value in values]) / 2**30
             axis.bar(range(len(cells)), height, bottom=bottom, label=name, color=colour)
             bottom += height
+        axis.use_sticky_edges = False  # or the highest bar would end on the frame
+        axis.margins(y=0.05)
         names = [f"{wrapped(row.method)}\nx {row.batch}" for row in cells]
         axis.set_xticks(range(len(cells)), names, fontsize=6)
         axis.set_title(tokens(context), fontsize=8)
         axis.tick_params(axis="y", labelsize=7)
         axis.grid(axis="y", alpha=0.3)
+    panels[0].set_ylim(bottom=0)
     panels[0].set_ylabel("GiB at the best batch", fontsize=8)
     handles, names = panels[0].get_legend_handles_labels()
     figure.legend(handles, names, fontsize=6, ncols=len(_PARTS), loc="outside lower center")

@@ -55,8 +55,8 @@ class BenchRecord(Measurement):
     kv_host_bytes: int = 0
     peak_device_bytes: int | None = None  # of the allocator, while building and decoding; None on a CPU
     peak_host_bytes: int | None = None  # of the process; None where the system does not tell
-    bus_bytes: int = 0  # per step, between host and device
-    read_bytes: int = 0  # per step, at least: weights, and the keys and values attended to
+    bus_bytes: int = 0  # per step, between host and device, as planned
+    read_bytes: int = 0  # per step, of device memory, as planned
     tokens_sha256: str | None = None  # of all rows' tokens
     conditions: dict[str, Any] = field(default_factory=dict)  # load, clocks, other processes
 

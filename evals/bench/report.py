@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,15 +15,18 @@ from evals.bench.records import BenchRecord
 from evals.bench.summary import BenchRow, Gain, gains, summarise_bench
 from evals.bench.timing import Spread
 from evals.manifest import Manifest
+from evals.page import heading, page
 from evals.results import read_records
+from evals.summary import REFERENCE, grouped
 from evals.tables import Table, mib, number, tokens
+from shadowkv.wording import plain_line
 
 _CAPTION = (
     "Tokens/s: of all rows while decoding, prefill excluded; median over repeats, and half of what lies between the "
     "lowest and the highest. x full: to full attention at the same batch, measured side by side in every repeat, "
     "(lowest-highest). TTFT: of a prompt that waits for no other, timed once for all methods; of full@hf, of the whole "
-    "batch. Bus: between host and device per step, as the method plans. Read: at least, weights and attended keys and "
-    "values over the median step. Peak: of the device's allocator, on a CPU of the whole process."
+    "batch. Bus: between host and device per step; read: what a step has to read of the device's memory; both as in "
+    "skv plan, over the median step. Peak: of the device's allocator, on a CPU of the whole process."
 )
 
 
@@ -47,9 +52,9 @@ def _rate(row: BenchRow) -> str:
     return "–" if found is None else f"{found.median:.2f} ±{100 * found.relative:.0f}%"
 
 
-def ratio(value: float | None, low: float | None, high: float | None) -> str:
+def ratio(found: Spread | None) -> str:
     """A ratio with its lowest and highest."""
-    return "–" if value is None or low is None or high is None else f"{value:.2f} ({low:.2f}–{high:.2f})"
+    return "–" if found is None else f"{found.median:.2f} ({found.low:.2f}–{found.high:.2f})"
 
 
 def _steps(row: BenchRow) -> str:
@@ -66,7 +71,7 @@ _COLUMNS = (
     _Column("batch", lambda row: str(row.batch)),
     _Column("status", lambda row: {"oom": "OOM"}.get(row.status, row.status), dense=False),
     _Column("tokens/s", lambda row: _rate(row) if row.status == "ok" else row.status.upper()),
-    _Column("x full", lambda row: ratio(row.ratio, row.ratio_low, row.ratio_high)),
+    _Column("x full", lambda row: ratio(row.over_full)),
     _Column("ms/token\np10/p50/p90", _steps, dense=False),
     _Column("ms/token\np50", lambda row: number(row.step_ms_p50, ".1f"), dense=True),
     _Column("TTFT\ns", lambda row: number(row.ttft_s, ".2f")),
@@ -90,9 +95,6 @@ def throughput_table(title: str, rows: Sequence[BenchRow], *, dense: bool = Fals
 def gain_table(found: Sequence[Gain]) -> Table:
     """The form of the ShadowKV paper's table: each method at its own best batch against full attention at its own."""
 
-    def shown(spread: Spread | None) -> str:
-        return "–" if spread is None else ratio(*spread)
-
     def at(rate: float | None, batch: int | None) -> str:
         return "–" if rate is None else f"{rate:.2f} ({batch})"
 
@@ -102,8 +104,8 @@ def gain_table(found: Sequence[Gain]) -> Table:
             gain.method,
             at(gain.full_tokens_per_s, gain.full_batch),
             at(gain.tokens_per_s, gain.batch),
-            shown(gain.gain),
-            shown(gain.gain_equal),
+            ratio(gain.gain),
+            ratio(gain.gain_equal),
         ]
         for gain in found
     ]
@@ -119,15 +121,20 @@ def notes_of(manifest: Manifest, records: Sequence[BenchRecord], rows: Sequence[
     notes = list(manifest.notes)
     machines = list(dict.fromkeys(record.machine for record in records))
     if len(machines) > 1:
-        notes.append(f"measured on several machines, ratios between them mean nothing: {'; '.join(machines)}")
+        notes.append(f"measured on several machines, between which there are no ratios: {'; '.join(machines)}")
+    later = _of_other_commands(manifest, records)
+    if later:
+        notes.append(f"not measured side by side, full attention being of another command in part: {', '.join(later)}")
     apart = list(dict.fromkeys(row.method for row in rows if row.stacked is False))
     if apart:
         notes.append(f"rows run one after the other: {', '.join(apart)}")
     for row in rows:
-        if row.status != "ok":
-            notes.append(f"{row.status}: {row.method} @ {tokens(row.context)} x {row.batch}: {row.error}")
+        if row.failed:
+            some = f", in {row.failed} of {row.failed + row.repeats} repeats" if row.repeats else ""
+            notes.append(f"{row.failure}: {row.method} @ {tokens(row.context)} x {row.batch}{some}: {row.error}")
     selection, config = manifest.selection, manifest.config
     if selection.get("find_max"):
+        notes.append("repeat 0 of a largest batch is from the search for it, in which methods do not take turns")
         top = [row for row in rows if row.status == "ok" and row.batch >= selection["max_batch"]]
         notes += [f"the search ended at --max-batch {row.batch}: {row.method} @ {tokens(row.context)}" for row in top]
     before = [record.conditions["before"] for record in records if "before" in record.conditions]
@@ -138,13 +145,20 @@ def notes_of(manifest: Manifest, records: Sequence[BenchRecord], rows: Sequence[
     return notes
 
 
+def _of_other_commands(manifest: Manifest, records: Sequence[BenchRecord]) -> list[str]:
+    """Methods that some context was measured with by other commands than full attention, hence at another time."""
+    starts = sorted(session.started for session in manifest.sessions)
+    good = grouped([record for record in records if record.status == "ok"], lambda r: (r.context, r.method))
+    by = {key: {bisect_right(starts, record.started) for record in found} for key, found in good.items()}
+    return list(
+        dict.fromkeys(key[1] for key, commands in by.items() if commands != by.get((key[0], REFERENCE), commands))
+    )
+
+
 def bench_title(manifest: Manifest) -> str:
     """One line that says what was run on what, and how far it is from the real thing."""
-    model = manifest.model
-    marks = [
-        f"[{mark}]" for mark, on in (("dummy weights", model["dummy"]), ("synthetic KV", _synthetic(manifest))) if on
-    ]
-    return " ".join([f"{manifest.benchmark} · {model['name']} · {model['dtype']} on {model['device']}", *marks])
+    marks = {"dummy weights": manifest.model["dummy"], "synthetic KV": _synthetic(manifest)}
+    return " ".join([heading(manifest), *(f"[{mark}]" for mark, on in marks.items() if on)])
 
 
 def _synthetic(manifest: Manifest) -> bool:
@@ -162,7 +176,7 @@ def write_bench_reports(folder: Path) -> BenchReport:
     marks = {"dummy": manifest.model["dummy"], "synthetic_kv": _synthetic(manifest), "notes": "; ".join(notes)}
     frame = pd.DataFrame([asdict(row) | marks for row in rows])
     frame.to_csv(folder / "summary.csv", index=False)
-    (folder / "summary.md").write_text(page(manifest, tables, notes), encoding="utf-8")
+    (folder / "summary.md").write_text(page(title, manifest, tables, notes[len(manifest.notes) :]), encoding="utf-8")
     (folder / "summary.tex").write_text("\n".join(latex(table, notes) for table in tables), encoding="utf-8")
     (folder / "plots").mkdir(exist_ok=True)
     plots = []
@@ -176,17 +190,6 @@ def write_bench_reports(folder: Path) -> BenchReport:
     return BenchReport(rows, found, tables, notes, [*(folder / name for name in names), *plots])
 
 
-def page(manifest: Manifest, tables: Sequence[Table], notes: Sequence[str]) -> str:
-    """Tables in Markdown, with what a reader must know above and below them."""
-    session = manifest.sessions[-1]
-    lines = [f"# {bench_title(manifest)}", "", *(f"**{note}**\n" for note in manifest.notes)]
-    lines += [table.markdown() for table in tables]
-    lines += [f"- {note}" for note in notes if note not in manifest.notes]
-    versions = ", ".join(f"{name} {version}" for name, version in session.versions.items())
-    commands = [f"`{command}`\n" for command in dict.fromkeys(session.command for session in manifest.sessions)]
-    return "\n".join([*lines, "", *commands, f"{manifest.config['machine']} · {versions}"]) + "\n"
-
-
 def latex(table: Table, notes: Sequence[str]) -> str:
     """A tabular with the title, and below it as comments what a reader must know."""
     import pandas as pd
@@ -194,8 +197,9 @@ def latex(table: Table, notes: Sequence[str]) -> str:
     columns = [head.replace("\n", " ") for head in table.columns]
     align = "l" * table.names + "r" * (len(columns) - table.names)
     body = pd.DataFrame([list(row) for row in table.rows], columns=columns)
-    shown: str = body.to_latex(index=False, escape=True, column_format=align, caption=table.title)
+    caption = re.sub(r"([&%$#_{}])", r"\\\1", table.title)  # pandas escapes cells only
+    shown: str = body.to_latex(index=False, escape=True, column_format=align, caption=caption)
     # Unescaped by pandas: what LaTeX engines without UTF-8 input would stumble over.
     for sign, spelled in (("±", r"$\pm$"), ("–", "--"), ("·", r"$\cdot$")):
         shown = shown.replace(sign, spelled)
-    return shown + "".join(f"% {note}\n" for note in notes)
+    return shown + "".join(f"% {plain_line(note)}\n" for note in notes)

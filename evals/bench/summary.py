@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,8 +19,10 @@ class BenchRow:
     context: int
     batch: int
     status: str  # ok if any repeat is; otherwise that of the last one
-    error: str | None
+    failure: str | None  # oom or error, of the last repeat that failed, also where others did not
+    error: str | None  # what it said
     repeats: int  # measured
+    failed: int  # repeats
     tokens_per_s: float | None  # median over repeats
     tokens_per_s_low: float | None
     tokens_per_s_high: float | None
@@ -39,7 +41,7 @@ class BenchRow:
     peak_device_bytes: int | None  # largest over repeats
     peak_host_bytes: int | None
     bus_bytes: int | None  # per step
-    read_bytes: int | None  # per step, at least
+    read_bytes: int | None  # per step
     stacked: bool | None
 
     @property
@@ -52,6 +54,12 @@ class BenchRow:
 
     def _per_s(self, moved: int | None) -> float | None:
         return None if moved is None or not self.step_ms_p50 else 1000 * moved / self.step_ms_p50
+
+    @property
+    def over_full(self) -> Spread | None:
+        if self.ratio is None or self.ratio_low is None or self.ratio_high is None:
+            return None
+        return Spread(self.ratio, self.ratio_low, self.ratio_high)
 
     @property
     def throughput(self) -> Spread | None:
@@ -116,18 +124,21 @@ def gains(records: Sequence[BenchRecord]) -> list[Gain]:
     return sorted(made, key=lambda gain: gain.context)
 
 
-def _rates(records: Sequence[BenchRecord]) -> dict[int, float]:
-    """Tokens per second by repeat."""
-    return {r.repeat: rate for r in records if (rate := r.tokens_per_s) is not None}
+# Tokens per second by machine and repeat: what has the same key may be compared.
+Rates = dict[Hashable, float]
 
 
-def _median(rates: dict[int, float]) -> float:
+def _rates(records: Sequence[BenchRecord]) -> Rates:
+    return {(r.machine, r.repeat): rate for r in records if (rate := r.tokens_per_s) is not None}
+
+
+def _median(rates: Rates) -> float:
     found = spread(list(rates.values()))
     assert found is not None
     return found.median
 
 
-def _row(records: list[BenchRecord], full: dict[int, float]) -> BenchRow:
+def _row(records: list[BenchRecord], full: Rates) -> BenchRow:
     good = [r for r in records if r.status == "ok"]
     failed = [r for r in records if r.status != "ok"]
     rates = _rates(good)
@@ -139,8 +150,10 @@ def _row(records: list[BenchRecord], full: dict[int, float]) -> BenchRow:
         context=records[0].context,
         batch=records[0].batch,
         status="ok" if good else failed[-1].status,
+        failure=failed[-1].status if failed else None,
         error=failed[-1].error if failed else None,
         repeats=len(good),
+        failed=len(failed),
         tokens_per_s=speed and speed.median,
         tokens_per_s_low=speed and speed.low,
         tokens_per_s_high=speed and speed.high,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -65,6 +65,6 @@ def spread(values: Sequence[float]) -> Spread | None:
     return Spread(float(np.median(values)), float(min(values)), float(max(values))) if len(values) else None
 
 
-def paired_ratios(mine: dict[int, float], theirs: dict[int, float]) -> Spread | None:
+def paired_ratios(mine: Mapping[Hashable, float], theirs: Mapping[Hashable, float]) -> Spread | None:
     """mine / theirs within each repeat that both have, since those were measured side by side."""
-    return spread([mine[repeat] / theirs[repeat] for repeat in sorted(mine.keys() & theirs.keys())])
+    return spread([rate / theirs[repeat] for repeat, rate in mine.items() if repeat in theirs])

@@ -7,14 +7,17 @@ from pathlib import Path
 from typing import Any
 
 from evals.bench.records import BenchRecord
+from evals.bench.report import ratio
 from evals.bench.summary import gains
+from evals.looks import looks
 from evals.manifest import Manifest
 from evals.paper.published import ROWS
-from evals.plots import COLOURS, new_figure, save
+from evals.plots import new_figure, save
 from evals.results import read_records, read_run
 from evals.summary import REFERENCE, Row, summarise
-from evals.tables import Table, number, percent, tokens
+from evals.tables import Table, percent, tokens
 from shadowkv.errors import SkvError
+from shadowkv.methods.shadowkv import ShadowKV
 from shadowkv.registry import parse_method
 
 
@@ -35,20 +38,33 @@ def throughput_summary(folders: Sequence[Path]) -> Table:
                     gain.method,
                     full,
                     f"{gain.tokens_per_s:.2f} ({gain.batch})",
-                    number(gain.gain and gain.gain.median, ".2f"),
+                    ratio(gain.gain),
                     _published(model, gain.context, gain.method),
                 ]
             )
     columns = ["model", "context", "method", "full tokens/s (batch)", "tokens/s (batch)", "gain", "published gain"]
-    caption = "Each at its best batch. Published: ShadowKV's authors on one A100-80GB; another machine has other gains."
+    caption = (
+        "Each at its best batch; gain: median (lowest-highest) over repeats. Published: ShadowKV's authors on one "
+        "A100-80GB; another machine has other gains."
+    )
     return Table("Decode throughput", columns, lines, caption, names=3)
 
 
 def _published(model: str, context: int, method: str) -> str:
-    if not method.startswith("shadowkv"):
-        return "–"
-    rows = [row for row in ROWS if (row.model, row.context) == (model, context)]
-    return f"{rows[0].shadowkv_tokens_per_s / rows[0].full_tokens_per_s:.2f}" if rows else "–"
+    """The authors' gain with this very setting; a dash for any other."""
+    for row in ROWS:
+        if (row.model, row.context, ShadowKV(budget=row.budget).label) == (model, context, method):
+            return f"{row.shadowkv_tokens_per_s / row.full_tokens_per_s:.2f}"
+    return "–"
+
+
+def notes_of_runs(folders: Sequence[Path]) -> list[str]:
+    """What the runs say of themselves, each with the folders that say it."""
+    said: dict[str, list[str]] = {}
+    for folder in folders:
+        for note in Manifest.read(folder / "run.json").notes:
+            said.setdefault(note, []).append(folder.name)
+    return [f"{', '.join(names)}: {note}" for note, names in said.items()]
 
 
 def accuracy_summary(folders: Sequence[Path]) -> Table:
@@ -77,15 +93,16 @@ def write_ablations(path: Path, folder: Path, base: str) -> Path:
     title = f"{manifest.benchmark} · {manifest.model['name']}{_marks(manifest)} · around {base}"
     figure = new_figure(2.6 * len(panels) + 0.6, 3.0, title)
     axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
-    full = rows.get(REFERENCE)
-    for place, (axis, (parameter, points)) in enumerate(zip(axes, panels.items(), strict=True)):
+    full, drawn = rows.get(REFERENCE), looks([REFERENCE, base])
+    look = drawn[base]
+    for axis, (parameter, points) in zip(axes, panels.items(), strict=True):
         known = sorted((value, row) for value, row in points.items() if row.score is not None)
         at = range(len(known))
-        axis.plot(at, [100 * (row.score or 0) for _, row in known], marker="o", ms=4, color=COLOURS[place + 1])
+        axis.plot(at, [100 * (row.score or 0) for _, row in known], ms=4, **look.style)
         low, high = ([100 * (getattr(row, end) or 0) for _, row in known] for end in ("score_low", "score_high"))
-        axis.fill_between(at, low, high, color=COLOURS[place + 1], alpha=0.15, lw=0)
+        axis.fill_between(at, low, high, color=look.colour, alpha=0.15, lw=0)
         if full is not None and full.score is not None:
-            axis.axhline(100 * full.score, color=COLOURS[0], ls="--", lw=0.8)
+            axis.axhline(100 * full.score, color=drawn[REFERENCE].colour, ls="--", lw=0.8)
         axis.set_xticks(at, [str(value) for value, _ in known])
         axis.set_xlabel(parameter, fontsize=8)
         axis.tick_params(labelsize=7)

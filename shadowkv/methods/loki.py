@@ -75,22 +75,17 @@ class Loki(LayerwiseMethod):
         }
 
     def workspace_bytes(self, dims: Dims, tokens: int) -> int:
-        return 2 * self._gathered(dims, tokens) * dims.head_dim * dims.element_bytes
+        return dims.gathered_bytes(self.reduce, self.budget, tokens)
 
     def read_bytes(self, dims: Dims, tokens: int) -> int:
-        gathered = self._gathered(dims, tokens)
+        gathered = self.workspace_bytes(dims, tokens)
         if not gathered:
             return tokens * dims.full_bytes_per_token
-        projected = self.memory_parts(dims, tokens)["projected keys"].device
-        return projected + 2 * dims.layers * gathered * dims.head_dim * dims.element_bytes
+        return self.memory_parts(dims, tokens)["projected keys"].device + dims.layers * gathered
 
     def step_flop(self, dims: Dims, tokens: int) -> int:
-        ranked = tokens * self.rank_for(dims.head_dim) if self._gathered(dims, tokens) else 0
+        ranked = tokens * self.rank_for(dims.head_dim) if self.budget <= tokens else 0
         return super().step_flop(dims, tokens) + 2 * dims.layers * dims.q_heads * ranked
-
-    def _gathered(self, dims: Dims, tokens: int) -> int:
-        """Tokens of all lists that a layer gathers; 0 where it reads everything in place."""
-        return dims.lists(self.reduce) * self.budget if self.budget <= tokens else 0
 
     def lossless(self, dims: Dims, tokens: int) -> Method:
         return replace(self, budget=tokens)

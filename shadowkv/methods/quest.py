@@ -62,14 +62,14 @@ class Quest(LayerwiseMethod):
     def attended_tokens(self, dims: Dims, tokens: int, later: int = 0) -> float:
         choosing = dims.layers_from(self.dense_layers)
         held = tokens + later
-        read = min(held, self.budget // self.page * self.page)
+        read = min(held, self._read_tokens)
         return (choosing * read + (dims.layers - choosing) * held) / dims.layers
 
     def bus_bytes(self, dims: Dims, tokens: int) -> int:
         if not self.offload:
             return 0
         choosing = dims.layers_from(self.dense_layers)
-        read = self.budget // self.page * self.page
+        read = self._read_tokens
         if tokens < read:  # everything is read, once for all query heads
             return choosing * dims.kv_heads * tokens * dims.head_dim * dims.element_bytes
         return choosing * dims.lists(self.reduce) * read * dims.head_dim * dims.element_bytes
@@ -83,26 +83,25 @@ class Quest(LayerwiseMethod):
         }
 
     def workspace_bytes(self, dims: Dims, tokens: int) -> int:
-        return 2 * self._gathered(dims, tokens) * dims.head_dim * dims.element_bytes
+        return dims.gathered_bytes(self.reduce, self._read_tokens, tokens)
 
     def read_bytes(self, dims: Dims, tokens: int) -> int:
-        gathered = self._gathered(dims, tokens)
+        gathered = self.workspace_bytes(dims, tokens)
         if not gathered:
             return tokens * dims.full_bytes_per_token
         choosing = dims.layers_from(self.dense_layers)
-        chosen = 2 * choosing * gathered * dims.head_dim * dims.element_bytes
         dense = tokens * dims.full_bytes_per_token * (dims.layers - choosing) // dims.layers
-        return dense + self.memory_parts(dims, tokens)["page extremes"].device + chosen
+        return dense + self.memory_parts(dims, tokens)["page extremes"].device + choosing * gathered
 
     def step_flop(self, dims: Dims, tokens: int) -> int:
-        scored = tokens // self.page if self._gathered(dims, tokens) else 0
+        scored = tokens // self.page if self._read_tokens <= tokens else 0
         bounds = 4 * dims.layers_from(self.dense_layers) * dims.q_heads * scored * dims.head_dim
         return super().step_flop(dims, tokens) + bounds
 
-    def _gathered(self, dims: Dims, tokens: int) -> int:
-        """Tokens of all lists that a layer gathers; 0 where it reads everything in place."""
-        read = self.budget // self.page * self.page
-        return dims.lists(self.reduce) * read if read <= tokens else 0
+    @property
+    def _read_tokens(self) -> int:
+        """Tokens of the pages that are read."""
+        return self.budget // self.page * self.page
 
     def lossless(self, dims: Dims, tokens: int) -> Method:
         return replace(self, budget=(tokens // self.page + 1) * self.page, dense_layers=0)

@@ -1,0 +1,30 @@
+"""A method is drawn alike in every figure, and no two things in one figure are drawn alike."""
+
+from __future__ import annotations
+
+from evals.looks import looks
+from shadowkv.registry import methods
+
+SETTINGS = ["shadowkv:rank=64", "shadowkv", "shadowkv:rank=32", "quest", "full", "full@hf", "full+minference"]
+
+
+def test_a_method_is_drawn_alike_whatever_else_is():
+    alone = {name: looks([name])[name] for name in methods()}
+    assert looks(list(methods())) == alone
+    assert looks([*reversed(methods()), "older-than-this"]).items() >= alone.items()
+    assert looks(["quest:budget=64"])["quest:budget=64"] == alone["quest"]
+    assert looks(["shadowkv (as published)"])["shadowkv (as published)"] == alone["shadowkv"]
+
+
+def test_nothing_in_one_figure_is_drawn_alike():
+    drawn = looks([*methods(), *SETTINGS])
+    assert len(drawn) == len(set(drawn.values())) == len({*methods(), *SETTINGS})
+    bars = {(look.colour, look.hatch) for look in looks(list(methods())).values()}
+    assert len(bars) == len(methods())
+
+
+def test_settings_of_a_method_are_alike_in_kind():
+    drawn = looks(SETTINGS)
+    assert drawn["full"].colour == "#000000"
+    assert len({drawn[label].marker for label in SETTINGS if label.startswith("shadowkv")}) == 1
+    assert len({drawn[label].line for label in SETTINGS if label.startswith("full")}) == 3
