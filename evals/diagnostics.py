@@ -94,7 +94,7 @@ class _Beside(DecodeCache):
     def _recall(self, layer: int, q: Tensor, k: Tensor, scaling: float) -> float | None:
         """By values that spell their positions: the output of attention is then its weights."""
         kv = self._prompt[layer]
-        method = self._method.core
+        method = self._method.core.reference()
         tokens = kv.k.shape[2]
         if not isinstance(method, LayerwiseMethod) or "budget" not in method.params() or tokens > _LONGEST_TOKENS:
             return None

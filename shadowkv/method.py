@@ -191,6 +191,10 @@ class Method(Setting, ABC):
         """The method that decodes: this one, or the one that it only adds something to."""
         return self
 
+    def reference(self) -> Method:
+        """The same method without kernels made for speed, which takes values of any width."""
+        return self
+
     @property
     def needs_prompt_queries(self) -> bool:
         """Whether it needs `LayerKV.q_all`: Hq * D elements per prompt token and layer, G/2 of the keys and values."""

@@ -66,7 +66,9 @@ def test_planned_bytes_are_those_of_the_running_cache(engine, spec):
     assert made.host_bytes == pytest.approx(held.host, rel=0.01)
 
 
-@pytest.mark.parametrize("spec", ["full", "quest:budget=64,dense_layers=1", "shadowkv:rank=8,budget=64,engine=fast"])
+@pytest.mark.parametrize(
+    "spec", ["full:engine=reference", "quest:budget=64,dense_layers=1", "shadowkv:rank=8,budget=64,engine=fast"]
+)
 def test_sliding_windows_are_planned_for(spec):
     engine = Engine(tiny_model("gemma3"), prefill_chunk_tokens=128)
     size, method = model_size(engine.model.config, 4), parse_method(spec)

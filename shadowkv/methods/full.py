@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from shadowkv.engines import check_engine, means_fast, uses_fast
@@ -29,6 +29,9 @@ class Full(LayerwiseMethod):
         if uses_fast(self.engine, kv.k.device.type):
             return PreallocatedLayer(kv.k, kv.v)
         return DenseLayer(kv.k, kv.v)
+
+    def reference(self) -> Method:
+        return replace(self, engine="reference")
 
     def memory_parts(self, dims: Dims, tokens: int) -> dict[str, Bytes]:
         room = ROOM_TOKENS if means_fast(self.engine, dims.device) else 0

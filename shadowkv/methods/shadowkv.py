@@ -98,6 +98,9 @@ class ShadowKV(LayerwiseMethod, SelectsChunks):
             return ResidentLayer(self, layer, kv, rope)
         return _ShadowLayer(self, layer, kv, rope)
 
+    def reference(self) -> Method:
+        return replace(self, engine="reference")
+
     def bytes_per_token(self, dims: Dims) -> Bytes:
         per_layer = self._factor_bytes(dims) + (dims.width * dims.element_bytes + dims.kv_heads * 4) / self.chunk
         values = dims.layers * dims.kv_heads * self._value_bytes(dims)
