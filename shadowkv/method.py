@@ -192,7 +192,7 @@ class Method(Setting, ABC):
         return self
 
     def reference(self) -> Method:
-        """The same method without kernels made for speed, which takes values of any width."""
+        """The same choice of tokens by an implementation that takes values of any width."""
         return self
 
     @property

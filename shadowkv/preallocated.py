@@ -12,7 +12,7 @@ from shadowkv.method import Bytes
 from shadowkv.ragged import BatchLengths, RaggedBuffer, RowLengths
 from shadowkv.slots import Regions
 
-ROOM_TOKENS = 1024  # for generated tokens, before buffers have to grow
+ROOM_TOKENS = 128  # for generated tokens, before buffers grow: on a GPU copying them is cheaper than their room
 
 
 class PreallocatedLayer(SteadyState):

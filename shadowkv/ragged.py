@@ -40,8 +40,7 @@ class RaggedBuffer(Stackable):
         """Make room for so many tokens; True if that took a larger tensor."""
         if tokens <= self.tokens:
             return False
-        # By a share of what is held, so that copying stays cheap however long the generation is.
-        self.data = _with_tokens(self.data, self._axis, tokens + max(self._room, tokens // 8))
+        self.data = _with_tokens(self.data, self._axis, tokens + self._room)
         return True
 
     def shape_of_a_row(self) -> Hashable:

@@ -44,14 +44,15 @@ class ResidentLayer(SteadyState):
 
         self._method, self._layer, self._rope = method, layer, rope
         prompt = divide(method, layer, kv, rope)
-        regions, chunk, grow = method.regions, method.chunk, method.growth_tokens
+        regions, chunk, room = method.regions, method.chunk, method.room_tokens(False)
         batch, heads, tokens, head_dim = kv.k.shape
         context = method.context_tokens(tokens)
         self._factors = prompt.factors.emptied()
-        self._coefficients = tuple(RaggedBuffer(part, 1, grow) for part in prompt.factors.parts)
-        self._values = tuple(RaggedBuffer(part, 2, grow) for part in prompt.values.stored.parts)
-        self._means = RaggedBuffer(prompt.landmarks.means.view, 2, grow // chunk)
-        self._numbers = RaggedBuffer(prompt.landmarks.numbers.view, 2, grow // chunk)
+        self._coefficients = tuple(RaggedBuffer(part, 1, room) for part in prompt.factors.parts)
+        of_values = method.room_tokens(method.offload == "host")
+        self._values = tuple(RaggedBuffer(part, 2, of_values) for part in prompt.values.stored.parts)
+        self._means = RaggedBuffer(prompt.landmarks.means.view, 2, room // chunk)
+        self._numbers = RaggedBuffer(prompt.landmarks.numbers.view, 2, room // chunk)
 
         outliers, tail = prompt.outlier_k.shape[2], tokens - context
         ring = regions.slots + regions.outliers

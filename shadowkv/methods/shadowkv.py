@@ -99,7 +99,7 @@ class ShadowKV(LayerwiseMethod, SelectsChunks):
         return _ShadowLayer(self, layer, kv, rope)
 
     def reference(self) -> Method:
-        return replace(self, engine="reference")
+        return replace(self, engine="reference", values="native")
 
     def bytes_per_token(self, dims: Dims) -> Bytes:
         per_layer = self._factor_bytes(dims) + (dims.width * dims.element_bytes + dims.kv_heads * 4) / self.chunk
@@ -109,8 +109,10 @@ class ShadowKV(LayerwiseMethod, SelectsChunks):
 
     def memory_parts(self, dims: Dims, tokens: int) -> dict[str, Bytes]:
         fast = means_fast(self.engine, dims.device)
-        context = self.context_tokens(tokens) + (self.growth_tokens if fast else 0)
-        landmarks = self.landmarks(tokens) + (self.growth_tokens // self.chunk if fast else 0)
+        context, landmarks = self.context_tokens(tokens), self.landmarks(tokens)
+        valued = context + (self.room_tokens(self.offload == "host") if fast else 0)
+        if fast:
+            context, landmarks = context + self.room_tokens(False), landmarks + self.room_tokens(False) // self.chunk
         exact = self.regions.outliers + self.regions.ring if fast else self.exact_tokens(tokens)
         rank = self._largest_rank(dims)
         basis = (rank + 1) * dims.width  # directions and mean of the keys
@@ -118,7 +120,7 @@ class ShadowKV(LayerwiseMethod, SelectsChunks):
             basis += rank * dims.width  # what projects is not what rebuilds
         number_bytes = 4  # which chunk a landmark or a slot stands for
         landmark = dims.width * dims.element_bytes + dims.kv_heads * number_bytes
-        values = dims.layers * context * dims.kv_heads * self._value_bytes(dims)
+        values = dims.layers * valued * dims.kv_heads * self._value_bytes(dims)
         parts = {
             "factors": Bytes(dims.layers * (context * self._factor_bytes(dims) + basis * dims.element_bytes), 0),
             "landmarks": Bytes(dims.layers * landmarks * landmark, 0),
@@ -137,10 +139,12 @@ class ShadowKV(LayerwiseMethod, SelectsChunks):
         chosen = self.budget // self.chunk * self.chunk
         return Regions(chosen, self.outlier_chunks * self.chunk, newest + self.chunk - 1)
 
-    @property
-    def growth_tokens(self) -> int:
-        """Room for generated tokens that the fast engine keeps beside a prompt's context, in whole chunks."""
-        return -(-1024 // self.chunk) * self.chunk
+    def room_tokens(self, on_host: bool) -> int:
+        """Room for generated tokens that the fast engine keeps beside a prompt's context, in whole chunks.
+
+        Host memory is slow to copy when it is used up, device memory is scarce.
+        """
+        return -(-(1024 if on_host else 128) // self.chunk) * self.chunk
 
     def _largest_rank(self, dims: Dims) -> int:
         # With `energy` the rank depends on the prompt; the full width is its upper bound.
