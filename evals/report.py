@@ -11,7 +11,7 @@ from evals.costs import cost_table
 from evals.longbench.report import longbench_tables, v2_tables, write_longbench_plots, write_v2_plots
 from evals.manifest import Manifest
 from evals.niah.report import niah_tables, write_niah_plots
-from evals.plots import write_score_by_bytes
+from evals.plots import write_score_by_bytes, write_score_by_length, write_score_dots
 from evals.quality import quality_tables, write_quality_by_layer
 from evals.results import Record, read_run
 from evals.ruler.report import ruler_tables, write_ruler_plots
@@ -25,6 +25,7 @@ class Presentation:
 
     tables: Callable[[Sequence[Record]], list[Table]]
     plots: Callable[[Path, Sequence[Record], str], list[Path]]  # folder, records, title -> files written
+    needs: tuple[str, ...] = ()  # of a record's meta
 
 
 @dataclass(frozen=True)
@@ -38,10 +39,10 @@ class Report:
 
 PRESENTATIONS: Mapping[str, Presentation] = MappingProxyType(
     {
-        "niah": Presentation(niah_tables, write_niah_plots),
+        "niah": Presentation(niah_tables, write_niah_plots, ("depth",)),
         "ruler": Presentation(ruler_tables, write_ruler_plots),
-        "longbench": Presentation(longbench_tables, write_longbench_plots),
-        "longbench-v2": Presentation(v2_tables, write_v2_plots),
+        "longbench": Presentation(longbench_tables, write_longbench_plots, ("bucket",)),
+        "longbench-v2": Presentation(v2_tables, write_v2_plots, ("difficulty", "length")),
     }
 )
 
@@ -51,32 +52,45 @@ def write_reports(folder: Path) -> Report:
     import pandas as pd
 
     manifest, records = read_run(folder)
-    shown = PRESENTATIONS[manifest.benchmark]
-    rows, quality = summarise(records), quality_tables(records)
-    tables = [*shown.tables(records), *quality]
+    rows, tables = summarise(records), accuracy_tables(manifest, records)
     notes = {"notes": "; ".join(manifest.notes)}
     pd.DataFrame([asdict(row) | notes for row in rows]).to_csv(folder / "summary.csv", index=False)
     pd.DataFrame([asdict(cell) | notes for cell in task_scores(records)]).to_csv(folder / "tasks.csv", index=False)
     (folder / "summary.md").write_text(markdown(manifest, rows, tables), encoding="utf-8")
     (folder / "plots").mkdir(exist_ok=True)
-    plots = shown.plots(folder / "plots", records, title(manifest)) if records else []
-    if quality:
-        plots.append(write_quality_by_layer(folder / "plots" / "quality_by_layer.png", records, title(manifest)))
-    if len({row.method for row in rows if row.device_bytes}) > 1:
-        plots.append(write_score_by_bytes(folder / "plots" / "score_by_bytes.png", rows, title(manifest)))
+    plots = write_accuracy_plots(folder / "plots", manifest, records, rows)
     return Report(rows, tables, [folder / name for name in ("summary.csv", "tasks.csv", "summary.md")] + plots)
 
 
-def title(manifest: Manifest) -> str:
-    """One line that says what was run on what."""
-    model = manifest.model
-    return f"{manifest.benchmark} · {model['name']} · {model['dtype']} on {model['device']}"
+def accuracy_tables(manifest: Manifest, records: Sequence[Record]) -> list[Table]:
+    """The benchmark's own tables, and those of diagnostics."""
+    return [*PRESENTATIONS[manifest.benchmark].tables(records), *quality_tables(records)]
+
+
+def write_accuracy_plots(
+    folder: Path, manifest: Manifest, records: Sequence[Record], rows: Sequence[Row]
+) -> list[Path]:
+    """Score by length (or by method, of one length) and by bytes, the benchmark's own plots, those of diagnostics."""
+    scored = [row for row in rows if row.score is not None]
+    if not scored:
+        return []
+    title, made = manifest.title, []
+    if len({row.length for row in scored}) > 1:
+        made.append(write_score_by_length(folder / "score_by_length.png", records, title))
+    elif len(scored) > 1:
+        made.append(write_score_dots(folder / "scores.png", scored, title))
+    if len({row.method for row in scored if row.device_bytes}) > 1:
+        made.append(write_score_by_bytes(folder / "score_by_bytes.png", rows, title))
+    made += PRESENTATIONS[manifest.benchmark].plots(folder, records, title)
+    if quality_tables(records):
+        made.append(write_quality_by_layer(folder / "quality_by_layer.png", records, title))
+    return made
 
 
 def markdown(manifest: Manifest, rows: Sequence[Row], tables: Sequence[Table]) -> str:
     """The tables in Markdown, with what a reader must know above and below them."""
     session = manifest.sessions[-1]
-    lines = [f"# {title(manifest)}", "", *(f"**{note}**\n" for note in manifest.notes)]
+    lines = [f"# {manifest.title}", "", *(f"**{note}**\n" for note in manifest.notes)]
     lines += [table.markdown() for table in (cost_table("Score and cost", rows), *tables)]
     versions = ", ".join(f"{name} {version}" for name, version in session.versions.items())
     machine = f"{session.machine.get('gpu') or session.machine['cpu']}, {session.machine['torch_threads']} threads"

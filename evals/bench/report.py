@@ -14,7 +14,8 @@ from evals.bench.summary import BenchRow, Gain, gains, summarise_bench
 from evals.bench.timing import Spread
 from evals.manifest import Manifest
 from evals.results import read_records
-from evals.tables import Table, mib, number, tokens
+from evals.summary import REFERENCE
+from evals.tables import Table, latex, mib, number, tokens
 
 _CAPTION = (
     "Tokens/s: of all rows while decoding, prefill excluded; median over repeats, and half of what lies between the "
@@ -132,23 +133,11 @@ def notes_of(manifest: Manifest, records: Sequence[BenchRecord], rows: Sequence[
         notes += [f"the search ended at --max-batch {row.batch}: {row.method} @ {tokens(row.context)}" for row in top]
     before = [record.conditions["before"] for record in records if "before" in record.conditions]
     notes.append(
-        f"warm: {config['warmup_steps']} steps before the {config['steps']} that count, a short prompt before the first"
-        f" one; {selection['repeats']} repeats, methods taking turns; noise before each: {noise_note(before)}"
+        f"warm: {config.get('warmup_steps', '?')} steps before the {config.get('steps', '?')} that count, a short "
+        f"prompt before them; {selection.get('repeats', '?')} repeats, methods taking turns; noise before each: "
+        f"{noise_note(before)}"
     )
     return notes
-
-
-def bench_title(manifest: Manifest) -> str:
-    """One line that says what was run on what, and how far it is from the real thing."""
-    model = manifest.model
-    marks = [
-        f"[{mark}]" for mark, on in (("dummy weights", model["dummy"]), ("synthetic KV", _synthetic(manifest))) if on
-    ]
-    return " ".join([f"{manifest.benchmark} · {model['name']} · {model['dtype']} on {model['device']}", *marks])
-
-
-def _synthetic(manifest: Manifest) -> bool:
-    return bool(manifest.config.get("synthetic_kv"))
 
 
 def write_bench_reports(folder: Path) -> BenchReport:
@@ -157,45 +146,37 @@ def write_bench_reports(folder: Path) -> BenchReport:
 
     manifest, records = read_records(folder, BenchRecord)
     rows, found = summarise_bench(records), gains(records)
-    notes, title = notes_of(manifest, records, rows), bench_title(manifest)
+    notes, title = notes_of(manifest, records, rows), manifest.title
     tables = [throughput_table(title, rows), gain_table(found)]
-    marks = {"dummy": manifest.model["dummy"], "synthetic_kv": _synthetic(manifest), "notes": "; ".join(notes)}
+    synthetic = bool(manifest.config.get("synthetic_kv"))
+    marks = {"dummy": manifest.model["dummy"], "synthetic_kv": synthetic, "notes": "; ".join(notes)}
     frame = pd.DataFrame([asdict(row) | marks for row in rows])
     frame.to_csv(folder / "summary.csv", index=False)
     (folder / "summary.md").write_text(page(manifest, tables, notes), encoding="utf-8")
-    (folder / "summary.tex").write_text("\n".join(latex(table, notes) for table in tables), encoding="utf-8")
+    tex = "\n".join(latex(table, manifest.notes, notes) for table in tables)
+    (folder / "summary.tex").write_text(tex, encoding="utf-8")
     (folder / "plots").mkdir(exist_ok=True)
-    plots = []
-    if any(row.status == "ok" for row in rows):
-        plots = [
-            write_throughput(folder / "plots" / "throughput.png", rows, title),
-            write_gain_bars(folder / "plots" / "gain.png", found, title),
-            write_memory_bars(folder / "plots" / "memory.png", rows, found, title),
-        ]
+    plots = write_bench_plots(folder / "plots", rows, found, title)
     names = ("summary.csv", "summary.md", "summary.tex")
     return BenchReport(rows, found, tables, notes, [*(folder / name for name in names), *plots])
+
+
+def write_bench_plots(folder: Path, rows: Sequence[BenchRow], found: Sequence[Gain], title: str) -> list[Path]:
+    """Throughput, gains and memory; nothing if nothing could be measured."""
+    if not any(row.status == "ok" for row in rows):
+        return []
+    made = [write_throughput(folder / "throughput.png", rows, title)]
+    if any(gain.method != REFERENCE and gain.gain for gain in found):
+        made.append(write_gain_bars(folder / "gain.png", found, title))
+    return [*made, write_memory_bars(folder / "memory.png", rows, found, title)]
 
 
 def page(manifest: Manifest, tables: Sequence[Table], notes: Sequence[str]) -> str:
     """Tables in Markdown, with what a reader must know above and below them."""
     session = manifest.sessions[-1]
-    lines = [f"# {bench_title(manifest)}", "", *(f"**{note}**\n" for note in manifest.notes)]
+    lines = [f"# {manifest.title}", "", *(f"**{note}**\n" for note in manifest.notes)]
     lines += [table.markdown() for table in tables]
     lines += [f"- {note}" for note in notes if note not in manifest.notes]
     versions = ", ".join(f"{name} {version}" for name, version in session.versions.items())
     commands = [f"`{command}`\n" for command in dict.fromkeys(session.command for session in manifest.sessions)]
     return "\n".join([*lines, "", *commands, f"{manifest.config['machine']} · {versions}"]) + "\n"
-
-
-def latex(table: Table, notes: Sequence[str]) -> str:
-    """A tabular with the title, and below it as comments what a reader must know."""
-    import pandas as pd
-
-    columns = [head.replace("\n", " ") for head in table.columns]
-    align = "l" * table.names + "r" * (len(columns) - table.names)
-    body = pd.DataFrame([list(row) for row in table.rows], columns=columns)
-    shown: str = body.to_latex(index=False, escape=True, column_format=align, caption=table.title)
-    # Unescaped by pandas: what LaTeX engines without UTF-8 input would stumble over.
-    for sign, spelled in (("±", r"$\pm$"), ("–", "--"), ("·", r"$\cdot$")):
-        shown = shown.replace(sign, spelled)
-    return shown + "".join(f"% {note}\n" for note in notes)
