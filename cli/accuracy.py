@@ -77,7 +77,6 @@ def run(make_task: MakeTask, settings: Settings) -> int:
 def _run(ready: _Prepared, questions: Sequence[Question]) -> list[Record]:
     """Answer what is open, report, and return the records of these questions that have no score."""
     from cli.render import print_summary, progress
-    from evals.page import heading
     from evals.report import write_reports
     from evals.results import open_run
     from evals.runner import Run, run_accuracy
@@ -113,7 +112,7 @@ def _run(ready: _Prepared, questions: Sequence[Question]) -> list[Record]:
         }
         print(json.dumps({**summary, **rest}, indent=1))
     elif not settings.quiet:
-        print_summary(heading(manifest), report, manifest.notes)
+        print_summary(manifest.title, report, manifest.notes)
         names = [str(file.relative_to(path)) for file in report.files]
         print(f"{path}: run.json samples.jsonl {' '.join(names)}")
     return unscored

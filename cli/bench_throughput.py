@@ -71,7 +71,7 @@ def _run(ready: Prepared, plan: Plan) -> int:
     from cli.benching import folder_for, load, manifest_of
     from cli.render import print_notes, print_table, progress_bar
     from evals.bench.records import BenchRecord
-    from evals.bench.report import bench_title, throughput_table, write_bench_reports
+    from evals.bench.report import throughput_table, write_bench_reports
     from evals.bench.sweep import run_sweep
     from evals.results import open_records
     from shadowkv.wording import plain_line
@@ -95,7 +95,7 @@ def _run(ready: Prepared, plan: Plan) -> int:
         told |= {"rows": [asdict(row) for row in report.rows], "gains": [gain.flat() for gain in report.gains]}
         print(json.dumps(told, indent=1))
     elif not settings.quiet:
-        title = bench_title(manifest)
+        title = manifest.title
         print_table(report.tables[0], narrow=throughput_table(title, report.rows, dense=True))
         print_table(report.tables[1])
         print_notes(report.notes)

@@ -23,9 +23,11 @@ from cli import (
     eval_niah,
     eval_ruler,
     info,
+    leaderboard,
     paper,
     plan,
     pull,
+    report,
 )
 from shadowkv.errors import SkvError
 
@@ -52,6 +54,8 @@ app.add_typer(bench, name="bench")
 data = typer.Typer(no_args_is_help=True, help="Write a benchmark's prompts to files.")
 data.command("ruler", epilog=data_ruler.EPILOG)(data_ruler.ruler)
 app.add_typer(data, name="data")
+app.command("report", epilog=report.EPILOG)(report.report)
+app.command("leaderboard", epilog=leaderboard.EPILOG)(leaderboard.leaderboard)
 app.command("plan", epilog=plan.EPILOG)(plan.plan)
 app.command("paper", epilog=paper.EPILOG)(paper.paper)
 app.command("models", epilog=info.MODELS_EPILOG)(info.models)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -17,6 +17,7 @@ from shadowkv.wording import plain_line
 
 if TYPE_CHECKING:
     from evals.report import Report
+    from evals.reporting.folders import Found
     from evals.runner import Step
     from evals.tables import Table as Figures
 
@@ -131,3 +132,13 @@ def status(text: str, *, quiet: bool) -> Iterator[Callable[[str], None]]:
         return
     with console(stderr=True).status(escape(text)) as shown:
         yield lambda now: shown.update(f"{escape(text)}: {escape(now)}")
+
+
+def say_problems(found: Found, left_out: Mapping[str, str] | None = None) -> None:
+    """On stderr: what was odd about run folders, and which were left out and why."""
+    shown = console(stderr=True)
+    for run in found.runs:
+        for problem in run.problems:
+            shown.print(f"[yellow]{escape(plain_line(f'{run.name}: {problem}'))}[/]", highlight=False)
+    for name, why in (found.left_out if left_out is None else left_out).items():
+        shown.print(f"[yellow]{escape(plain_line(f'{name} is left out: {why}'))}[/]", highlight=False)

@@ -25,6 +25,10 @@ SCHEMA = 1
 _PACKAGES = ("skv", "torch", "transformers", "tokenizers", "safetensors", "numpy", "pandas", "matplotlib", "triton")
 
 
+class SchemaError(SkvError):
+    """A run.json of another version, whose records may mean something else."""
+
+
 @dataclass(frozen=True)
 class Session:
     """One command that wrote into a run folder."""
@@ -78,6 +82,23 @@ class Manifest:
         )
 
     @property
+    def marks(self) -> list[str]:
+        """How far this run is from the real thing."""
+        marks = {"dummy weights": self.model.get("dummy"), "synthetic KV": self.config.get("synthetic_kv")}
+        return [f"[{mark}]" for mark, on in marks.items() if on]
+
+    @property
+    def title(self) -> str:
+        """One line that says what was run on what, and its marks."""
+        model = self.model
+        return " ".join([f"{self.benchmark} · {model['name']} · {model['dtype']} on {model['device']}", *self.marks])
+
+    @property
+    def commands(self) -> list[str]:
+        """That made this run, each as it can be pasted."""
+        return list(dict.fromkeys(session.command for session in self.sessions))
+
+    @property
     def folder_name(self) -> str:
         """Where a run goes that is told no folder: the same configuration always to the same one."""
         fixed = json.dumps([self.config, self.model, self.sources], sort_keys=True)
@@ -95,8 +116,10 @@ class Manifest:
         """Read a run.json; raises `SkvError` if it is not one."""
         try:
             raw = json.loads(path.read_text(encoding="utf-8"))
+            if raw.get("schema", SCHEMA) not in range(1, SCHEMA + 1):
+                raise SchemaError(f"{path} has schema {raw['schema']!r}; this skv reads 1 to {SCHEMA}")
             return Manifest(**{**raw, "sessions": [Session(**session) for session in raw["sessions"]]})
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise SkvError(f"{path} is not a run.json of this version of skv ({error})") from None
 
 

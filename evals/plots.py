@@ -6,17 +6,22 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.legend import Legend
+from matplotlib.text import Text
 
 from evals.looks import looks
 from evals.results import Record
 from evals.statistics import interval_95, mean_of_means
-from evals.summary import Row, grouped, methods_of, scores_of
+from evals.summary import REFERENCE, Row, grouped, methods_of, scores_of
 from evals.tables import tokens
 
 _DPI = 200
+# Text stays text in an SVG, in whatever sans serif the reader has; ids do not change from one drawing to the next.
+_SVG = {"svg.fonttype": "none", "svg.hashsalt": "skv", "font.sans-serif": ["DejaVu Sans", "Helvetica", "Arial"]}
 
 
 def new_figure(width: float, height: float, title: str) -> Figure:
@@ -28,9 +33,25 @@ def new_figure(width: float, height: float, title: str) -> Figure:
 
 
 def save(figure: Figure, path: Path) -> Path:
-    """Write the figure and return where."""
+    """Write the figure as a PNG and, beside it, as an SVG; return the PNG's path."""
+    for axis in figure.axes:
+        tidy(axis)
+    for legend in figure.findobj(Legend):
+        legend.set_frame_on(False)
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)  # a `$` in a label is no formula
     figure.savefig(path, dpi=_DPI)
+    with matplotlib.rc_context(_SVG):
+        figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
     return path
+
+
+def tidy(axis: Any) -> None:
+    """Only the two lines that carry numbers, and those in grey."""
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.spines[["left", "bottom"]].set_color("0.7")
+    axis.tick_params(color="0.7")
+    axis.set_axisbelow(True)
 
 
 def wrapped(label: str) -> str:
@@ -42,7 +63,7 @@ def write_score_by_group(
     path: Path, groups: Sequence[tuple[str, Sequence[Record]]], title: str, axis_label: str
 ) -> Path:
     """Score in percent per group (length, bucket) and method, with 95 % bootstrap intervals over samples."""
-    figure = new_figure(6.4, 4.0, title)
+    figure = new_figure(5.8, 3.8, title)
     axis = figure.subplots()
     labels = methods_of([record for _, records in groups for record in records])
     for place, (label, look) in enumerate(looks(labels).items()):
@@ -72,7 +93,7 @@ def write_score_by_bytes(path: Path, rows: Sequence[Row], title: str) -> Path:
     for row in rows:
         if row.length == longest and row.score is not None and row.device_bytes:
             points.setdefault(_family(row.method), []).append(row)
-    figure = new_figure(7.2, 4.6, title)
+    figure = new_figure(6.2, 3.9, title)
     axis = figure.subplots()
     for name, look in looks(list(points)).items():
         found = points[name]
@@ -94,6 +115,34 @@ def _family(label: str) -> str:
     """A method's name, with its prefill where that is not the dense one."""
     method, _, prefill = label.partition("+")
     return method.partition(":")[0] + (f"+{prefill.partition(':')[0]}" if prefill else "")
+
+
+def write_score_dots(path: Path, rows: Sequence[Row], title: str) -> Path:
+    """Score in percent of every method, best first, with 95 % bootstrap intervals over samples; one length."""
+    known = sorted((row for row in rows if row.score is not None), key=lambda row: row.score or 0.0)
+    figure = new_figure(5.8, 1.1 + 0.18 * len(known), title)
+    axis = figure.subplots()
+    scores = 100 * np.array([[row.score, row.score_low, row.score_high] for row in known], dtype=float)
+    mean, low, high = scores.T
+    full = [place for place, row in enumerate(known) if row.method == REFERENCE]
+    spread = _whiskers(mean, low, high)
+    for place, look in enumerate(looks([row.method for row in known]).values()):
+        axis.errorbar(mean[place], place, xerr=spread[:, place, None], ms=4, lw=1, **look.style)
+    for place in full:
+        axis.axvline(mean[place], color="0.6", lw=0.8, ls="--")
+    axis.set_yticks(range(len(known)), [row.method for row in known], fontsize=7)
+    axis.set_ylim(-0.7, len(known) - 0.3)
+    axis.set_xlim(-2, 102)
+    axis.set_xlabel(f"score, % (length {tokens(rows[0].length)}; dashed: full attention)", fontsize=8)
+    axis.tick_params(labelsize=7)
+    axis.grid(axis="x", alpha=0.3)
+    return save(figure, path)
+
+
+def write_score_by_length(path: Path, records: Sequence[Record], title: str) -> Path:
+    """`write_score_by_group` over prompt lengths."""
+    by_length = sorted(grouped(records, lambda r: r.length).items())
+    return write_score_by_group(path, [(tokens(length), found) for length, found in by_length], title, "length, tokens")
 
 
 def write_task_bars(path: Path, records: Sequence[Record], title: str, tasks: Sequence[str]) -> Path:

@@ -9,9 +9,10 @@ from types import MappingProxyType
 
 from evals.costs import cost_table
 from evals.longbench.report import longbench_tables, v2_tables, write_longbench_plots, write_v2_plots
+from evals.manifest import Manifest
 from evals.niah.report import niah_tables, write_niah_plots
-from evals.page import heading, page
-from evals.plots import write_score_by_bytes
+from evals.page import page
+from evals.plots import write_score_by_bytes, write_score_by_length, write_score_dots
 from evals.quality import quality_tables, write_quality_by_layer
 from evals.results import Record, read_run
 from evals.ruler.report import ruler_tables, write_ruler_plots
@@ -25,6 +26,7 @@ class Presentation:
 
     tables: Callable[[Sequence[Record]], list[Table]]
     plots: Callable[[Path, Sequence[Record], str], list[Path]]  # folder, records, title -> files written
+    needs: tuple[str, ...] = ()  # of a record's meta
 
 
 @dataclass(frozen=True)
@@ -38,10 +40,10 @@ class Report:
 
 PRESENTATIONS: Mapping[str, Presentation] = MappingProxyType(
     {
-        "niah": Presentation(niah_tables, write_niah_plots),
+        "niah": Presentation(niah_tables, write_niah_plots, ("depth",)),
         "ruler": Presentation(ruler_tables, write_ruler_plots),
-        "longbench": Presentation(longbench_tables, write_longbench_plots),
-        "longbench-v2": Presentation(v2_tables, write_v2_plots),
+        "longbench": Presentation(longbench_tables, write_longbench_plots, ("bucket",)),
+        "longbench-v2": Presentation(v2_tables, write_v2_plots, ("difficulty", "length")),
     }
 )
 
@@ -51,19 +53,36 @@ def write_reports(folder: Path) -> Report:
     import pandas as pd
 
     manifest, records = read_run(folder)
-    shown = PRESENTATIONS[manifest.benchmark]
-    rows, quality, title = summarise(records), quality_tables(records), heading(manifest)
-    tables = [*shown.tables(records), *quality]
+    rows, tables = summarise(records), accuracy_tables(manifest, records)
     notes = {"notes": "; ".join(manifest.notes)}
     pd.DataFrame([asdict(row) | notes for row in rows]).to_csv(folder / "summary.csv", index=False)
     pd.DataFrame([asdict(cell) | notes for cell in task_scores(records)]).to_csv(folder / "tasks.csv", index=False)
-    (folder / "summary.md").write_text(
-        page(title, manifest, [cost_table("Score and cost", rows), *tables]), encoding="utf-8"
-    )
+    (folder / "summary.md").write_text(page(manifest, [cost_table("Score and cost", rows), *tables]), encoding="utf-8")
     (folder / "plots").mkdir(exist_ok=True)
-    plots = shown.plots(folder / "plots", records, title) if records else []
-    if quality:
-        plots.append(write_quality_by_layer(folder / "plots" / "quality_by_layer.png", records, title))
-    if len({row.method for row in rows if row.device_bytes}) > 1:
-        plots.append(write_score_by_bytes(folder / "plots" / "score_by_bytes.png", rows, title))
+    plots = write_accuracy_plots(folder / "plots", manifest, records, rows)
     return Report(rows, tables, [folder / name for name in ("summary.csv", "tasks.csv", "summary.md")] + plots)
+
+
+def accuracy_tables(manifest: Manifest, records: Sequence[Record]) -> list[Table]:
+    """The benchmark's own tables, and those of diagnostics."""
+    return [*PRESENTATIONS[manifest.benchmark].tables(records), *quality_tables(records)]
+
+
+def write_accuracy_plots(
+    folder: Path, manifest: Manifest, records: Sequence[Record], rows: Sequence[Row]
+) -> list[Path]:
+    """Score by length (or by method, of one length) and by bytes, the benchmark's own plots, those of diagnostics."""
+    scored = [row for row in rows if row.score is not None]
+    if not scored:
+        return []
+    title, made = manifest.title, []
+    if len({row.length for row in scored}) > 1:
+        made.append(write_score_by_length(folder / "score_by_length.png", records, title))
+    elif len(scored) > 1:
+        made.append(write_score_dots(folder / "scores.png", scored, title))
+    if len({row.method for row in scored if row.device_bytes}) > 1:
+        made.append(write_score_by_bytes(folder / "score_by_bytes.png", rows, title))
+    made += PRESENTATIONS[manifest.benchmark].plots(folder, records, title)
+    if quality_tables(records):
+        made.append(write_quality_by_layer(folder / "quality_by_layer.png", records, title))
+    return made

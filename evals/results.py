@@ -7,9 +7,11 @@ import json
 import os
 from collections.abc import Hashable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
+from functools import cache
 from pathlib import Path
-from typing import Any, ClassVar, Generic, NamedTuple, Protocol, TypeVar
+from types import UnionType
+from typing import Any, ClassVar, Generic, NamedTuple, Protocol, TypeVar, get_args, get_origin, get_type_hints
 
 from filelock import FileLock, Timeout
 
@@ -74,6 +76,7 @@ class Record:
     meta: dict[str, Any] = field(default_factory=dict)
     attended_tokens: float | None = None  # per decode step, mean over layers and heads; None in older records
     bus_bytes: int | None = None  # between host and device, per decoded token; None in older records
+    prompt_tail: str | None = None  # its last tokens as text; None in older records
 
     @property
     def key(self) -> Key:
@@ -176,6 +179,48 @@ def read_records(path: Path, kind: type[R]) -> tuple[Manifest, list[R]]:
         raise SkvError(f"{path} is not a run folder: it holds no run.json")
     _, records = _read(path / kind.FILE, kind, repair=False)
     return Manifest.read(path / "run.json"), list(records.values())
+
+
+def salvage(path: Path, kind: type[R]) -> tuple[list[R], list[int]]:
+    """Records of a file that may be damaged, and the numbers of the lines that are. The file is left as it is."""
+    records: dict[Hashable, R] = {}
+    damaged = []
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+        record = _parse(line, kind)
+        if record is None or not sound(record):
+            damaged.append(number)
+        elif record.key not in records or not records[record.key].final:
+            records[record.key] = record
+    return list(records.values()), damaged
+
+
+def sound(kept: Any) -> bool:
+    """Whether every field of a dataclass read from a file, and every element of a list in it, is of its type."""
+    for name, (allowed, elements) in _types(kept.__class__).items():
+        value = getattr(kept, name)
+        if not isinstance(value, allowed):
+            return False
+        if elements and isinstance(value, list) and not all(isinstance(item, elements) for item in value):
+            return False
+    return True
+
+
+@cache
+def _types(kind: type[Any]) -> dict[str, tuple[tuple[type, ...], tuple[type, ...]]]:
+    """By field: the classes that it may be of, and those of its elements."""
+    hints = get_type_hints(kind)
+    types = {}
+    for name in (declared.name for declared in fields(kind)):
+        options = get_args(hints[name]) if get_origin(hints[name]) is UnionType else (hints[name],)
+        elements = tuple(item for option in options if get_origin(option) is list for item in get_args(option))
+        types[name] = (_classes(options), _classes(elements))
+    return types
+
+
+def _classes(options: tuple[Any, ...]) -> tuple[type, ...]:
+    """What JSON makes of these types; a whole number is a float, too."""
+    plain = tuple(get_origin(option) or option for option in options)
+    return (*plain, int) if float in plain else plain
 
 
 def _read(path: Path, kind: type[R], *, repair: bool) -> tuple[int, dict[Hashable, R]]:

@@ -24,6 +24,7 @@ from shadowkv.method import Method
 from shadowkv.wording import one_line
 
 T = TypeVar("T")
+_TAIL_TOKENS = 64  # kept of a prompt: enough for a question, too few to republish a data set's text
 
 
 class Step(NamedTuple):
@@ -92,7 +93,11 @@ def _answers(run: Run, example: Example, methods: Sequence[Method]) -> Iterator[
     try:
         prefill = run.engine.prefill(torch.tensor([example.input_ids]), methods[0].prefill)
     except FAILURES as failure:
-        yield from (_failed(blank, failure) for method in methods for blank in _blanks(example, method).values())
+        yield from (
+            _failed(blank, failure)
+            for method in methods
+            for blank in _blanks(run.loaded.tokenizer, example, method).values()
+        )
         return
     seconds = run.now() - started
     for method in methods:
@@ -103,12 +108,12 @@ def _key(benchmark: str, question: Question, method: Method) -> Key:
     return Key(benchmark, *question, method.label)
 
 
-def _blanks(example: Example, method: Method) -> dict[str, Record]:
+def _blanks(tokenizer: Any, example: Example, method: Method) -> dict[str, Record]:
     """The records of an example's turns, by sample, with what is known before anything runs."""
-    return {turn.sample: _blank(turn, method) for turn in example.turns if turn.references}
+    return {turn.sample: _blank(tokenizer, turn, method) for turn in example.turns if turn.references}
 
 
-def _blank(turn: Example, method: Method) -> Record:
+def _blank(tokenizer: Any, turn: Example, method: Method) -> Record:
     return Record(
         benchmark=turn.benchmark,
         task=turn.task,
@@ -132,12 +137,13 @@ def _blank(turn: Example, method: Method) -> Record:
         host_bytes=0,
         prompt_sha256=hashlib.sha256(np.asarray(turn.input_ids, dtype="<i8").tobytes()).hexdigest(),
         meta={**turn.meta, "max_new_tokens": turn.max_new_tokens},
+        prompt_tail=str(tokenizer.decode(turn.input_ids[-_TAIL_TOKENS:])),
     )
 
 
 def _conversation(run: Run, example: Example, prefill: Prefill, prefill_s: float, method: Method) -> Iterator[Record]:
     """Every turn of an example in one cache of `method`. Where a turn fails, those after it have failed as well."""
-    engine, blanks = run.engine, _blanks(example, method)
+    engine, blanks = run.engine, _blanks(run.loaded.tokenizer, example, method)
     with ExitStack() as held:
         try:
             began = time.perf_counter()

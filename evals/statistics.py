@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 _RESAMPLES = 2000
+BOOTSTRAP_95 = f"95 % percentile bootstrap over the samples of each task, {_RESAMPLES:,} resamples"
 
 
 def mean_of_means(groups: Sequence[Sequence[float]]) -> float | None:

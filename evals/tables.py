@@ -5,6 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from shadowkv.wording import plain_line
+
+# A caption is not escaped by pandas.
+_TEX_TEXT = (
+    ("\\", r"\textbackslash "),
+    *((sign, f"\\{sign}") for sign in "&%$#_{}"),
+    ("~", r"\textasciitilde "),
+    ("^", r"\textasciicircum "),
+)
+
 
 @dataclass(frozen=True)
 class Table:
@@ -15,6 +25,7 @@ class Table:
     rows: Sequence[Sequence[str]]
     caption: str = ""
     names: int = 1
+    shaded: bool = False  # the numbers are percentages, which a page may colour
 
     def markdown(self) -> str:
         """The table in Markdown, under its title."""
@@ -23,6 +34,23 @@ class Table:
         lines += map(_line, self.rows)
         lines += ["", self.caption] if self.caption else []
         return "\n".join(lines) + "\n"
+
+
+def latex(table: Table, notes: Sequence[str], remarks: Sequence[str] = ()) -> str:
+    """A tabular; what a reader must know stands in its caption, behind the title, and remarks below as comments."""
+    import pandas as pd
+
+    columns = [head.replace("\n", " ") for head in table.columns]
+    align = "l" * table.names + "r" * (len(columns) - table.names)
+    body = pd.DataFrame([list(row) for row in table.rows], columns=columns)
+    said = plain_line(". ".join([table.title, *notes]))  # an empty line would end the caption
+    for sign, spelled in _TEX_TEXT:
+        said = said.replace(sign, spelled)
+    shown: str = body.to_latex(index=False, escape=True, column_format=align, caption=said)
+    # Unescaped by pandas: what LaTeX engines without UTF-8 input would stumble over.
+    for sign, spelled in (("±", r"$\pm$"), ("–", "--"), ("·", r"$\cdot$")):
+        shown = shown.replace(sign, spelled)
+    return shown + "".join(f"% {plain_line(remark)}\n" for remark in remarks)
 
 
 def number(value: float | None, spec: str) -> str:

@@ -23,13 +23,13 @@ from evals.bench.measuring import Bench
 from evals.bench.memory import MemoryShortError, Room, available_host_bytes
 from evals.bench.prompts import RealPrompts, SyntheticPrompts
 from evals.bench.records import BenchRecord, Cell
-from evals.bench.report import latex, notes_of, write_bench_reports
+from evals.bench.report import notes_of, write_bench_reports
 from evals.bench.summary import gains, summarise_bench
 from evals.bench.sweep import Plan, doublings, ladder_cells, largest_fitting, run_sweep
 from evals.bench.timing import distribution, paired_ratios, spread, step_times
 from evals.results import open_records, read_records
 from evals.sources import haystack
-from evals.tables import Table
+from evals.tables import Table, latex
 from shadowkv.engine import Engine
 from shadowkv.errors import SkvError
 from shadowkv.loading import load_tokenizer
@@ -472,8 +472,10 @@ def test_reports_say_what_was_not_real(engine, prompts, tmp_path):
 
 
 def test_latex_compiles_whatever_a_model_is_called():
-    made = latex(Table("throughput · my_model 50% #1", ["a_b", "tokens/s"], [["x_y ±3%", "1"]]), ["two\nlines"])
-    assert r"\caption{throughput $\cdot$ my\_model 50\% \#1}" in made
+    made = latex(
+        Table("throughput · my_model 50% #1", ["a_b", "tokens/s"], [["x_y ±3%", "1"]]), ["not\n\nwhole"], ["two\nlines"]
+    )
+    assert r"\caption{throughput $\cdot$ my\_model 50\% \#1. not whole}" in made
     assert r"x\_y $\pm$3\%" in made
     assert made.endswith("% two lines\n")
 

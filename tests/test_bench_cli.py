@@ -104,7 +104,8 @@ def test_a_sweep_prints_writes_and_continues(capsys, throughput, tmp_path):
     _, records = read_records(run, BenchRecord)
     assert len(records) == 4 * 2 * 2 * 2
     assert {r.method for r in records} == {"full", "shadowkv:budget=64,rank=8", "quest:budget=64", "full@hf"}
-    assert {p.name for p in (run / "plots").iterdir()} == {"throughput.png", "gain.png", "memory.png"}
+    drawn = {f"{name}.{kind}" for name in ("throughput", "gain", "memory") for kind in ("png", "svg")}
+    assert {p.name for p in (run / "plots").iterdir()} == drawn
     assert r"\begin{tabular}" in (run / "summary.tex").read_text()
     before = (run / "throughput.jsonl").read_bytes()
     assert main([*argv, "--json"]) == 0

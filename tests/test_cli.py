@@ -144,9 +144,9 @@ def test_ruler_runs_shows_its_tables_and_reads_back_what_it_wrote(capsys, tiny_f
     assert "not comparable with published scores" in said
     records = read_run(tmp_path / "run")[1]
     assert len(records) == 3 * 2 * 2 * 2
-    assert {p.name for p in (tmp_path / "run" / "plots").iterdir()} == {
-        "score_by_bytes.png", "score_by_length.png", "tasks_2048.png", "tasks_3072.png",
-    }  # fmt: skip
+    plots = ("score_by_bytes", "score_by_length", "tasks_2048", "tasks_3072")
+    drawn = {f"{name}.{kind}" for name in plots for kind in ("png", "svg")}
+    assert {p.name for p in (tmp_path / "run" / "plots").iterdir()} == drawn
     grown = [word if word != "2" else "3" for word in tasks]
     assert main([*argv, *grown, "--out", str(tmp_path / "run"), "-q"]) == 0
     assert len(read_run(tmp_path / "run")[1]) == 3 * 2 * 3 * 2

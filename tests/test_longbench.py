@@ -288,7 +288,7 @@ def test_all_tasks_run_through_the_command_line(tiny_folder, folder, tmp_path, c
     assert all(r.status == "ok" and r.score is not None for r in records)
     assert "left out: vcsum: no rows" in manifest.notes
     assert len(manifest.sources["rows"]["sha256"]) == 64
-    assert {p.name for p in (tmp_path / "run" / "plots").iterdir()} >= {"score_by_length.png", "tasks.png"}
+    assert {p.name for p in (tmp_path / "run" / "plots").iterdir()} >= {"score_by_class.png", "tasks.png"}
     before = (tmp_path / "run" / "samples.jsonl").read_bytes()
     assert main(argv) == 1
     assert (tmp_path / "run" / "samples.jsonl").read_bytes() == before

@@ -10,14 +10,13 @@ import numpy as np
 
 from evals.bench.conditions import noise_note
 from evals.bench.latency import PARTS, LatencyRecord
-from evals.bench.report import bench_title, latex
 from evals.looks import COLOURS
 from evals.manifest import Manifest
 from evals.page import page
 from evals.plots import new_figure, save, wrapped
 from evals.results import read_records
 from evals.summary import grouped
-from evals.tables import Table, number, tokens
+from evals.tables import Table, latex, number, tokens
 
 _NAMES = {"fetch": "value fetch", "rebuild": "key rebuild", "mlp": "MLP", "head": "LM head"}
 _CAPTION = (
@@ -62,15 +61,15 @@ def write_latency_reports(folder: Path) -> LatencyReport:
     manifest, found = read_records(folder, LatencyRecord)
     order = list(dict.fromkeys(record.method for record in found))
     records = sorted(found, key=lambda r: (r.context, r.batch, order.index(r.method)))
-    notes, title = _notes(manifest, records), bench_title(manifest)
+    notes, title = latency_notes(manifest, records), manifest.title
     table = latency_table(title, records)
     flat = [
         {**asdict(r), **{f"{part}_ms": ms for part, ms in r.parts_ms.items()}, "notes": "; ".join(notes)}
         for r in records
     ]
     pd.DataFrame(flat).drop(columns=["parts_ms", "conditions"]).to_csv(folder / "summary.csv", index=False)
-    (folder / "summary.md").write_text(page(title, manifest, [table], notes[len(manifest.notes) :]), encoding="utf-8")
-    (folder / "summary.tex").write_text(latex(table, notes), encoding="utf-8")
+    (folder / "summary.md").write_text(page(manifest, [table], notes[len(manifest.notes) :]), encoding="utf-8")
+    (folder / "summary.tex").write_text(latex(table, manifest.notes, notes), encoding="utf-8")
     files = [folder / name for name in ("summary.csv", "summary.md", "summary.tex")]
     good = [record for record in records if record.status == "ok"]
     if good:
@@ -79,14 +78,15 @@ def write_latency_reports(folder: Path) -> LatencyReport:
     return LatencyReport(records, table, notes, files)
 
 
-def _notes(manifest: Manifest, records: Sequence[LatencyRecord]) -> list[str]:
+def latency_notes(manifest: Manifest, records: Sequence[LatencyRecord]) -> list[str]:
+    """What every table of this profile must say."""
     machines = list(dict.fromkeys(record.machine for record in records))
     several = [f"measured on several machines: {'; '.join(machines)}"] if len(machines) > 1 else []
     failed = [
         f"{r.status}: {r.method} @ {tokens(r.context)} x {r.batch}: {r.error}" for r in records if r.status != "ok"
     ]
     before = [record.conditions["before"] for record in records if "before" in record.conditions]
-    warm = f"warm: {manifest.config['warmup_steps']} steps before those that count"
+    warm = f"warm: {manifest.config.get('warmup_steps', '?')} steps before those that count"
     return [*manifest.notes, *several, *failed, f"{warm}; noise before each: {noise_note(before)}"]
 
 

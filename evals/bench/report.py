@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -15,11 +14,10 @@ from evals.bench.records import BenchRecord
 from evals.bench.summary import BenchRow, Gain, gains, summarise_bench
 from evals.bench.timing import Spread
 from evals.manifest import Manifest
-from evals.page import heading, page
+from evals.page import page
 from evals.results import read_records
 from evals.summary import REFERENCE, grouped
-from evals.tables import Table, mib, number, tokens
-from shadowkv.wording import plain_line
+from evals.tables import Table, latex, mib, number, tokens
 
 _CAPTION = (
     "Tokens/s: of all rows while decoding, prefill excluded; median over repeats, and half of what lies between the "
@@ -139,8 +137,9 @@ def notes_of(manifest: Manifest, records: Sequence[BenchRecord], rows: Sequence[
         notes += [f"the search ended at --max-batch {row.batch}: {row.method} @ {tokens(row.context)}" for row in top]
     before = [record.conditions["before"] for record in records if "before" in record.conditions]
     notes.append(
-        f"warm: {config['warmup_steps']} steps before the {config['steps']} that count, a short prompt before the first"
-        f" one; {selection['repeats']} repeats, methods taking turns; noise before each: {noise_note(before)}"
+        f"warm: {config.get('warmup_steps', '?')} steps before the {config.get('steps', '?')} that count, a short "
+        f"prompt before them; {selection.get('repeats', '?')} repeats, methods taking turns; noise before each: "
+        f"{noise_note(before)}"
     )
     return notes
 
@@ -155,51 +154,32 @@ def _of_other_commands(manifest: Manifest, records: Sequence[BenchRecord]) -> li
     )
 
 
-def bench_title(manifest: Manifest) -> str:
-    """One line that says what was run on what, and how far it is from the real thing."""
-    marks = {"dummy weights": manifest.model["dummy"], "synthetic KV": _synthetic(manifest)}
-    return " ".join([heading(manifest), *(f"[{mark}]" for mark, on in marks.items() if on)])
-
-
-def _synthetic(manifest: Manifest) -> bool:
-    return bool(manifest.config.get("synthetic_kv"))
-
-
 def write_bench_reports(folder: Path) -> BenchReport:
     """Write summary.csv, summary.md, summary.tex and plots/ of a sweep's folder."""
     import pandas as pd
 
     manifest, records = read_records(folder, BenchRecord)
     rows, found = summarise_bench(records), gains(records)
-    notes, title = notes_of(manifest, records, rows), bench_title(manifest)
+    notes, title = notes_of(manifest, records, rows), manifest.title
     tables = [throughput_table(title, rows), gain_table(found)]
-    marks = {"dummy": manifest.model["dummy"], "synthetic_kv": _synthetic(manifest), "notes": "; ".join(notes)}
+    synthetic = bool(manifest.config.get("synthetic_kv"))
+    marks = {"dummy": manifest.model["dummy"], "synthetic_kv": synthetic, "notes": "; ".join(notes)}
     frame = pd.DataFrame([asdict(row) | marks for row in rows])
     frame.to_csv(folder / "summary.csv", index=False)
-    (folder / "summary.md").write_text(page(title, manifest, tables, notes[len(manifest.notes) :]), encoding="utf-8")
-    (folder / "summary.tex").write_text("\n".join(latex(table, notes) for table in tables), encoding="utf-8")
+    (folder / "summary.md").write_text(page(manifest, tables, notes[len(manifest.notes) :]), encoding="utf-8")
+    tex = "\n".join(latex(table, manifest.notes, notes) for table in tables)
+    (folder / "summary.tex").write_text(tex, encoding="utf-8")
     (folder / "plots").mkdir(exist_ok=True)
-    plots = []
-    if any(row.status == "ok" for row in rows):
-        plots = [
-            write_throughput(folder / "plots" / "throughput.png", rows, title),
-            write_gain_bars(folder / "plots" / "gain.png", found, title),
-            write_memory_bars(folder / "plots" / "memory.png", rows, found, title),
-        ]
+    plots = write_bench_plots(folder / "plots", rows, found, title)
     names = ("summary.csv", "summary.md", "summary.tex")
     return BenchReport(rows, found, tables, notes, [*(folder / name for name in names), *plots])
 
 
-def latex(table: Table, notes: Sequence[str]) -> str:
-    """A tabular with the title, and below it as comments what a reader must know."""
-    import pandas as pd
-
-    columns = [head.replace("\n", " ") for head in table.columns]
-    align = "l" * table.names + "r" * (len(columns) - table.names)
-    body = pd.DataFrame([list(row) for row in table.rows], columns=columns)
-    caption = re.sub(r"([&%$#_{}])", r"\\\1", table.title)  # pandas escapes cells only
-    shown: str = body.to_latex(index=False, escape=True, column_format=align, caption=caption)
-    # Unescaped by pandas: what LaTeX engines without UTF-8 input would stumble over.
-    for sign, spelled in (("±", r"$\pm$"), ("–", "--"), ("·", r"$\cdot$")):
-        shown = shown.replace(sign, spelled)
-    return shown + "".join(f"% {plain_line(note)}\n" for note in notes)
+def write_bench_plots(folder: Path, rows: Sequence[BenchRow], found: Sequence[Gain], title: str) -> list[Path]:
+    """Throughput, gains and memory; nothing if nothing could be measured."""
+    if not any(row.status == "ok" for row in rows):
+        return []
+    made = [write_throughput(folder / "throughput.png", rows, title)]
+    if any(gain.method != REFERENCE and gain.gain for gain in found):
+        made.append(write_gain_bars(folder / "gain.png", found, title))
+    return [*made, write_memory_bars(folder / "memory.png", rows, found, title)]

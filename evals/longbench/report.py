@@ -33,18 +33,19 @@ def longbench_tables(records: Sequence[Record]) -> list[Table]:
         lines,
         "Means are over tasks, those over categories over the means of categories, and only where every task they "
         "need has scored answers. Code counts in both languages. " + _coverage(records),
+        shaded=True,
     )
     e = [r for r in records if r.task.endswith("_e")]
     return [table, _by_bucket(e)] if e else [table]
 
 
 def write_longbench_plots(folder: Path, records: Sequence[Record], title: str) -> list[Path]:
-    """score_by_length.png over LongBench-E's length classes, and tasks.png."""
+    """score_by_class.png over LongBench-E's length classes, and tasks.png."""
     groups = [(bucket, [r for r in records if r.meta["bucket"] == bucket]) for bucket in _BUCKETS]
     groups = [(name, found) for name, found in groups if found]
     tasks = [label for task in TASKS for label in (task, f"{task}_e") if any(r.task == label for r in records)]
     return [
-        write_score_by_group(folder / "score_by_length.png", groups, title, "length of the row, words"),
+        write_score_by_group(folder / "score_by_class.png", groups, title, "length of the row, words"),
         write_task_bars(folder / "tasks.png", records, title, tasks),
     ]
 
@@ -65,10 +66,10 @@ def v2_tables(records: Sequence[Record]) -> list[Table]:
 
 
 def write_v2_plots(folder: Path, records: Sequence[Record], title: str) -> list[Path]:
-    """score_by_length.png over the three length classes."""
+    """score_by_class.png over the three length classes."""
     groups = [(value, [r for r in records if r.meta["length"] == value]) for value in ("short", "medium", "long")]
     groups = [(name, found) for name, found in groups if found]
-    return [write_score_by_group(folder / "score_by_length.png", groups, title, "length class")]
+    return [write_score_by_group(folder / "score_by_class.png", groups, title, "length class")]
 
 
 def _coverage(records: Sequence[Record]) -> str:

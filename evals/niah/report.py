@@ -13,6 +13,10 @@ from evals.statistics import mean_of_means
 from evals.summary import grouped, methods_of, scores_of
 from evals.tables import Table, number, tokens
 
+_WIDTH = 8.4  # inches of panels side by side
+# On a coloured cell, so not turned where a page turns greys for a dark background.
+_ON_DARK, _ON_LIGHT = "#fffffe", "#000001"
+
 
 def niah_tables(records: Sequence[Record]) -> list[Table]:
     """Score by turn, if there are several; the summary by method and length says the rest."""
@@ -34,11 +38,16 @@ def write_niah_plots(folder: Path, records: Sequence[Record], title: str) -> lis
     labels = methods_of(records)
     lengths = sorted({r.length for r in records})
     depths = sorted({float(r.meta["depth"]) for r in records})
-    width = 1.4 + len(labels) * (0.7 + 0.55 * max(len(lengths), 3))
-    figure = new_figure(width, 1.6 + 0.32 * max(len(depths), 4), title)
-    axes = figure.subplots(1, len(labels), sharey=True, squeeze=False)[0]
+    wide = 0.5 + 0.4 * max(len(lengths), 2)
+    across = min(len(labels), int(_WIDTH / wide))
+    down = -(-len(labels) // across)
+    figure = new_figure(1.4 + across * wide, 0.5 + down * (0.8 + 0.2 * max(len(depths), 4)), title)
+    grid_of_axes = figure.subplots(down, across, sharex=True, sharey=True, squeeze=False)
+    axes = list(grid_of_axes.flat)
+    for axis in axes[len(labels) :]:
+        axis.set_visible(False)
     images = []
-    for axis, label in zip(axes, labels, strict=True):
+    for axis, label in zip(axes, labels, strict=False):
         grid = _grid([r for r in records if r.method == label], depths, lengths)
         axis.set_facecolor("0.8")
         axis.patch.set(hatch="////", edgecolor="0.6")
@@ -46,13 +55,15 @@ def write_niah_plots(folder: Path, records: Sequence[Record], title: str) -> lis
         for (y, x), value in np.ndenumerate(grid):
             if not np.isnan(value):
                 # Dark text on the light end of the map and the other way round, so that print stays readable.
-                axis.text(x, y, f"{value:.2g}", ha="center", va="center", fontsize=7, color="w" if value < 0.6 else "k")
-        axis.set_title(wrapped(label), fontsize=8)
+                ink = _ON_DARK if value < 0.6 else _ON_LIGHT
+                axis.text(x, y, f"{value:.2g}", ha="center", va="center", fontsize=7, color=ink)
+        axis.set_title(wrapped(label), fontsize=7)
         axis.set_xticks(range(len(lengths)), [tokens(n) for n in lengths], fontsize=7)
-        axis.set_xlabel("context length, tokens", fontsize=7)
     axes[0].set_yticks(range(len(depths)), [f"{depth:g}" for depth in depths], fontsize=7)
-    axes[0].set_ylabel("needle depth, %", fontsize=8)
-    bar = figure.colorbar(images[0], ax=list(axes), label="score")
+    figure.supxlabel("context length, tokens", fontsize=8)
+    figure.supylabel("needle depth, %", fontsize=8)
+    bar = figure.colorbar(images[0], ax=axes, aspect=30)
+    bar.set_label("score", fontsize=8)
     bar.ax.tick_params(labelsize=7)
     made = [save(figure, folder / "heatmap.png")]
     turns = sorted({r.meta["turn"] for r in records if "turn" in r.meta})
@@ -64,9 +75,8 @@ def write_niah_plots(folder: Path, records: Sequence[Record], title: str) -> lis
 
 def _grid(records: Sequence[Record], depths: list[float], lengths: list[int]) -> np.ndarray:
     grid = np.full((len(depths), len(lengths)), np.nan)
-    for y, depth in enumerate(depths):
-        for x, length in enumerate(lengths):
-            known = scores_of([r for r in records if r.length == length and float(r.meta["depth"]) == depth])
-            if known:
-                grid[y, x] = np.mean(known)
+    for (depth, length), found in grouped(records, lambda r: (float(r.meta["depth"]), r.length)).items():
+        known = scores_of(found)
+        if known:
+            grid[depths.index(depth), lengths.index(length)] = np.mean(known)
     return grid

@@ -33,7 +33,7 @@ def throughput_summary(folders: Sequence[Path]) -> Table:
             full = "–" if gain.full_tokens_per_s is None else f"{gain.full_tokens_per_s:.2f} ({gain.full_batch})"
             lines.append(
                 [
-                    model + _marks(manifest),
+                    " ".join([model, *manifest.marks]),
                     tokens(gain.context),
                     gain.method,
                     full,
@@ -73,7 +73,7 @@ def accuracy_summary(folders: Sequence[Path]) -> Table:
     for folder in folders:
         manifest, records = read_run(folder)
         for row in summarise(records):
-            name = manifest.model["name"] + _marks(manifest)
+            name = " ".join([manifest.model["name"], *manifest.marks])
             scored = f"{row.scored}/{row.total}"
             lines.append([name, folder.name, tokens(row.length), row.method, percent(row.score), _spread(row), scored])
     columns = ["model", "run", "length", "method", "score, %", "95 %", "scored"]
@@ -90,7 +90,8 @@ def write_ablations(path: Path, folder: Path, base: str) -> Path:
     panels = ablated(base, rows)
     if not panels:
         raise SkvError(f"{folder} holds no setting of {base} with one parameter changed")
-    title = f"{manifest.benchmark} · {manifest.model['name']}{_marks(manifest)} · around {base}"
+    model = " ".join([manifest.model["name"], *manifest.marks])
+    title = f"{manifest.benchmark} · {model} · around {base}"
     figure = new_figure(2.6 * len(panels) + 0.6, 3.0, title)
     axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     full, drawn = rows.get(REFERENCE), looks([REFERENCE, base])
@@ -133,8 +134,3 @@ def ablated(base: str, rows: Mapping[str, Row]) -> dict[str, dict[Any, Row]]:
 
 def _spread(row: Row) -> str:
     return "–" if row.score_low is None else f"{percent(row.score_low)}–{percent(row.score_high)}"
-
-
-def _marks(manifest: Manifest) -> str:
-    marks = {"dummy weights": manifest.model["dummy"], "synthetic KV": manifest.config.get("synthetic_kv")}
-    return "".join(f" [{mark}]" for mark, on in marks.items() if on)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from evals.plots import write_score_by_group, write_task_bars
+from evals.plots import write_task_bars
 from evals.results import Record
 from evals.ruler.tasks import EFFECTIVE_SCORE, TASKS
 from evals.statistics import mean_of_means
@@ -13,6 +13,8 @@ from evals.summary import grouped, methods_of, scores_of
 from evals.tables import Table, percent, tokens
 
 _SHORT = dict(zip(TASKS, "s1 s2 s3 mk1 mk2 mk3 mv mq vt cwe fwe qa1 qa2".split(), strict=True))
+
+_MOST_BARS = 8  # methods side by side that can be told apart
 
 
 def ruler_tables(records: Sequence[Record]) -> list[Table]:
@@ -43,6 +45,7 @@ def ruler_tables(records: Sequence[Record]) -> list[Table]:
         f"{said}. Average: over the {len(tasks)} tasks{'' if whole else f' run, out of {len(TASKS)}'}; none where a "
         "task has no scored answer.",
         names=2,
+        shaded=True,
     )
     longest = Table(
         "Effective length",
@@ -55,10 +58,11 @@ def ruler_tables(records: Sequence[Record]) -> list[Table]:
 
 
 def write_ruler_plots(folder: Path, records: Sequence[Record], title: str) -> list[Path]:
-    """score_by_length.png, and a tasks_<length>.png for every length."""
+    """A tasks_<length>.png for every length; many methods are read from the table."""
+    if len(methods_of(records)) > _MOST_BARS:
+        return []
     by_length = dict(sorted(grouped(records, lambda r: r.length).items()))
-    groups = [(tokens(length), found) for length, found in by_length.items()]
-    made = [write_score_by_group(folder / "score_by_length.png", groups, title, "length, tokens")]
+    made = []
     for length, found in by_length.items():
         tasks = [task for task in TASKS if any(r.task == task for r in found)]
         made.append(write_task_bars(folder / f"tasks_{length}.png", found, f"{title} · {tokens(length)}", tasks))

@@ -1,0 +1,66 @@
+"""A report as files: summary.md, summary.csv, tasks.csv, summary.tex, plots/ and report.html."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from evals.page import code, listed, markdown
+from evals.reporting.folders import Found, make_folder
+from evals.reporting.page import render_report
+from evals.reporting.samples import samples_of
+from evals.reporting.sections import Section, environment, section_of
+from evals.tables import latex
+
+
+def write_report(found: Found, out: Path) -> list[Path]:
+    """Write everything that can be said of some runs into a folder; return the files.
+
+    With several runs, plots are in a folder for each, and a line of the CSV files says which run it is of.
+    """
+    make_folder(out)
+    several = len(found.runs) > 1
+    sections = [section_of(run, out / "plots" / (run.name if several else "")) for run in found.runs]
+    title = f"{len(sections)} runs" if several else sections[0].title
+    html = render_report(title, sections, found.left_out, samples_of(found.runs))
+    texts = {
+        "summary.md": "\n".join([*_left_out(found.left_out), *(_markdown(section) for section in sections)]),
+        "summary.tex": "\n".join(_tex(section) for section in sections),
+        "report.html": html,
+    }
+    for name, text in texts.items():
+        (out / name).write_text(text, encoding="utf-8")
+    tables = _write_data(sections, out, several=several)
+    plots = [path for section in sections for png in section.plots for path in (png, png.with_suffix(".svg"))]
+    return [out / "report.html", out / "summary.md", *tables, out / "summary.tex", *plots]
+
+
+def _left_out(left_out: Mapping[str, str]) -> list[str]:
+    return [f"**{name} is left out: {why}**\n" for name, why in left_out.items()]
+
+
+def _markdown(section: Section) -> str:
+    run = section.run
+    facts = [f"{name}: {text}" for name, text in environment(run).items()]
+    made = [*code(run.manifest.commands), *listed(facts)]
+    notes = [*section.notes, *run.problems]
+    return markdown(f"{run.name}: {section.title}", notes, section.tables, section.remarks, made)
+
+
+def _tex(section: Section) -> str:
+    remarks = [f"{section.run.name}: {section.title}", *section.run.problems, *section.remarks]
+    return "\n".join(latex(table, section.notes, remarks) for table in section.tables)
+
+
+def _write_data(sections: Sequence[Section], out: Path, *, several: bool) -> list[Path]:
+    import pandas as pd
+
+    made = []
+    for name in dict.fromkeys(name for section in sections for name in section.data):
+        frames = {section.run.name: section.data[name] for section in sections if name in section.data}
+        for run, frame in frames.items():
+            if several:
+                frame.insert(0, "run", run)
+        pd.concat(frames.values(), ignore_index=True).to_csv(out / name, index=False)
+        made.append(out / name)
+    return made

@@ -1,0 +1,169 @@
+"""What a report says of one run: tables, plots, and how it was made. One builder for each kind of run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+from evals.costs import cost_table
+from evals.report import accuracy_tables, write_accuracy_plots
+from evals.reporting.folders import Run
+from evals.statistics import BOOTSTRAP_95
+from evals.summary import methods_of, summarise, task_scores
+from evals.tables import Table, tokens
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+@dataclass(frozen=True)
+class Section:
+    """One run, ready to be written in any form."""
+
+    run: Run
+    facts: Mapping[str, str]  # a few numbers that say how large the run is
+    tables: Sequence[Table]  # the first is the headline
+    data: Mapping[str, pd.DataFrame]  # by file name: what the tables show, unrounded, with the notes in every line
+    plots: Sequence[Path]  # PNGs, each with an SVG beside it
+    remarks: Sequence[str]  # below the tables
+
+    @property
+    def title(self) -> str:
+        return self.run.manifest.title
+
+    @property
+    def notes(self) -> list[str]:
+        """What every table must say."""
+        return self.run.manifest.notes
+
+
+def section_of(run: Run, plots: Path) -> Section:
+    """Sum a run up and draw its plots into a folder."""
+    plots.mkdir(parents=True, exist_ok=True)
+    build = _accuracy if run.is_accuracy else _BUILDERS[run.manifest.benchmark]
+    made = build(run, plots)
+    marks = "".join(f" {mark}" for mark in run.manifest.marks)
+    return replace(made, tables=[_marked(table, marks) for table in made.tables])
+
+
+def environment(run: Run) -> dict[str, str]:
+    """Model, sources, settings, machine and versions, as far as the run says."""
+    manifest, model = run.manifest, run.manifest.model
+    said = {
+        "model": f"{model['name']} ({model['source'] or 'source unknown'})",
+        "weights": f"sha256 {model['weights_sha256']}" if model["weights_sha256"] else "checksum unknown",
+        "precision": f"{model['dtype']} on {model['device']}",
+    }
+    for name, source in manifest.sources.items():
+        parts = source if isinstance(source, Mapping) else {"name": source}
+        nested = {key: value for key, value in parts.items() if isinstance(value, Mapping | list)}
+        said[name] = _flat({key: value for key, value in parts.items() if key not in nested})
+        said |= {f"{name}: {key}": _flat(value) for key, value in nested.items()}
+    said["settings"] = _flat(manifest.config)
+    said["selection"] = _flat(manifest.selection)
+    if manifest.sessions:
+        last = manifest.sessions[-1]
+        machine = {key: value for key, value in last.machine.items() if value is not None}
+        said["machine"] = _flat(machine)
+        said["versions"] = _flat(last.versions)
+        said["started"] = ", ".join(session.started for session in manifest.sessions)
+        if last.git:
+            said["commit"] = f"{last.git['commit']}{' with changes' if last.git['dirty'] else ''}"
+    return {name: text for name, text in said.items() if text}
+
+
+def _flat(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {_flat(item)}" for key, item in value.items() if item is not None)
+    return " ".join(map(_flat, value)) if isinstance(value, list) else str(value)
+
+
+def _marked(table: Table, marks: str) -> Table:
+    return table if not marks or table.title.endswith(marks) else replace(table, title=table.title + marks)
+
+
+def _frame(rows: Sequence[Mapping[str, Any]], notes: Sequence[str]) -> pd.DataFrame:
+    import pandas as pd
+
+    return pd.DataFrame([{**row, "notes": "; ".join(notes)} for row in rows])
+
+
+def _accuracy(run: Run, plots: Path) -> Section:
+    records, manifest = run.answers, run.manifest
+    rows = summarise(records)
+    lengths = sorted({r.length for r in records})
+    scored = sum(r.score is not None for r in records)
+    facts = {
+        "methods": str(len(methods_of(records))),
+        "tasks": str(len({r.task for r in records})),
+        "lengths": ", ".join(map(tokens, lengths)),
+        "prompts": f"{len({(r.task, r.length, r.sample) for r in records}):,}",
+        "answers scored": f"{scored:,} of {len(records):,}",
+    }
+    return Section(
+        run,
+        facts,
+        [cost_table("Score and cost", rows), *accuracy_tables(manifest, records)],
+        {
+            "summary.csv": _frame([asdict(row) for row in rows], manifest.notes),
+            "tasks.csv": _frame([asdict(cell) for cell in task_scores(records)], manifest.notes),
+        },
+        write_accuracy_plots(plots, manifest, records, rows),
+        [f"Intervals: {BOOTSTRAP_95}."],
+    )
+
+
+def _throughput(run: Run, plots: Path) -> Section:
+    from evals.bench.report import gain_table, notes_of, throughput_table, write_bench_plots
+    from evals.bench.summary import gains, summarise_bench
+
+    records, manifest = run.records, run.manifest
+    rows, found = summarise_bench(records), gains(records)
+    notes = notes_of(manifest, records, rows)
+    return Section(
+        run,
+        _measured(run),
+        [throughput_table("Throughput, latency and memory", rows), gain_table(found)],
+        {"summary.csv": _frame([asdict(row) for row in rows], notes)},
+        write_bench_plots(plots, rows, found, manifest.title),
+        [note for note in notes if note not in manifest.notes],
+    )
+
+
+def _latency(run: Run, plots: Path) -> Section:
+    from evals.bench.latency_report import latency_notes, latency_table, write_latency_bars
+
+    order = methods_of(run.records)
+    records = sorted(run.records, key=lambda r: (r.context, r.batch, order.index(r.method)))
+    notes = latency_notes(run.manifest, records)
+    good = [record for record in records if record.status == "ok"]
+    flat = [{**asdict(r), **{f"{part}_ms": ms for part, ms in r.parts_ms.items()}} for r in records]
+    for row in flat:
+        del row["parts_ms"], row["conditions"]
+    return Section(
+        run,
+        _measured(run),
+        [latency_table("Decode step by part", records)],
+        {"summary.csv": _frame(flat, notes)},
+        [write_latency_bars(plots / "latency.png", good, run.manifest.title)] if good else [],
+        [note for note in notes if note not in run.manifest.notes],
+    )
+
+
+def _measured(run: Run) -> dict[str, str]:
+    good = sum(r.status == "ok" for r in run.records)
+    return {
+        "methods": str(len(methods_of(run.records))),
+        "contexts": ", ".join(tokens(context) for context in sorted({r.context for r in run.records})),
+        "batches": ", ".join(map(str, sorted({r.batch for r in run.records}))),
+        "measurements": f"{good:,} of {len(run.records):,}",
+        "machine": ", ".join(dict.fromkeys(r.machine for r in run.records)),
+    }
+
+
+_BUILDERS: Mapping[str, Callable[[Run, Path], Section]] = MappingProxyType(
+    {"throughput": _throughput, "latency": _latency}
+)
