@@ -18,6 +18,7 @@ from cli import (
     bench_latency,
     bench_throughput,
     calibrate,
+    compare,
     data_ruler,
     eval_longbench,
     eval_niah,
@@ -52,6 +53,7 @@ app.add_typer(bench, name="bench")
 data = typer.Typer(no_args_is_help=True, help="Write a benchmark's prompts to files.")
 data.command("ruler", epilog=data_ruler.EPILOG)(data_ruler.ruler)
 app.add_typer(data, name="data")
+app.command("compare", epilog=compare.EPILOG)(compare.compare)
 app.command("plan", epilog=plan.EPILOG)(plan.plan)
 app.command("paper", epilog=paper.EPILOG)(paper.paper)
 app.command("models", epilog=info.MODELS_EPILOG)(info.models)
