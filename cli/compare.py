@@ -57,7 +57,7 @@ def compare(
     elif not quiet:
         for table in report.tables(found):
             print_table(table)
-        print_notes([found.baseline, found.current, *found.notes])
+        print_notes(report.context(found))
         print(f"{report.headline(found)}. {report.gate_line(found)}.")
     return 1 if found.failures else 0
 

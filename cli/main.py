@@ -15,6 +15,7 @@ import typer
 from typer.exceptions import TyperException
 
 from cli import (
+    baseline,
     bench_latency,
     bench_throughput,
     calibrate,
@@ -53,6 +54,9 @@ app.add_typer(bench, name="bench")
 data = typer.Typer(no_args_is_help=True, help="Write a benchmark's prompts to files.")
 data.command("ruler", epilog=data_ruler.EPILOG)(data_ruler.ruler)
 app.add_typer(data, name="data")
+baselines = typer.Typer(no_args_is_help=True, help="Keep the runs that others are compared with.")
+baselines.command("update", epilog=baseline.EPILOG)(baseline.update)
+app.add_typer(baselines, name="baseline")
 app.command("compare", epilog=compare.EPILOG)(compare.compare)
 app.command("plan", epilog=plan.EPILOG)(plan.plan)
 app.command("paper", epilog=paper.EPILOG)(paper.paper)

@@ -12,18 +12,14 @@ from test_results import RECORD, manifest
 from evals.bench.records import BenchRecord
 from evals.results import Record
 
+MODEL = {"name": "m", "weights_sha256": "abc", "dummy": False, "dtype": "float32", "device": "cpu"}
+
 
 def answer(n: int, score: float | None, method: str = "full", **changes: Any) -> Record:
     """Answer `n` of a method; its text says whether it is right, so that a changed score is a changed text."""
-    known = {"status": "ok" if score is not None else "error", "prediction": f"answer {score}"}
-    return replace(
-        RECORD,
-        sample=f"depth={n},round=0",
-        method=method,
-        score=score,
-        prompt_sha256=f"{n:064x}",
-        **{**known, **changes},
-    )
+    known = {"status": "ok" if score is not None else "error", "prediction": f"answer {score}", "method": method}
+    asked = {"sample": f"depth={n},round=0", "prompt_sha256": f"{n:064x}"}
+    return replace(RECORD, score=score, **{**known, **asked, **changes})
 
 
 def answers(scores: list[float | None], method: str = "full", **changes: Any) -> list[Record]:
@@ -34,7 +30,7 @@ def answers(scores: list[float | None], method: str = "full", **changes: Any) ->
 def run_folder(path: Path, records: list[Record], **changes: Any) -> Path:
     """An accuracy run of these answers."""
     methods = {record.method: {} for record in records}
-    described = manifest(**{"methods": methods, "selection": {"lengths": [1024]}, **changes})
+    described = manifest(**{"methods": methods, "selection": {"lengths": [1024]}, "model": MODEL, **changes})
     return _written(path, asdict(described), "samples.jsonl", records)
 
 
@@ -48,10 +44,9 @@ def measurement(method: str, repeat: int, tokens_per_s: float, **changes: Any) -
 def sweep_folder(path: Path, records: list[BenchRecord], **changes: Any) -> Path:
     """A sweep of these measurements."""
     config = {"seed": 0, "machine": "box", "synthetic_kv": False}
-    model = {"name": "m", "weights_sha256": "abc", "dummy": False, "dtype": "float32", "device": "cpu"}
     methods = {record.method: {} for record in records}
     selection = {"contexts": [1024], "batches": [1]}
-    known = {"benchmark": "throughput", "config": config, "model": model, "methods": methods, "selection": selection}
+    known = {"benchmark": "throughput", "config": config, "model": MODEL, "methods": methods, "selection": selection}
     return _written(path, asdict(manifest(**{**known, **changes})), "throughput.jsonl", records)
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import html
 import math
 import xml.etree.ElementTree as ET
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -43,12 +45,22 @@ def tables(comparison: Comparison) -> list[Table]:
             "verdict",
         ]
         lines = [_score_line(row, comparison) for row in comparison.scores]
-        made.append(Table(f"Scores · {comparison.title}", columns, lines, _SCORES, names=2))
+        made.append(_table(f"Scores · {comparison.title}", columns, lines, _SCORES, names=2))
     if comparison.ratios:
         columns = ["method", "cell", "metric", "n", "baseline", "current", "ratio", "95 % / range", "p", "verdict"]
         lines = [_ratio_line(row, comparison) for row in comparison.ratios]
-        made.append(Table(f"Speed and memory · {comparison.title}", columns, lines, _RATIOS, names=3))
+        made.append(_table(f"Speed and memory · {comparison.title}", columns, lines, _RATIOS, names=3))
     return made
+
+
+def _table(title: str, columns: Sequence[str], lines: Sequence[Sequence[str]], caption: str, names: int) -> Table:
+    """A table whose texts, which run folders may have made up, stay in their cells."""
+    return Table(plain_line(title), columns, [list(map(plain_line, line)) for line in lines], caption, names)
+
+
+def context(comparison: Comparison) -> list[str]:
+    """What the two runs are, and what a reader must know of them: one plain line each."""
+    return [plain_line(line) for line in (comparison.baseline, comparison.current, *comparison.notes)]
 
 
 def said(row: Judged, comparison: Comparison) -> str:
@@ -58,12 +70,17 @@ def said(row: Judged, comparison: Comparison) -> str:
     return f"{row.verdict}{more}{why}{', FAILS' if row.fails(comparison.gate) else ''}"
 
 
-def headline(comparison: Comparison) -> str:
-    """All verdicts counted, and what they mean for a build."""
+def counted(comparison: Comparison) -> str:
+    """How many rows have which verdict."""
     counts = Counter(row.verdict for row in comparison.rows)
-    listed = ", ".join(f"{counts[verdict]} {verdict}" for verdict in Verdict if counts[verdict])
+    return ", ".join(f"{counts[verdict]} {verdict}" for verdict in Verdict if counts[verdict])
+
+
+def headline(comparison: Comparison) -> str:
+    """All verdicts, and what they mean for a build."""
     failing = len(comparison.failures)
-    return f"{'FAILED' if failing else 'passed'}: {listed}" + (f"; {failing} fail" if failing else "")
+    said = f"{'FAILED' if failing else 'passed'}: {counted(comparison)}"
+    return said + (f"; {failing} of them fail" if failing else "")
 
 
 def gate_line(comparison: Comparison) -> str:
@@ -76,9 +93,9 @@ def gate_line(comparison: Comparison) -> str:
 def markdown(comparison: Comparison) -> str:
     """A page for the summary of a CI job."""
     lines = [f"# skv compare: {headline(comparison)}", "", f"{gate_line(comparison)}.", ""]
-    lines += [f"- {plain_line(side)}" for side in (comparison.baseline, comparison.current)]
-    lines += [f"- **{plain_line(note)}**" for note in comparison.notes]
-    return "\n".join([*lines, "", *(table.markdown() for table in tables(comparison))]) + "\n"
+    lines += [f"- {line}" for line in context(comparison)]
+    page = "\n".join([*lines, "", *(table.markdown() for table in tables(comparison))])
+    return html.escape(page, quote=False)  # nothing in it is HTML
 
 
 def as_json(comparison: Comparison) -> dict[str, Any]:
