@@ -1,6 +1,7 @@
 """`skv`: the app, and the one place where errors become lines and exit codes.
 
-Exit codes: 0 all scored, 1 something unscored, 2 a mistake the user can fix, 130 interrupted, 141 nobody reads stdout.
+Exit codes: 0 all scored, 1 something unscored or worse, 2 a mistake the user can fix, 130 interrupted, 141 nobody
+reads stdout.
 """
 
 from __future__ import annotations

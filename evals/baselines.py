@@ -54,10 +54,10 @@ def update_baseline(
         raise SkvError(f"{run} is the baseline itself; give the run that is to replace it")
     try:
         with FileLock(run / ".lock", timeout=0):
-            unfit = _unfit(run, manifest)
-            if unfit and not force:
-                raise SkvError(f"{run} is no baseline: {'; '.join(unfit)} (--force takes it all the same)")
-            line = _line(run, name, target, manifest, reason, unfit)
+            reasons = unfit(run, manifest)
+            if reasons and not force:
+                raise SkvError(f"{run} is no baseline: {'; '.join(reasons)} (--force takes it all the same)")
+            line = _line(run, name, target, manifest, reason, reasons)
             _replace(run, target)
             _write(changelog, line)
     except Timeout:
@@ -65,7 +65,7 @@ def update_baseline(
     return Update(target, line)
 
 
-def _unfit(run: Path, manifest: Manifest) -> list[str]:
+def unfit(run: Path, manifest: Manifest) -> list[str]:
     """Why a run should not be what others are compared with."""
     if kind_of(manifest, run) is BenchRecord:
         sweep = read_side("RUN", run, manifest, BenchRecord).records
@@ -106,7 +106,7 @@ def _unanswered(manifest: Manifest, records: Sequence[Record]) -> list[str]:
     return reasons
 
 
-def _line(run: Path, name: str, target: Path, manifest: Manifest, reason: str, unfit: Sequence[str]) -> str:
+def _line(run: Path, name: str, target: Path, manifest: Manifest, reason: str, forced: Sequence[str]) -> str:
     """What the changelog says: which baseline, why, from which code, and what became of its scores."""
     said = [f"Baseline `{name}`: {'replaced' if target.exists() else 'new'}"]
     if reason:
@@ -118,7 +118,7 @@ def _line(run: Path, name: str, target: Path, manifest: Manifest, reason: str, u
             said.append(f"against the one before: {counted(compare(target, run, parse_gate(['nothing'])))}")
         except SkvError as error:
             said.append(f"not comparable with the one before ({plain_line(str(error))})")
-    said += [f"forced although {why}" for why in unfit]
+    said += [f"forced although {why}" for why in forced]
     return "; ".join(said) + "."
 
 
