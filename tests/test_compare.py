@@ -262,6 +262,14 @@ def test_gates_are_read():
         parse_gate(["nothing", "nothing"])
 
 
+def test_a_gate_that_could_never_fail_is_refused(capsys, folder, tmp_path):
+    both = [str(folder(name, answers(GOOD))) for name in "ab"]
+    line = mistake(capsys, "compare", *both, "--fail-on", "throughput=5%")
+    assert "--fail-on throughput: these runs measure accuracy, memory" in line
+    assert main(["compare", *both, "--fail-on", "throughput=5%", "--fail-on", "accuracy"]) == 0
+    assert "Not measured by these runs: throughput" in capsys.readouterr().out
+
+
 def test_files_and_json_say_the_same(capsys, folder, tmp_path):
     before, after = folder("a", answers(GOOD)), folder("b", answers(DROPPED))
     page, xml = tmp_path / "page.md", tmp_path / "junit.xml"
@@ -274,7 +282,7 @@ def test_files_and_json_say_the_same(capsys, folder, tmp_path):
     assert "FAILED: 2 same, 1 worse; 1 of them fail" in page.read_text()
     suite = ET.parse(xml).getroot().find("testsuite")
     assert (suite.get("tests"), suite.get("failures")) == ("3", "1")
-    (failed,) = [case for case in suite if case.find("failure") is not None]
+    (failed,) = [case for case in suite.iter("testcase") if case.find("failure") is not None]
     assert failed.get("classname") == "accuracy.full"
 
 

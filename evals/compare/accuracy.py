@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from evals.compare.gate import ACCURACY, MEMORY, THROUGHPUT, Gate
+from evals.compare.gate import ACCURACY, MEMORY, Gate
 from evals.compare.paired import Paired
 from evals.compare.rows import Comparison, RatioRow, ScoreRow
 from evals.compare.sides import Side, other_parameters, refuse, refuse_different
@@ -55,11 +55,6 @@ def compare_answers(baseline: Side[Record], current: Side[Record], gate: Gate) -
     methods = _shared_methods(baseline, current, notes)
     cells = _answers(baseline, current, methods, notes)
     notes += _differing_circumstances(baseline, current)
-    notes += [
-        f"{metric}: these runs do not measure it, so it is not judged"
-        for metric in (THROUGHPUT,)
-        if metric in gate.failing
-    ]
     sizes = _sizes(cells, gate) if _same_bytes(baseline, current) else []
     return Comparison(
         baseline.described, current.described, title(current.manifest), gate, _scores(cells, gate), sizes, notes
@@ -150,7 +145,9 @@ def _differing_circumstances(baseline: Side[Record], current: Side[Record]) -> l
     for key in ("name", "dtype", "device"):
         before, after = (side.manifest.model.get(key) for side in (baseline, current))
         if before != after:
-            notes.append(f"model.{key} differs: {before} -> {after}")
+            notes.append(
+                f"model.{key} differs: {before} -> {after}{'' if key == 'name' else '; KV bytes are not compared'}"
+            )
     said = {f"{side.name}: {note}" for side in (baseline, current) for note in side.manifest.notes}
     return [*notes, *sorted(said)]
 

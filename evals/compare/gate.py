@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -20,6 +20,11 @@ class Gate:
 
     tolerances: Mapping[str, float]
     failing: frozenset[str]
+
+    def check(self, measured: Collection[str]) -> None:
+        """Raise `SkvError` where nothing that is to fail is measured: such a gate would pass whatever happened."""
+        if self.failing and not self.failing.intersection(measured):
+            raise SkvError(f"--fail-on {', '.join(sorted(self.failing))}: these runs measure {', '.join(measured)}")
 
 
 def parse_gate(specs: Sequence[str]) -> Gate:

@@ -85,9 +85,11 @@ def headline(comparison: Comparison) -> str:
 
 def gate_line(comparison: Comparison) -> str:
     """What fails, and from which size on."""
-    gate = comparison.gate
-    sizes = [f"{name} {gate.tolerances[name]:g}" for name in gate.tolerances if name in gate.failing]
-    return f"Fails on what is worse by at least: {', '.join(sizes)}" if sizes else "Fails on nothing"
+    gate, measured = comparison.gate, {row.metric for row in comparison.rows}
+    sizes = [f"{name} {gate.tolerances[name]:g}" for name in gate.tolerances if name in gate.failing & measured]
+    unmeasured = ", ".join(name for name in gate.tolerances if name in gate.failing - measured)
+    fails = f"Fails on what is worse by at least: {', '.join(sizes)}" if sizes else "Fails on nothing"
+    return fails + (f". Not measured by these runs: {unmeasured}" if unmeasured else "")
 
 
 def markdown(comparison: Comparison) -> str:
@@ -126,6 +128,7 @@ def junit(comparison: Comparison) -> str:
         "skipped": str(skipped),
     }
     suite = ET.Element("testsuite", {"name": f"skv compare {plain_line(comparison.title)}", **counts})
+    ET.SubElement(suite, "system-out").text = "\n".join(context(comparison))
     for row in rows:
         named = {"classname": f"{row.metric}.{row.method}", "name": f"{row.place} {getattr(row, 'what', '')}".strip()}
         case = ET.SubElement(suite, "testcase")

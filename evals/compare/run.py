@@ -6,7 +6,7 @@ from pathlib import Path
 
 from evals.bench.records import BenchRecord
 from evals.compare.accuracy import compare_answers
-from evals.compare.gate import Gate
+from evals.compare.gate import ACCURACY, MEMORY, THROUGHPUT, Gate
 from evals.compare.rows import Comparison
 from evals.compare.sides import kind_of, read_manifest, read_side, refuse
 from evals.results import Record
@@ -17,6 +17,7 @@ def compare(baseline: Path, current: Path, gate: Gate) -> Comparison:
     before, after = read_manifest("BASELINE", baseline), read_manifest("CURRENT", current)
     kind = kind_of(before, baseline)
     refuse([] if before.benchmark == after.benchmark else [f"benchmark: {before.benchmark} -> {after.benchmark}"])
+    gate.check((THROUGHPUT if kind is BenchRecord else ACCURACY, MEMORY))
     if kind is BenchRecord:
         from evals.compare.speed import compare_sweeps  # which measures, and so imports torch
 

@@ -11,7 +11,7 @@ from evals.bench.records import BenchRecord
 from evals.bench.report import bench_title
 from evals.bench.timing import spread
 from evals.compare.accuracy import size_row
-from evals.compare.gate import ACCURACY, MEMORY, THROUGHPUT, Gate
+from evals.compare.gate import MEMORY, THROUGHPUT, Gate
 from evals.compare.paired import holm
 from evals.compare.rows import Comparison, RatioRow
 from evals.compare.sides import Side, other_parameters, refuse, refuse_different
@@ -93,7 +93,7 @@ def compare_sweeps(baseline: Side[BenchRecord], current: Side[BenchRecord], gate
     contexts = [sorted({record.context for record in side.records}) for side in (baseline, current)]
     refuse([] if contexts[0] == contexts[1] else [f"contexts: {contexts[0]} -> {contexts[1]}"])
     before, after = _sweep(baseline), _sweep(current)
-    notes = _notes(baseline, current, before, after, gate)
+    notes = _notes(baseline, current, before, after)
     shared = [cell for cell in before if cell in after]
     if not shared:
         raise SkvError("no measurement in common: no method at the same context and batch")
@@ -112,10 +112,8 @@ def _sweep(side: Side[BenchRecord]) -> Sweep:
     return grouped(side.records, lambda r: _Cell(r.method, r.context, r.batch))
 
 
-def _notes(
-    baseline: Side[BenchRecord], current: Side[BenchRecord], before: Sweep, after: Sweep, gate: Gate
-) -> list[str]:
-    notes = [f"{ACCURACY}: these runs do not measure it, so it is not judged"] if ACCURACY in gate.failing else []
+def _notes(baseline: Side[BenchRecord], current: Side[BenchRecord], before: Sweep, after: Sweep) -> list[str]:
+    notes = []
     for side, own, other in ((baseline, before, after), (current, after, before)):
         alone = [f"{cell.method} @ {cell.place}" for cell in own if cell not in other]
         if alone:
