@@ -51,14 +51,18 @@ def dropped(drop: float) -> Make:
     return make
 
 
-def comparisons(make: Make, samples: int, runs: int, methods: int = METHODS) -> Iterator[list[Decision]]:
-    """Comparisons of `methods` x TASKS cells and the methods' means."""
+def comparisons(
+    make: Make, samples: int, runs: int, methods: int = METHODS, tasks: int = TASKS, others: Make | None = None
+) -> Iterator[list[Decision]]:
+    """Comparisons of `methods` x `tasks` cells and the methods' means; methods but the first made by `others`."""
     for seed in range(runs):
         rng = np.random.default_rng([seed, samples])
-        drawn = [make(rng, samples) for _ in range(methods * TASKS)]
-        cells = [after - before for before, after in drawn]
-        means = [Paired(cells[i : i + TASKS]) for i in range(0, len(cells), TASKS)]
-        found = [*means, *(Paired([cell]) for cell in cells)]
+        found = []
+        for method in range(methods):
+            drawn = [(others if method and others else make)(rng, samples) for _ in range(tasks)]
+            cells = [after - before for before, after in drawn]
+            found += [Paired(cells)] if tasks > 1 else []
+            found += [Paired([cell]) for cell in cells]
         yield decide(found, [not paired.wins + paired.losses for paired in found], TOLERANCES["accuracy"])
 
 
@@ -107,6 +111,19 @@ def power(runs: int) -> list[str]:
     ]
 
 
+def set_power(runs: int) -> list[str]:
+    """Table lines: comparisons in which the regression set finds one of three methods broken by so much."""
+    return [
+        f"| {name} | "
+        + " | ".join(
+            f"{100 * share(comparisons(dropped(drop), samples, runs, 3, tasks, churned), FALSE[1:]):.0f} %"
+            for drop in (0.1, 0.2, 0.3, 0.4)
+        )
+        + " |"
+        for name, tasks, samples in (("NIAH, 50 prompts", 1, 50), ("RULER, 4 x 12 prompts", 4, 12))
+    ]
+
+
 def speed_power(runs: int) -> list[str]:
     """Table lines: sweeps that fail a build when everything really is slower."""
     return [
@@ -119,7 +136,16 @@ def speed_power(runs: int) -> list[str]:
 
 def main() -> None:
     """Print everything, as docs/compare.md has it."""
-    lines = [*false_alarms(1000), *false_alarms(1000, GRADED), "", *power(500), "", *speed_power(500)]
+    lines = [
+        *false_alarms(1000),
+        *false_alarms(1000, GRADED),
+        "",
+        *power(500),
+        "",
+        *speed_power(500),
+        "",
+        *set_power(500),
+    ]
     sys.stdout.write("\n".join(lines) + "\n")
 
 

@@ -142,12 +142,14 @@ def _example(side: Side[Record]) -> str:
 def _differing_circumstances(baseline: Side[Record], current: Side[Record]) -> list[str]:
     """What may change answers without being anybody's regression; and what tables of either run must say."""
     notes = []
-    for key in ("name", "dtype", "device"):
+    for key, matters in (
+        ("name", ""),
+        ("dtype", "; KV bytes are not compared"),
+        ("device", "; KV bytes are not compared"),
+    ):
         before, after = (side.manifest.model.get(key) for side in (baseline, current))
         if before != after:
-            notes.append(
-                f"model.{key} differs: {before} -> {after}{'' if key == 'name' else '; KV bytes are not compared'}"
-            )
+            notes.append(f"model.{key} differs: {before} -> {after}{matters}")
     said = {f"{side.name}: {note}" for side in (baseline, current) for note in side.manifest.notes}
     return [*notes, *sorted(said)]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from evals.bench.records import BenchRecord
-from evals.manifest import Manifest
+from evals.manifest import Manifest, Session
 from evals.report import PRESENTATIONS
 from evals.results import Kept, Record, read_records
 from shadowkv.errors import SkvError
@@ -30,13 +30,12 @@ class Side(Generic[R]):
     def described(self) -> str:
         """Where it comes from, in one line."""
         session = self.manifest.sessions[-1]
-        commit = (session.git or {}).get("commit", "unknown")[:9]
-        dirty = " with changes" if (session.git or {}).get("dirty") else ""
+        written_by = dict.fromkeys(_commit(session) for session in self.manifest.sessions)
         machine = session.machine.get("gpu") or session.machine.get("cpu")
-        versions = " ".join(
-            f"{name} {session.versions[name]}" for name in ("torch", "transformers") if name in session.versions
-        )
-        return f"{self.name} {self.path}: commit {commit}{dirty}, {session.started}, {machine}, {versions}"
+        known = [name for name in ("torch", "transformers") if name in session.versions]
+        versions = " ".join(f"{name} {session.versions[name]}" for name in known)
+        commits = " and then ".join(written_by)
+        return f"{self.name} {self.path}: commit {commits}, {session.started}, {machine}, {versions}"
 
 
 def read_manifest(name: str, path: Path) -> Manifest:
@@ -109,6 +108,11 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in tree.items():
         found |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
     return found
+
+
+def _commit(session: Session) -> str:
+    found = session.git or {}
+    return f"{found.get('commit', 'unknown')[:9]}{' with changes' if found.get('dirty') else ''}"
 
 
 def _held(path: Path) -> str:
