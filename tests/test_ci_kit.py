@@ -130,5 +130,5 @@ def test_the_gate_tells_lost_answers(gate, tmp_path):
 
 
 def test_the_gate_stops_at_a_command_that_cannot_run(gate, tmp_path):
-    assert gate(answers([1.0]), answers([1.0]), EVAL_CODE="2").returncode != 0
+    assert gate(answers([1.0]), answers([1.0]), EVAL_CODE="2").returncode == 2
     assert not (tmp_path / "page.md").exists()
