@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # one (set TORCH to a wheel of your choice otherwise); a machine with a GPU gets the newest build.
 TORCH ?= $(if $(shell command -v nvidia-smi 2>/dev/null),torch>=2.11,torch==2.13.0)
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint regression clean
 
 demo: $(VENV)/ready  ## full attention, ShadowKV and Quest on a real model, in minutes on a CPU
 	$(BIN)/skv pull smollm2-135m essays
@@ -20,8 +20,11 @@ lint: $(VENV)/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy --strict shadowkv evals cli
 
+regression: $(VENV)/ready  ## answers of a real model against results/baselines/, in minutes on a CPU
+	VENV=$(VENV) .ci/regression
+
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache results/demo
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache results/demo results/regression
 
 $(VENV)/ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)

@@ -1,6 +1,7 @@
 """`skv`: the app, and the one place where errors become lines and exit codes.
 
-Exit codes: 0 all scored, 1 something unscored, 2 a mistake the user can fix, 130 interrupted, 141 nobody reads stdout.
+Exit codes: 0 all scored, 1 something unscored or worse, 2 a mistake the user can fix, 130 interrupted, 141 nobody
+reads stdout.
 """
 
 from __future__ import annotations
@@ -15,9 +16,11 @@ import typer
 from typer.exceptions import TyperException
 
 from cli import (
+    baseline,
     bench_latency,
     bench_throughput,
     calibrate,
+    compare,
     data_ruler,
     eval_longbench,
     eval_niah,
@@ -56,6 +59,10 @@ data.command("ruler", epilog=data_ruler.EPILOG)(data_ruler.ruler)
 app.add_typer(data, name="data")
 app.command("report", epilog=report.EPILOG)(report.report)
 app.command("leaderboard", epilog=leaderboard.EPILOG)(leaderboard.leaderboard)
+baselines = typer.Typer(no_args_is_help=True, help="Keep the runs that others are compared with.")
+baselines.command("update", epilog=baseline.EPILOG)(baseline.update)
+app.add_typer(baselines, name="baseline")
+app.command("compare", epilog=compare.EPILOG)(compare.compare)
 app.command("plan", epilog=plan.EPILOG)(plan.plan)
 app.command("paper", epilog=paper.EPILOG)(paper.paper)
 app.command("models", epilog=info.MODELS_EPILOG)(info.models)

@@ -9,8 +9,6 @@ from typing import Any, NamedTuple
 
 from matplotlib.colors import to_hex, to_rgb
 
-from shadowkv.registry import methods
-
 # Okabe and Ito's colours, which colour-blind readers can tell apart, and a marker for each: print has no colours.
 COLOURS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7", "#999933")
 _MARKERS = "osD^vP*X"
@@ -35,6 +33,8 @@ class Look(NamedTuple):
 
 def looks(labels: Sequence[str]) -> dict[str, Look]:
     """By label. A method has its own colour and marker; further settings of it are paler and have other lines."""
+    from shadowkv.registry import methods  # which imports torch, and who only reads runs draws nothing
+
     order = [*_FIRST, *(name for name in methods() if name not in _FIRST)]
     found: dict[str, Look] = {}
     drawn = Counter[str]()

@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shadowkv.errors import SkvError
-from shadowkv.method import Setting
 
 if TYPE_CHECKING:
     from shadowkv.loading import LoadedModel
+    from shadowkv.method import Setting
 
 SCHEMA = 1
 _PACKAGES = ("skv", "torch", "transformers", "tokenizers", "safetensors", "numpy", "pandas", "matplotlib", "triton")
@@ -116,8 +116,8 @@ class Manifest:
         """Read a run.json; raises `SkvError` if it is not one."""
         try:
             raw = json.loads(path.read_text(encoding="utf-8"))
-            if raw.get("schema", SCHEMA) not in range(1, SCHEMA + 1):
-                raise SchemaError(f"{path} has schema {raw['schema']!r}; this skv reads 1 to {SCHEMA}")
+            if raw.get("schema", SCHEMA) != SCHEMA:
+                raise SchemaError(f"{path} is of schema {raw['schema']!r}; this version of skv reads schema {SCHEMA}")
             return Manifest(**{**raw, "sessions": [Session(**session) for session in raw["sessions"]]})
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise SkvError(f"{path} is not a run.json of this version of skv ({error})") from None

@@ -1,0 +1,1 @@
+"""Two run folders compared: paired by sample, judged with the doubt that so many samples leave."""
