@@ -125,9 +125,9 @@ def write_score_dots(path: Path, rows: Sequence[Row], title: str) -> Path:
     scores = 100 * np.array([[row.score, row.score_low, row.score_high] for row in known], dtype=float)
     mean, low, high = scores.T
     full = [place for place, row in enumerate(known) if row.method == REFERENCE]
-    spread = _whiskers(mean, low, high)
-    for place, look in enumerate(looks([row.method for row in known]).values()):
-        axis.errorbar(mean[place], place, xerr=spread[:, place, None], ms=4, lw=1, **look.style)
+    spread, drawn = _whiskers(mean, low, high), looks([row.method for row in rows])
+    for place, row in enumerate(known):
+        axis.errorbar(mean[place], place, xerr=spread[:, place, None], ms=4, lw=1, **drawn[row.method].style)
     for place in full:
         axis.axvline(mean[place], color="0.6", lw=0.8, ls="--")
     axis.set_yticks(range(len(known)), [row.method for row in known], fontsize=7)

@@ -58,8 +58,9 @@ def write_niah_plots(folder: Path, records: Sequence[Record], title: str) -> lis
                 ink = _ON_DARK if value < 0.6 else _ON_LIGHT
                 axis.text(x, y, f"{value:.2g}", ha="center", va="center", fontsize=7, color=ink)
         axis.set_title(wrapped(label), fontsize=7)
-        axis.set_xticks(range(len(lengths)), [tokens(n) for n in lengths], fontsize=7)
-    axes[0].set_yticks(range(len(depths)), [f"{depth:g}" for depth in depths], fontsize=7)
+        axis.set_xticks(range(len(lengths)), [tokens(n) for n in lengths])
+        axis.tick_params(labelsize=7)
+    axes[0].set_yticks(range(len(depths)), [f"{depth:g}" for depth in depths])
     figure.supxlabel("context length, tokens", fontsize=8)
     figure.supylabel("needle depth, %", fontsize=8)
     bar = figure.colorbar(images[0], ax=axes, aspect=30)
