@@ -20,7 +20,7 @@ from evals.bench.latency import PARTS, LatencyRecord, measure_latency, parts_of
 from evals.bench.latency_report import write_latency_reports
 from evals.bench.lists import parse_batches
 from evals.bench.measuring import Bench
-from evals.bench.memory import MemoryShortError, Room, available_host_bytes
+from evals.bench.memory import MemoryShortError, Room
 from evals.bench.prompts import RealPrompts, SyntheticPrompts
 from evals.bench.records import BenchRecord, Cell
 from evals.bench.report import latex, notes_of, write_bench_reports
@@ -32,6 +32,7 @@ from evals.sources import haystack
 from evals.tables import Table
 from shadowkv.engine import Engine
 from shadowkv.errors import SkvError
+from shadowkv.host_memory import available_host_bytes
 from shadowkv.loading import load_tokenizer
 from shadowkv.model_size import model_size
 from shadowkv.planner import demand_of, sequence_parts
