@@ -67,7 +67,7 @@ def prompts(engine, tokenizer):
 
 
 def room(engine, **changes):
-    return replace(Room(torch.device("cpu"), model_size(engine.model.config, 4)), **changes)
+    return replace(Room(torch.device("cpu"), model_size(engine.model.config, 4, device="cpu")), **changes)
 
 
 def bench(engine, **changes):
@@ -278,7 +278,7 @@ def test_room_is_planned_as_skv_plan_does(kind):
 def test_bytes_read_are_those_of_the_plan(engine, prompts):
     """So that GB/s of a sweep and of `skv plan` are of the same bytes, landmarks and page extremes among them."""
     found = [bench(engine).measure(c, Cell(c.label, CONTEXT, 2, 0)) for c in contenders(engine, prompts)]
-    size = model_size(engine.model.config, 4)
+    size = model_size(engine.model.config, 4, device="cpu")
     for made, spec in zip(found, SPECS, strict=True):
         method = parse_method(spec)
         assert made.read_bytes == size.step_parameters * 4 + 2 * method.read_bytes(size.dims, CONTEXT)
