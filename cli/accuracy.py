@@ -29,9 +29,10 @@ class _Prepared(AskedModel):
 
     def __init__(self, make_task: MakeTask, settings: Settings) -> None:
         from cli.checks import check_run
-        from cli.choosing import choose, parse_budgets, parse_kv_bytes, parse_specs
+        from cli.choosing import choose, parse_budgets, parse_kv_bytes, parse_specs, with_engine
 
-        asked, alike = parse_specs(settings.methods or ()), parse_budgets(settings.budget)
+        asked = with_engine(parse_specs(settings.methods or ()), settings.engine)
+        alike = parse_budgets(settings.budget)
         check_run(settings)
         super().__init__(settings, dummy=settings.dummy)
         self.settings = settings

@@ -74,7 +74,12 @@ class Prepared(AskedModel):
         from shadowkv.errors import SkvError
         from shadowkv.model_size import model_size
 
-        model = model_size(self.config, self.dims.element_bytes, trust_remote_code=self.settings.trust_remote_code)
+        model = model_size(
+            self.config,
+            self.dims.element_bytes,
+            device=self.dims.device,
+            trust_remote_code=self.settings.trust_remote_code,
+        )
         if self.cap_bytes is not None and self.cap_bytes < model.weight_bytes:
             raise SkvError(
                 f"--memory-cap {self.settings.memory_cap} is less than the weights, {size(model.weight_bytes)}"

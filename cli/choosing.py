@@ -69,6 +69,13 @@ def parse_specs(specs: Sequence[str]) -> list[Asked]:
     return found
 
 
+def with_engine(asked: Sequence[Asked], engine: str | None) -> list[Asked]:
+    """Every method that has an engine to choose, and none spelled out, with this one."""
+    if engine is None:
+        return list(asked)
+    return [a if "engine" in a.given else a._replace(method=a.method.with_engine(engine)) for a in asked]
+
+
 def parse_budgets(text: str | None) -> list[Alike]:
     """Read `256` or `256,512`: tokens that every method attends to in all. None for nothing."""
     from shadowkv.errors import SkvError

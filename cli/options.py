@@ -67,6 +67,9 @@ class RunOptions(ModelOptions):
 class Settings(RunOptions):
     """What every accuracy benchmark can be told, whatever it measures."""
 
+    engine: Annotated[
+        str | None, typer.Option(help="For methods that have two: reference, fast, or auto (fast on a GPU).")
+    ] = None
     reuse_prefix: Annotated[
         bool, typer.Option("--prefix-reuse/--no-prefix-reuse", help="Compute what prompts share once.")
     ] = True

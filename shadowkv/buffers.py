@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 
-import torch
 from torch import Tensor
 
+from shadowkv.pinned import empty_beside
 from shadowkv.stacking import Stackable, joined_tensor, row_shape
 
 
@@ -70,9 +70,7 @@ class TokenBuffer(Stackable):
     def _grow(self, count: int) -> None:
         shape = list(self._data.shape)
         shape[self._axis] = len(self) + count + self._grow_tokens
-        grown = torch.empty(shape, dtype=self._data.dtype, device=self._data.device)
-        if self._data.device.type == "cpu" and self._data.is_pinned():
-            grown = grown.pin_memory()
+        grown = empty_beside(shape, self._data)
         grown.narrow(self._axis, 0, len(self)).copy_(self.view)
         self._first, self._end = 0, len(self)
         self._data, self._owned = grown, True

@@ -22,6 +22,7 @@ from shadowkv.cache import JoinedCache, MethodCache
 from shadowkv.errors import SkvError
 from shadowkv.geometry import dims_of
 from shadowkv.graphs import GraphedStep, can_be_graphed, capture_on_gpu
+from shadowkv.host_memory import require_host_bytes
 from shadowkv.method import OBSERVED_QUERIES, Method, require
 from shadowkv.prefills import SparsePrefill
 from shadowkv.recording import Recorded, Recording
@@ -119,6 +120,10 @@ class Engine:
     def adopt(self, recorded: Recorded, method: Method) -> MethodCache:
         """A prompt from layers that this engine does not keep: each is asked for once, and may be let go then."""
         method.check(self.dims)
+        longest = max((layer.tokens for layer in recorded.recorded), default=0)
+        needed = method.prompt_bytes(self.dims, longest).host
+        if needed and self.model.device.type == "cuda":
+            require_host_bytes(needed, f"{method.label} of {longest} tokens")
         return MethodCache(self.model, recorded, method, self.rope)
 
     @torch.inference_mode()

@@ -191,6 +191,11 @@ class Method(Setting, ABC):
         """The method that decodes: this one, or the one that it only adds something to."""
         return self
 
+    def with_engine(self, engine: str) -> Method:
+        """This method in one of its implementations (`shadowkv.engines`), if it has several."""
+        changed: Any = self
+        return cast("Method", replace(changed, engine=engine)) if "engine" in self.params() else self
+
     def reference(self) -> Method:
         """The same choice of tokens by an implementation that takes values of any width."""
         return self

@@ -59,12 +59,15 @@ def count_parameters(config: Any, *, trust_remote_code: bool = False) -> Paramet
     return Parameters(total, total - (0 if tied else embedding.numel()))
 
 
-def model_size(config: Any, element_bytes: int, *, trust_remote_code: bool = False) -> ModelSize:
-    """What the planner must know of a model; raises `SkvError` for layers that no method serves."""
+def model_size(config: Any, element_bytes: int, *, device: str = "cuda", trust_remote_code: bool = False) -> ModelSize:
+    """What the planner must know of a model on a device of this type.
+
+    Raises `SkvError` for layers that no method serves.
+    """
     from shadowkv.geometry import dims_of, sliding_windows
 
     counted = count_parameters(config, trust_remote_code=trust_remote_code)
-    dims, windows = dims_of(config, element_bytes, "cuda"), sliding_windows(config)
+    dims, windows = dims_of(config, element_bytes, device), sliding_windows(config)
     require(dims.layers > 0, "no layer of this model sees its whole context: there is nothing for a method to serve")
     return ModelSize(
         dims=dims,

@@ -14,10 +14,9 @@ from __future__ import annotations
 
 from shadowkv.errors import SkvError
 from shadowkv.method import Bytes, Dims
-from shadowkv.methods.shadowkv import ShadowKV
+from shadowkv.methods.shadowkv import HIT_RATE, ShadowKV
 from shadowkv.planner import Demand
 
-HIT_RATE = 0.6
 _NEW_TOKENS = 128
 _CHUNK_NUMBER_BYTES = 8
 # Scores and weights in bf16, written and read, for every query head; the best of a group and their order per KV head.

@@ -6,9 +6,9 @@ from collections.abc import Hashable, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor
 
+from shadowkv.pinned import empty_beside
 from shadowkv.stacking import Stackable, joined_tensor
 
 
@@ -55,7 +55,7 @@ class RaggedBuffer(Stackable):
         joined._axis, joined._room = first._axis, first._room
         shape = list(first.data.shape)
         shape[0], shape[first._axis] = sum(row.data.shape[0] for row in rows), max(row.tokens for row in rows)
-        joined.data = _empty(shape, first.data)
+        joined.data = empty_beside(shape, first.data)
         begin = 0
         for row in rows:
             end = begin + row.data.shape[0]
@@ -128,11 +128,6 @@ def _with_tokens(x: Tensor, axis: int, tokens: int) -> Tensor:
     """A copy of x with room for `tokens`."""
     shape = list(x.shape)
     shape[axis] = tokens
-    grown = _empty(shape, x)
+    grown = empty_beside(shape, x)
     grown.narrow(axis, 0, x.shape[axis]).copy_(x)
     return grown
-
-
-def _empty(shape: Sequence[int], like: Tensor) -> Tensor:
-    pinned = like.device.type == "cpu" and torch.cuda.is_available() and like.is_pinned()
-    return torch.empty(shape, dtype=like.dtype, device=like.device, pin_memory=pinned)

@@ -14,6 +14,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from shadowkv.pinned import empty_beside
+
 
 class Stackable:
     """An object whose attributes are tensors with the batch first, other stackables, or settings."""
@@ -82,11 +84,8 @@ def _(thing: Stackable, rows: list[int]) -> Any:
 
 def joined_tensor(rows: list[Tensor]) -> Tensor:
     """Tensors one after the other along the first axis, in pinned memory if they are."""
-    first = rows[0]
-    pinned = first.device.type == "cpu" and torch.cuda.is_available() and first.is_pinned()
-    shape = (sum(row.shape[0] for row in rows), *first.shape[1:])
-    out = torch.empty(shape, dtype=first.dtype, device=first.device, pin_memory=pinned)
-    return torch.cat(rows, out=out)
+    shape = (sum(row.shape[0] for row in rows), *rows[0].shape[1:])
+    return torch.cat(rows, out=empty_beside(shape, rows[0]))
 
 
 @singledispatch

@@ -12,6 +12,7 @@ from torch import Tensor
 from shadowkv import ops
 from shadowkv.buffers import TokenBuffer
 from shadowkv.method import Bytes
+from shadowkv.pinned import empty_pinned
 from shadowkv.quantise import pack, quantise, unpack
 from shadowkv.ranges import ranged
 from shadowkv.stacking import Stackable
@@ -131,5 +132,4 @@ def to_host(x: Tensor) -> Tensor:
     """x where the host can hold it: pinned memory beside a GPU, in place on a CPU."""
     if x.device.type == "cpu":
         return x
-    host = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
-    return host.copy_(x)
+    return empty_pinned(x.shape, x.dtype).copy_(x)

@@ -39,6 +39,9 @@ class Wrapper(Method):
     def prefill(self) -> SparsePrefill | None:
         return self.method.prefill
 
+    def with_engine(self, engine: str) -> Method:
+        return replace(self, method=self.method.with_engine(engine))
+
     def new_state(self, rope: Rope) -> DecodeCache:
         return self.method.new_state(rope)
 

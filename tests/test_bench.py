@@ -20,7 +20,7 @@ from evals.bench.latency import PARTS, LatencyRecord, measure_latency, parts_of
 from evals.bench.latency_report import write_latency_reports
 from evals.bench.lists import parse_batches
 from evals.bench.measuring import Bench
-from evals.bench.memory import MemoryShortError, Room, available_host_bytes
+from evals.bench.memory import MemoryShortError, Room
 from evals.bench.prompts import RealPrompts, SyntheticPrompts
 from evals.bench.records import BenchRecord, Cell
 from evals.bench.report import notes_of, write_bench_reports
@@ -32,6 +32,7 @@ from evals.sources import haystack
 from evals.tables import Table, latex
 from shadowkv.engine import Engine
 from shadowkv.errors import SkvError
+from shadowkv.host_memory import available_host_bytes
 from shadowkv.loading import load_tokenizer
 from shadowkv.model_size import model_size
 from shadowkv.planner import demand_of, sequence_parts
@@ -66,7 +67,7 @@ def prompts(engine, tokenizer):
 
 
 def room(engine, **changes):
-    return replace(Room(torch.device("cpu"), model_size(engine.model.config, 4)), **changes)
+    return replace(Room(torch.device("cpu"), model_size(engine.model.config, 4, device="cpu")), **changes)
 
 
 def bench(engine, **changes):
@@ -277,7 +278,7 @@ def test_room_is_planned_as_skv_plan_does(kind):
 def test_bytes_read_are_those_of_the_plan(engine, prompts):
     """So that GB/s of a sweep and of `skv plan` are of the same bytes, landmarks and page extremes among them."""
     found = [bench(engine).measure(c, Cell(c.label, CONTEXT, 2, 0)) for c in contenders(engine, prompts)]
-    size = model_size(engine.model.config, 4)
+    size = model_size(engine.model.config, 4, device="cpu")
     for made, spec in zip(found, SPECS, strict=True):
         method = parse_method(spec)
         assert made.read_bytes == size.step_parameters * 4 + 2 * method.read_bytes(size.dims, CONTEXT)

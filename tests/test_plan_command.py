@@ -39,8 +39,9 @@ def test_the_published_engine_holds_the_authors_batch(capsys):
     asked = [*ASKED, "--context", "122k", "-m", "shadowkv"]
     ours, theirs = (told(capsys, *asked, *more)["plans"][0] for more in ([], ["--as-published"]))
     assert (theirs["method"], theirs["max_batch"]) == ("shadowkv (as published)", 24)
-    assert ours["method"] == "shadowkv"
-    assert theirs["step_ms"] / theirs["max_batch"] < ours["step_ms"] / ours["max_batch"]
+    # Ours indexes resident chunks where theirs moves them, and needs no copies of selections in between.
+    assert (ours["method"], ours["max_batch"]) == ("shadowkv", 24)
+    assert ours["step_ms"] < theirs["step_ms"] < 1.05 * ours["step_ms"]
     said = told(capsys, *asked, "-m", "shadowkv:rank=64+minference", "-m", "full", "--as-published")
     labels = ["shadowkv (as published)", "shadowkv:rank=64+minference (as published)", "full"]
     assert [plan["method"] for plan in said["plans"]] == labels

@@ -111,10 +111,11 @@ class SkvContender(Contender):
 class _SkvDecoding(Decoding):
     def __init__(self, engine: Engine, cache: MethodCache, tokens: Tensor, began: Began) -> None:
         super().__init__(tokens)
-        self.began, self._engine, self._cache = began, engine, cache
+        self.began, self._cache = began, cache
+        self._feed = engine.stepper(cache)
 
     def _logits(self, tokens: Tensor) -> Tensor:
-        return self._engine.extend(self._cache, tokens)
+        return self._feed(tokens)
 
     def nbytes(self) -> Bytes:
         return self._cache.nbytes()

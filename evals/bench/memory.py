@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import gc
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from shadowkv.host_memory import available_host_bytes
 from shadowkv.method import Bytes, Method
 from shadowkv.model_size import ModelSize
 from shadowkv.planner import demand_of, sequence_parts
@@ -95,15 +95,6 @@ class Room:
         if self.device.type == "cuda" and self.cap_bytes is not None:
             total = torch.cuda.mem_get_info(self.device)[1]
             torch.cuda.set_per_process_memory_fraction(min(self.cap_bytes / total, 1.0), self.device)
-
-
-def available_host_bytes() -> int:
-    """Host memory that can be had without swapping."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
 
 
 def release(device: torch.device) -> None:

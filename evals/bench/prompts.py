@@ -15,13 +15,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from evals.bench.memory import available_host_bytes
 from evals.bench.timing import Clock
 from evals.niah.prompt import Haystacks
 from evals.seeding import seeded
 from shadowkv.engine import Engine
 from shadowkv.errors import SkvError
 from shadowkv.geometry import sliding_windows
+from shadowkv.host_memory import available_host_bytes
 from shadowkv.method import OBSERVED_QUERIES, LayerKV
 from shadowkv.prefills import SparsePrefill
 from shadowkv.recording import RecordedLayer

@@ -33,6 +33,9 @@ from shadowkv.rope import Rope
 from shadowkv.slots import Regions
 from shadowkv.stored import CODINGS, CodedTokens
 
+# Chunks of a step that the step before had chosen too, as the authors report it (paper, section 4.2): for planning the
+# fast engine, which does not fetch them again.
+HIT_RATE = 0.6
 _CHOICES: dict[str, tuple[str, ...]] = {
     "values": tuple(CODINGS),
     "factors": FACTOR_CODINGS,
@@ -146,6 +149,11 @@ class ShadowKV(LayerwiseMethod, SelectsChunks):
         """
         return -(-(1024 if on_host else 128) // self.chunk) * self.chunk
 
+    def _filled_tokens(self, dims: Dims, tokens: int) -> float:
+        """Of the tokens chosen in a step, those that have to be fetched and rebuilt, per head."""
+        found = HIT_RATE if means_fast(self.engine, dims.device) else 0.0
+        return (1 - found) * self.chosen_tokens(tokens)
+
     def _largest_rank(self, dims: Dims) -> int:
         # With `energy` the rank depends on the prompt; the full width is its upper bound.
         return dims.width if self.energy else self.rank
@@ -165,8 +173,8 @@ class ShadowKV(LayerwiseMethod, SelectsChunks):
         return min(tokens + later, chunks * self.chunk + exact)
 
     def bus_bytes(self, dims: Dims, tokens: int) -> int:
-        fetched = dims.layers * dims.kv_heads * self.chosen_tokens(tokens) * self._value_bytes(dims)
-        return fetched if self.offload == "host" else 0
+        fetched = dims.layers * dims.kv_heads * self._filled_tokens(dims, tokens) * self._value_bytes(dims)
+        return round(fetched) if self.offload == "host" else 0
 
     def workspace_bytes(self, dims: Dims, tokens: int) -> int:
         if means_fast(self.engine, dims.device):
@@ -176,7 +184,7 @@ class ShadowKV(LayerwiseMethod, SelectsChunks):
 
     def read_bytes(self, dims: Dims, tokens: int) -> int:
         # Every head rebuilds its own tokens, from rows of the coefficients that all heads share.
-        rows = dims.kv_heads * self.chosen_tokens(tokens) * self._factor_bytes(dims)
+        rows = round(dims.kv_heads * self._filled_tokens(dims, tokens) * self._factor_bytes(dims))
         basis = (self._largest_rank(dims) + 1) * dims.width * dims.element_bytes
         landmarks = self.landmarks(tokens) * (dims.width * dims.element_bytes + dims.kv_heads * 4)
         attended = round(self.attended_tokens(dims, tokens) * dims.full_bytes_per_token)
@@ -184,8 +192,8 @@ class ShadowKV(LayerwiseMethod, SelectsChunks):
 
     def step_flop(self, dims: Dims, tokens: int) -> int:
         scored = dims.q_heads * self.landmarks(tokens)
-        rebuilt = dims.kv_heads * self.chosen_tokens(tokens) * self._largest_rank(dims)
-        return super().step_flop(dims, tokens) + 2 * dims.layers * dims.head_dim * (scored + rebuilt)
+        rebuilt = dims.kv_heads * self._filled_tokens(dims, tokens) * self._largest_rank(dims)
+        return super().step_flop(dims, tokens) + round(2 * dims.layers * dims.head_dim * (scored + rebuilt))
 
     def with_budget(self, tokens: int) -> Method:
         return self.within_budget(tokens)
