@@ -78,6 +78,7 @@ def test_scores_of_rows_without_chunks():
 
 def test_scores_over_many_blocks():
     inputs = scores_inputs(Case(batch=1, heads=1, chunks=128 * 66 + 5, head_dim=16), [128 * 66 + 1])
+    inputs["landmarks"][:, :, 128 * 65 :] *= 3  # the largest logits come last
     close(kernels().chunk_scores(**inputs), slots.chunk_scores(**inputs))
 
 
