@@ -131,24 +131,36 @@ def test_a_gpu_that_is_not_here_and_triton_that_is_not_here(capsys, bench, monke
     assert "pip install 'skv[gpu]'" in mistake(capsys, *bench)
 
 
-def test_the_command_has_kernels_interpreted_by_itself_and_compiles_them_for_a_gpu_that_is_not_here(
-    tiny_folder, tmp_path
-):
-    if torch.cuda.is_available():
-        pytest.skip("kernels are compiled on this machine")
-    pytest.importorskip("triton", reason="kernels need Triton")
+def _command(folder, *argv):
+    """The JSON of a command that decides itself whether kernels are interpreted."""
     code = "import sys; from cli.main import main; sys.exit(main(sys.argv[1:]))"
-    argv = ["bench", "kernels", "--model", str(tiny_folder), *SIZES, "--compile", "sm_90", "--out", str(tmp_path)]
+    whole = ["bench", "kernels", "--model", str(folder), *SIZES, "--json", *argv]
     env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    done = subprocess.run([sys.executable, "-c", code, *argv, "--json"], env=env, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code, *whole], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
+    return json.loads(done.stdout)
+
+
+def test_a_cpu_interprets_and_compiles_for_a_gpu_that_is_not_here(tiny_folder, tmp_path):
+    pytest.importorskip("triton", reason="kernels need Triton")
+    found = _command(tiny_folder, "--device", "cpu", "--compile", "sm_90", "--out", str(tmp_path))
     assert {row["status"] for row in found["rows"]} == {"ok"}
     assert {each["target"] for each in found["compiled"]} == {"sm_90"}
     assert all(0 < each["registers"] <= 255 for each in found["compiled"])
     kept = [CompiledKernel(**json.loads(line)) for line in (tmp_path / "compiled.jsonl").read_text().splitlines()]
     assert [vars(each) for each in kept] == found["compiled"]
     assert "Compiled, not run." in (tmp_path / "kernels.md").read_text()
+
+
+@pytest.mark.gpu
+def test_a_gpu_times_everything(tiny_folder, tmp_path):
+    rows = _command(tiny_folder, "--device", "cuda", "--steps", "5", "--out", str(tmp_path))["rows"]
+    assert {row["kernel"] for row in rows} == KERNELS
+    for row in rows:
+        assert row["status"] == "ok", row
+        assert row["times_ms"]["p50"] > 0
+        assert row["kernel"] == "low_rank.fit" or row["share_of_bytes"] > 0
+    assert "staged copy" in (tmp_path / "kernels.md").read_text()
 
 
 class _Timer:
