@@ -152,10 +152,18 @@ class AskedKernels:
 
     @property
     def sizes(self) -> dict[str, Any]:
-        """What is measured, and what it stands for."""
-        case = self.work.case
-        of_case = {key: value for key, value in asdict(case).items() if key not in ("dtype", "device")}
-        return {**of_case, "landmarks": self.work.landmarks, "misses": self.work.misses, **self.work.regions._asdict()}
+        """What is measured, on a CPU less than was asked for. Slots are chunks."""
+        work = self.work
+        of_case = {key: value for key, value in asdict(work.case).items() if key not in ("dtype", "device")}
+        return {
+            **of_case,
+            "values": list(work.values),
+            "factors": list(work.factors),
+            "landmarks": work.landmarks,
+            "misses": work.misses,
+            "outlier_tokens": work.regions.outliers,
+            "ring_tokens": work.regions.ring,
+        }
 
     @property
     def notes(self) -> list[str]:

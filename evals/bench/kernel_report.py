@@ -111,7 +111,10 @@ def compiled_table(compiled: Sequence[CompiledKernel]) -> Table:
     """One line per variant and target."""
     lines = [[c.kernel, c.variant, c.target, *map(str, (c.registers, c.stack_bytes, c.shared_bytes))] for c in compiled]
     columns = ["kernel", "variant", "target", "registers\nper thread", "stack bytes\nper thread", "shared\nbytes"]
-    caption = "Compiled, not run. Stack is where a thread's registers go that there are too few of: 0 is none spilled."
+    caption = (
+        "Compiled, not run. Of the geometry only the head size counts, as a power of two; other sizes are in the "
+        "variant. Stack is where a thread's registers go that there are too few of: 0 is none spilled."
+    )
     return Table("Compiled kernels", columns, lines, caption, names=3)
 
 
