@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,12 +16,13 @@ from cli.main import main
 from evals.bench.kernel_cases import Case, llama_rotary
 from evals.bench.kernel_compilation import CompiledKernel
 from evals.bench.kernel_report import kernel_table
-from evals.bench.kernel_subjects import Beside, Item, Subject
+from evals.bench.kernel_subjects import Beside, Item, Subject, Workload, items
 from evals.bench.kernels import KernelBench, KernelRecord, relative_error
 from evals.bench.staged_copy import staged_copy
 from evals.results import read_records
 from shadowkv import slots
 from shadowkv.gpus import Rates
+from shadowkv.slots import Regions
 
 SIZES = ["--context", "512", "--batch", "1", "-m", "shadowkv:rank=8,budget=64"]
 KERNELS = {
@@ -32,6 +34,11 @@ KERNELS = {
 def bench(tiny_folder, interpreter):
     """Arguments of a run of seconds."""
     return ["bench", "kernels", "--model", str(tiny_folder), "--device", "cpu", *SIZES]
+
+
+def _workload():
+    case = Case(batch=1)
+    return Workload(case, Regions(64, 16, 50), case.chunks, 3, ("native",), ("native",))
 
 
 def told(capsys, argv, code=0):
@@ -59,6 +66,8 @@ def test_every_kernel_is_checked_and_none_is_timed_on_a_cpu(capsys, bench):
 def test_a_wrong_kernel_is_named_and_fails(capsys, bench, monkeypatch):
     from shadowkv.kernels import twins
 
+    few = [item for item in items(_workload(), twins) if item.kernel in ("choose_chunks", "plan_fill")]
+    monkeypatch.setattr("evals.bench.kernel_subjects.items", lambda *_: few)
     # A chunk too far, which a real kernel might well choose.
     monkeypatch.setattr(twins, "choose_chunks", lambda **inputs: slots.choose_chunks(**inputs) + 1)
     assert main(bench) == 1
@@ -198,6 +207,18 @@ def test_rates_are_shares_of_those_of_the_machine():
     assert kernel.share_of_flop == pytest.approx(0.5)
     table = kernel_table("t", found)
     assert [line[-1] for line in table.rows] == ["2.50", "–"]  # 5 ms over 2 ms
+
+
+def test_a_report_says_the_rates_that_shares_are_of(capsys, bench, monkeypatch):
+    on_device = Item("other", "", lambda: replace(_subject(0.0), over_link=False))
+    monkeypatch.setattr(
+        "evals.bench.kernel_subjects.items", lambda *_: [Item("some", "", lambda: _subject(0.0)), on_device]
+    )
+    monkeypatch.setattr("cli.bench_kernels._bench", lambda _: _bench(_Timer()))
+    (said,) = [note for note in told(capsys, bench)["notes"] if note.startswith("reached here")]
+    assert said == (
+        "reached here: copy on the device 0.002 GB/s, copy from pinned memory 0.001 GB/s, square product 8e-06 TFLOP/s"
+    )
 
 
 def test_what_is_wrong_is_not_timed():

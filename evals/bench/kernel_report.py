@@ -123,11 +123,29 @@ def report_of(manifest: Manifest, found: Iterable[KernelRecord], compiled: Seque
     records, said = list(found), list(manifest.notes)
     said += [f"{r.status}: {' '.join(filter(None, r.key))}: {r.error}" for r in records if r.status != "ok"]
     said += [_faster(r, records) for r in records if r.kernel == "fill_values" and _gain(r, records) is not None]
-    before = [r.conditions["before"] for r in records if "before" in r.conditions]
-    if any(r.ms for r in records):
-        said.append(f"noise before each: {noise_note(before)}")
+    timed = [r for r in records if r.ms]
+    if timed:
+        said.append(f"reached here: {_reached(timed)}")
+        said.append(f"noise before each: {noise_note([r.conditions['before'] for r in timed])}")
     tables = [kernel_table(bench_title(manifest), records), *([compiled_table(compiled)] if compiled else [])]
     return KernelReport(records, list(compiled), tables, said)
+
+
+def _reached(timed: Sequence[KernelRecord]) -> str:
+    """The rates that shares are of. A folder that was continued may hold several of each."""
+    paths = (("copy on the device", False), ("copy from pinned memory", True))
+    rates = {
+        name: [r.peak_bytes_per_s / 1e9 for r in timed if r.over_link == over_link and r.peak_bytes_per_s]
+        for name, over_link in paths
+    }
+    products = [r.peak_flop_per_s / 1e12 for r in timed if r.peak_flop_per_s]
+    said = [f"{name} {_range(found)} GB/s" for name, found in rates.items() if found]
+    return ", ".join([*said, *([f"square product {_range(products)} TFLOP/s"] if products else [])])
+
+
+def _range(values: Sequence[float]) -> str:
+    low, high = (f"{value:.4g}" for value in (min(values), max(values)))
+    return low if low == high else f"{low} to {high}"
 
 
 def _faster(record: KernelRecord, records: Sequence[KernelRecord]) -> str:
