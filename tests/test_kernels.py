@@ -9,19 +9,18 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from kernel_cases import (
-    Case,
+from kernel_cases import Case, key_inputs
+from tiny_models import random_prompt, tiny_model
+
+from evals.bench.kernel_cases import (
     attention_inputs,
     choose_inputs,
     filling,
-    key_inputs,
     plan_inputs,
     poisoned,
     scores_inputs,
     stored_values,
 )
-from tiny_models import random_prompt, tiny_model
-
 from shadowkv import slots
 from shadowkv.engine import Engine
 from shadowkv.registry import parse_method
