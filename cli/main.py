@@ -17,6 +17,7 @@ from typer.exceptions import TyperException
 
 from cli import (
     baseline,
+    bench_kernels,
     bench_latency,
     bench_throughput,
     calibrate,
@@ -53,6 +54,7 @@ app.add_typer(evaluate, name="eval")
 bench = typer.Typer(no_args_is_help=True, help="Measure speed and memory.")
 bench.command("throughput", epilog=bench_throughput.EPILOG)(bench_throughput.throughput)
 bench.command("latency", epilog=bench_latency.EPILOG)(bench_latency.latency)
+bench.command("kernels", epilog=bench_kernels.EPILOG)(bench_kernels.kernels)
 app.add_typer(bench, name="bench")
 data = typer.Typer(no_args_is_help=True, help="Write a benchmark's prompts to files.")
 data.command("ruler", epilog=data_ruler.EPILOG)(data_ruler.ruler)

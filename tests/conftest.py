@@ -5,11 +5,13 @@ from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 
-# Before anything imports Triton: whether it interprets is settled then.
-os.environ.setdefault("TRITON_INTERPRET", "1")
-
 import pytest
 import torch
+
+# Before anything imports Triton: whether it interprets is settled then.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from tiny_models import tiny_model
 from transformers import PreTrainedModel
 

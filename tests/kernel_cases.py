@@ -1,128 +1,28 @@
-"""Inputs for every kernel and its plain-torch twin, by name: small enough for Triton's interpreter, or for a GPU."""
+"""The bench's inputs for kernels and their twins, with the rotary embedding of any model family."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from tiny_models import tiny_model
-from torch import Tensor
 
+from evals.bench import kernel_cases
 from shadowkv.rope import Rope
 from shadowkv.rotary_table import rotary_table
-from shadowkv.slots import Factors, Regions
-from shadowkv.stored import CODINGS, Stored
 
 
 @dataclass(frozen=True)
-class Case:
-    """Geometry of one comparison."""
+class Case(kernel_cases.Case):
+    """Geometry of one comparison, and whose rotary embedding it has."""
 
-    batch: int = 2
-    heads: int = 2
-    group: int = 2
-    head_dim: int = 64
-    chunks: int = 40
-    slots: int = 8
-    chunk: int = 8
-    rank: int = 20
-    dtype: torch.dtype = torch.float32
-    values: str = "native"
-    factors: str = "native"
-    device: str = "cpu"
     family: str = "llama"
-
-    @property
-    def tokens(self) -> int:
-        return self.chunks * self.chunk
-
-    def randn(self, *shape: int) -> Tensor:
-        return torch.randn(*shape, device=self.device).to(self.dtype)
-
-
-def poisoned(like: Tensor) -> Tensor:
-    """A buffer in which nothing that was not written goes unnoticed."""
-    return torch.full_like(like, float("nan"))
-
-
-def scores_inputs(case: Case, counts: list[int]) -> dict[str, Any]:
-    landmarks = case.randn(case.batch, case.heads, case.chunks, case.head_dim)
-    for row, count in enumerate(counts):
-        landmarks[row, :, count:] = float("nan")
-    return {
-        "q": case.randn(case.batch, case.heads * case.group, 1, case.head_dim),
-        "landmarks": landmarks,
-        "scaling": case.head_dim**-0.5,
-        "counts": torch.tensor(counts, dtype=torch.int32, device=case.device),
-    }
-
-
-def choose_inputs(case: Case, make: Callable[..., Tensor]) -> dict[str, Any]:
-    shape = (case.batch, case.heads, case.chunks)
-    numbers = (torch.arange(case.chunks, device=case.device) * 2 + 1).int().expand(shape).contiguous()
-    return {"scores": make(*shape).to(case.device), "numbers": numbers, "slots": case.slots}
-
-
-def plan_inputs(case: Case, chosen: int, held: int, shared: int) -> dict[str, Tensor]:
-    """`held` chunks in the first slots, of which `shared` are among the `chosen` ones."""
-    rows = []
-    for _ in range(case.batch * case.heads):
-        numbers = torch.randperm(4 * case.slots)
-        there = numbers[:held]
-        new = torch.cat((there[torch.randperm(held)[:shared]], numbers[held : held + chosen - shared]))
-        pad = torch.nn.functional.pad
-        rows.append(
-            (pad(new.sort().values, (0, case.slots - chosen), value=-1), pad(there, (0, case.slots - held), value=-1))
-        )
-    shape = (case.batch, case.heads, case.slots)
-    wanted, have = (torch.stack(x).view(shape).int().to(case.device) for x in zip(*rows, strict=True))
-    return {"chosen": wanted, "held": have}
-
-
-def filling(case: Case, fills: int) -> dict[str, Any]:
-    """Chunks in all slots, of which the first `fills` of a random order have to be filled."""
-    rows = case.batch * case.heads
-    held = torch.stack([torch.randperm(case.chunks)[: case.slots] for _ in range(rows)])
-    fill = torch.stack([torch.randperm(case.slots)[:fills].sort().values for _ in range(rows)])
-    fill = torch.nn.functional.pad(fill, (0, case.slots - fills), value=-1)
-    shape = (case.batch, case.heads, case.slots)
-    return {
-        "held": held.view(shape).int().to(case.device),
-        "fill": fill.view(shape).int().to(case.device),
-        "chunk": case.chunk,
-    }
-
-
-def stored_values(case: Case) -> Stored:
-    x = case.randn(case.batch, case.heads, case.tokens, case.head_dim)
-    return Stored(case.values, CODINGS[case.values].encode(x))
 
 
 def key_inputs(case: Case) -> dict[str, Any]:
-    coefficients = case.randn(case.batch, case.tokens, case.rank)
-    parts = CODINGS[case.factors].encode(coefficients)
-    width = case.heads * case.head_dim
+    """As in `evals.bench.kernel_cases`, with the table that the family's own functions give."""
     model = tiny_model(case.family, head_dim=case.head_dim, max_position_embeddings=4096)
     like = torch.empty(1, case.head_dim, dtype=case.dtype, device=case.device)
-    return {
-        "factors": Factors(
-            parts[0],
-            parts[1] if len(parts) > 1 else None,
-            case.randn(case.batch, case.rank, width) / case.rank**0.5,
-            case.randn(case.batch, 1, width),
-        ),
-        "rotary": rotary_table(Rope(model.to(case.device)), 0, case.head_dim, case.tokens, case.tokens, like),
-    }
-
-
-def attention_inputs(case: Case, regions: Regions, spans: list[list[int]]) -> dict[str, Any]:
-    from shadowkv.slots import positions_in_use
-
-    used = torch.tensor(spans, dtype=torch.int32, device=case.device)
-    shape = (case.batch, case.heads, regions.tokens, case.head_dim)
-    unused = ~positions_in_use(used, regions)[:, None, :, None].expand(shape)
-    k, v = (case.randn(*shape).masked_fill(unused, float("nan")) for _ in range(2))
-    q = case.randn(case.batch, case.heads * case.group, 1, case.head_dim)
-    return {"q": q, "k": k, "v": v, "spans": used, "regions": regions, "scaling": case.head_dim**-0.5}
+    table = rotary_table(Rope(model.to(case.device)), 0, case.head_dim, case.tokens, case.tokens, like)
+    return kernel_cases.key_inputs(case, table)

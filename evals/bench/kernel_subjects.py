@@ -1,0 +1,260 @@
+"""What is measured of every kernel: its inputs, its twin, what it cannot do without moving, what else does the job.
+
+Bytes are the fewest that a kernel can do with: every input read once, every output written once, nothing between its
+parts. Of what it reads by index they are the rows that are asked for, those that several heads ask for counted once.
+
+- chunk_scores: landmarks and queries, scores. choose_chunks: scores and chunk numbers, the chosen ones.
+- plan_fill: chosen and held chunks, held chunks and slots to fill.
+- fill_values: stored bytes of the missed tokens, over the link to the host; not what is then written on the device.
+- fill_keys: coefficients (and scales) of the missed tokens, directions and mean, cos and sin; the keys. Its FLOP are
+  those of one product: the second one, which takes the place of exchanging channels for RoPE, is not counted.
+- attend_resident: queries, and keys and values in use; outputs. FLOP: 4 per query head, position and channel.
+- low_rank.fit: none are counted, and no FLOP: most of its time goes into the eigenproblem, in fp64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from evals.bench.kernel_cases import (
+    Case,
+    attention_inputs,
+    choose_inputs,
+    filling,
+    key_inputs,
+    llama_rotary,
+    plan_inputs,
+    poisoned,
+    scores_inputs,
+    stored_values,
+)
+from evals.bench.staged_copy import staged_copy
+from shadowkv import low_rank, slots
+from shadowkv.slots import Regions
+from shadowkv.stored import Stored, to_host
+
+Call = Callable[..., Any]  # takes the tensors that it changes, returns a tensor, tensors or nothing
+_BOUNDS = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
+_SCORES_BOUND = 1e-4  # fp32 whatever the inputs are, whose products are exact
+_EXCESS_BOUND = 1e-3  # of the error that the best factors of that rank leave
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A decode step of one layer."""
+
+    case: Case
+    regions: Regions
+    landmarks: int
+    misses: int  # slots that every head has to fill
+    values: tuple[str, ...]  # codings
+    factors: tuple[str, ...]
+
+    def shrunk(self) -> Workload:
+        """Few enough tokens, heads and rows for Triton's interpreter; head size, group, chunk and rank as they are."""
+        case, chunk = self.case, self.case.chunk
+        small = replace(
+            case,
+            batch=min(case.batch, 2),
+            heads=min(case.heads, 2),
+            chunks=min(case.chunks, 40),
+            slots=min(case.slots, 8),
+        )
+        regions = Regions(small.slots * chunk, min(self.regions.outliers, 2 * chunk), min(self.regions.ring, 50))
+        misses = max(1, round(self.misses / case.slots * small.slots))
+        return replace(self, case=small, regions=regions, landmarks=min(self.landmarks, 38), misses=misses)
+
+
+class Beside(NamedTuple):
+    """Another way to the same result, not as a CUDA graph if it asks the host."""
+
+    way: str
+    call: Call
+    capturable: bool
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A kernel with its inputs. Several calls take turns; each is given `changed`, which it may write to."""
+
+    calls: tuple[Call, ...]
+    twins: tuple[Call, ...]
+    bound: float
+    changed: tuple[Tensor, ...] = ()
+    moved_bytes: int = 0
+    over_link: bool = False
+    flop: int = 0
+    beside: Beside | None = None
+    capturable: bool = True
+    error: Callable[[Sequence[Tensor], Sequence[Tensor]], float] | None = None  # in place of `relative_error`
+
+
+class Item(NamedTuple):
+    """A subject by name, made when its turn comes."""
+
+    kernel: str
+    variant: str
+    make: Callable[[], Subject]
+    way: str | None = None  # where it is no kernel
+
+
+def items(work: Workload, kernels: Any) -> Iterator[Item]:
+    """Everything there is to measure. kernels: the module of kernels, with the names of `shadowkv.slots`."""
+    yield Item("chunk_scores", "", partial(_scores, work, kernels))
+    yield Item("choose_chunks", "", partial(_choice, work, kernels))
+    yield Item("plan_fill", "", partial(_plan, work, kernels))
+    for coding in work.values:
+        yield Item("fill_values", f"{coding}, from host memory", partial(_values, work, kernels, coding))
+    for coding in work.factors:
+        yield Item("fill_keys", f"{coding} factors", partial(_keys, work, kernels, coding))
+    yield Item("attend_resident", "chosen tokens", partial(_attention, work, kernels))
+    yield Item("attend_resident", "whole context", partial(_dense, work, kernels))
+    yield Item("low_rank.fit", "one row's keys", partial(_factorisation, work.case), "Gram, fp64")
+
+
+def _scores(work: Workload, kernels: Any) -> Subject:
+    case = replace(work.case, chunks=work.landmarks)
+    inputs = scores_inputs(case, [case.chunks] * case.batch)
+    rows = case.batch * case.heads * case.chunks
+    return Subject(
+        (lambda: kernels.chunk_scores(**inputs),),
+        (lambda: slots.chunk_scores(**inputs),),
+        _SCORES_BOUND,
+        moved_bytes=inputs["landmarks"].nbytes + inputs["q"].nbytes + rows * torch.float32.itemsize,
+        flop=2 * rows * case.group * case.head_dim,
+    )
+
+
+def _choice(work: Workload, kernels: Any) -> Subject:
+    case = replace(work.case, chunks=work.landmarks)
+    inputs = choose_inputs(case, torch.rand)
+    chosen_bytes = case.batch * case.heads * case.slots * torch.int32.itemsize
+    return Subject(
+        (lambda: kernels.choose_chunks(**inputs),),
+        (lambda: slots.choose_chunks(**inputs),),
+        0.0,
+        moved_bytes=inputs["scores"].nbytes + inputs["numbers"].nbytes + chosen_bytes,
+    )
+
+
+def _plan(work: Workload, kernels: Any) -> Subject:
+    case = work.case
+    inputs = plan_inputs(case, case.slots, case.slots, case.slots - work.misses)
+    # By turns, so that every call misses as many as the first.
+    turns = (inputs["chosen"], inputs["held"].sort(dim=-1).values)
+    return Subject(
+        tuple(partial(kernels.plan_fill, chosen) for chosen in turns),
+        tuple(partial(slots.plan_fill, chosen) for chosen in turns),
+        0.0,
+        changed=(inputs["held"],),
+        moved_bytes=4 * inputs["held"].nbytes,
+    )
+
+
+def _values(work: Workload, kernels: Any, coding: str) -> Subject:
+    case = replace(work.case, values=coding)
+    on_device = stored_values(case)
+    stored = Stored(coding, tuple(to_host(part) for part in on_device.parts))
+    plan = filling(case, work.misses)
+    missed = case.batch * case.heads * work.misses * case.chunk
+    return Subject(
+        (partial(kernels.fill_values, stored, *plan.values()),),
+        # The twin reads what is on the device: from the host it would copy every slot, missed or not.
+        (partial(slots.fill_values, on_device, *plan.values()),),
+        _BOUNDS[case.dtype],
+        changed=(_blank(work, case),),
+        moved_bytes=sum(missed * part.shape[-1] * part.itemsize for part in stored.parts),
+        over_link=True,
+        beside=Beside("staged copy", partial(staged_copy(stored, missed), *plan.values()), False),
+    )
+
+
+def _keys(work: Workload, kernels: Any, coding: str) -> Subject:
+    case = replace(work.case, factors=coding)
+    inputs = key_inputs(case, llama_rotary(case))
+    plan = filling(case, work.misses)
+    factors, rotary = inputs["factors"], inputs["rotary"]
+    number = plan["held"].gather(-1, plan["fill"][..., : work.misses].long())
+    asked = sum(len(row.unique()) for row in number) * case.chunk  # tokens, of each row
+    places = len(number.unique()) * case.chunk
+    written = number.numel() * case.chunk * case.head_dim
+    of_token = [part[0, 0].nbytes for part in (factors.coefficients, factors.scale) if part is not None]
+    read = asked * sum(of_token) + factors.vectors.nbytes + factors.mean.nbytes
+    read += places * (rotary.cos[0].nbytes + rotary.sin[0].nbytes)
+    return Subject(
+        (partial(kernels.fill_keys, factors, rotary, *plan.values()),),
+        (partial(slots.fill_keys, factors, rotary, *plan.values()),),
+        _BOUNDS[case.dtype],
+        changed=(_blank(work, case),),
+        moved_bytes=read + written * case.dtype.itemsize,
+        flop=2 * written * case.rank,
+    )
+
+
+def _blank(work: Workload, case: Case) -> Tensor:
+    shape = (case.batch, case.heads, work.regions.tokens, case.head_dim)
+    return poisoned(torch.empty(shape, dtype=case.dtype, device=case.device))
+
+
+def _attention(work: Workload, kernels: Any) -> Subject:
+    regions, ring = work.regions, work.regions.ring
+    # The ring is full and has turned.
+    return _attending(work.case, kernels, regions, [regions.slots, regions.outliers, ring // 3, ring])[0]
+
+
+def _dense(work: Workload, kernels: Any) -> Subject:
+    tokens = work.case.tokens
+    subject, inputs = _attending(work.case, kernels, Regions(0, 0, tokens), [0, 0, 0, tokens])
+    q, k, v, scaling = (inputs[name] for name in ("q", "k", "v", "scaling"))
+    attend = torch.nn.functional.scaled_dot_product_attention
+    sdpa = partial(attend, q, k, v, scale=scaling, enable_gqa=True)
+    return replace(subject, beside=Beside("torch sdpa", sdpa, True))
+
+
+def _attending(case: Case, kernels: Any, regions: Regions, span: list[int]) -> tuple[Subject, dict[str, Any]]:
+    inputs = attention_inputs(case, regions, [span] * case.batch)
+    exact = {name: inputs[name].float() if name in ("q", "k", "v") else inputs[name] for name in inputs}
+    channels = case.batch * case.heads * (span[0] + span[1] + span[3]) * case.head_dim
+    subject = Subject(
+        (lambda: kernels.attend_resident(**inputs),),
+        # In fp32, because weights as small as those of many tokens are hardly there in fp16.
+        (lambda: slots.attend_resident(**exact).to(case.dtype),),
+        _BOUNDS[case.dtype],
+        moved_bytes=2 * channels * case.dtype.itemsize + 2 * inputs["q"].nbytes,
+        flop=4 * channels * case.group,
+    )
+    return subject, inputs
+
+
+def _factorisation(case: Case) -> Subject:
+    decay = torch.arange(1, case.width + 1, device=case.device) ** -0.5
+    mixing = torch.linalg.qr(torch.randn(case.width, case.width, device=case.device)).Q
+    x = (torch.randn(1, case.tokens, case.width, device=case.device) * decay) @ mixing
+    rank = min(case.rank, case.width)
+    centred = (x - x.mean(dim=1, keepdim=True))[0]
+
+    def by_svd() -> Tensor:
+        directions: Tensor = torch.linalg.svd(centred, full_matrices=False).Vh
+        return directions[:rank]
+
+    return Subject(
+        (lambda: low_rank.fit(x, rank).vectors[0],),
+        (by_svd,),
+        _EXCESS_BOUND,
+        beside=Beside("torch.linalg.svd", by_svd, False),
+        capturable=False,
+        error=partial(_excess_error, centred),
+    )
+
+
+def _excess_error(x: Tensor, got: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
+    """By which share `got` leaves more of x than `wanted` does. x [n,W], directions [r,W]."""
+    floor = 1e-5 * float(x.double().norm())  # below it there is rounding only
+    left = [max(float((x - (x @ basis.mT) @ basis).double().norm()), floor) for basis in (*got, *wanted)]
+    return left[0] / left[1] - 1

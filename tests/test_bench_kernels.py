@@ -1,0 +1,282 @@
+"""`skv bench kernels`: every kernel beside its twin; what is wrong is said and gets no speed."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from test_cli import mistake
+
+from cli.main import main
+from evals.bench.kernel_cases import Case, llama_rotary
+from evals.bench.kernel_compilation import CompiledKernel
+from evals.bench.kernel_report import kernel_table
+from evals.bench.kernel_subjects import Beside, Item, Subject, Workload, items
+from evals.bench.kernels import KernelBench, KernelRecord, relative_error
+from evals.bench.staged_copy import staged_copy
+from evals.results import read_records
+from shadowkv import slots
+from shadowkv.gpus import Rates
+from shadowkv.slots import Regions
+
+SIZES = ["--context", "512", "--batch", "1", "-m", "shadowkv:rank=8,budget=64"]
+KERNELS = {
+    "chunk_scores", "choose_chunks", "plan_fill", "fill_values", "fill_keys", "attend_resident", "low_rank.fit",
+}  # fmt: skip
+
+
+@pytest.fixture
+def bench(tiny_folder, interpreter):
+    """Arguments of a run of seconds."""
+    return ["bench", "kernels", "--model", str(tiny_folder), "--device", "cpu", *SIZES]
+
+
+def _workload():
+    case = Case(batch=1)
+    return Workload(case, Regions(64, 16, 50), case.chunks, 3, ("native",), ("native",))
+
+
+def told(capsys, argv, code=0):
+    """The JSON that a command prints."""
+    assert main([*argv, "--json"]) == code
+    return json.loads(capsys.readouterr().out)
+
+
+def test_every_kernel_is_checked_and_none_is_timed_on_a_cpu(capsys, bench):
+    found = told(capsys, bench)
+    assert {row["kernel"] for row in found["rows"]} == KERNELS
+    fills = {(row["variant"].partition(",")[0], row["way"]) for row in found["rows"] if row["kernel"] == "fill_values"}
+    codings, ways = ("native", "bf16", "int8", "fp8", "int4"), ("interpreter", "staged copy")
+    assert fills == {(coding, way) for coding in codings for way in ways}
+    for row in found["rows"]:
+        assert row["status"] == "ok", row
+        assert row["relative_error"] <= row["bound"]
+        assert row["ms"] == []
+        assert row["bytes_per_s"] is None
+    assert [found["sizes"][name] for name in ("head_dim", "rank", "slots", "misses")] == [16, 8, 8, 3]
+    assert any("times need a GPU" in note for note in found["notes"])
+    assert found["compiled"] == []
+
+
+def test_a_wrong_kernel_is_named_and_fails(capsys, bench, monkeypatch):
+    from shadowkv.kernels import twins
+
+    few = [item for item in items(_workload(), twins) if item.kernel in ("choose_chunks", "plan_fill")]
+    monkeypatch.setattr("evals.bench.kernel_subjects.items", lambda *_: few)
+    # A chunk too far, which a real kernel might well choose.
+    monkeypatch.setattr(twins, "choose_chunks", lambda **inputs: slots.choose_chunks(**inputs) + 1)
+    assert main(bench) == 1
+    said = capsys.readouterr()
+    assert "WRONG" in said.out
+    wrong = [line for line in said.err.splitlines() if line.startswith("skv: ")]
+    assert wrong == ["skv: wrong: choose_chunks interpreter: does not give what its plain-torch twin gives"]
+
+
+def test_a_run_folder_says_everything_and_goes_on(capsys, bench, tmp_path, monkeypatch):
+    from shadowkv.kernels import twins
+
+    out = tmp_path / "run"
+    argv = [*bench, "--out", str(out), "--quiet"]
+    good = twins.fill_keys
+    monkeypatch.setattr(twins, "fill_keys", lambda *args, **named: None)  # writes nothing
+    assert main(argv) == 1
+    assert "WRONG" in (out / "kernels.md").read_text()
+    monkeypatch.setattr(twins, "fill_keys", good)
+    # Only what was wrong is measured again.
+    monkeypatch.setattr(twins, "attend_resident", lambda *args, **named: pytest.fail("was settled"))
+    assert main(argv) == 0
+    manifest, records = read_records(out, KernelRecord)
+    assert {record.status for record in records} == {"ok"}
+    assert manifest.benchmark == "kernels"
+    assert len(manifest.sessions) == 2
+    page = (out / "kernels.md").read_text()
+    assert "[synthetic KV]" in page
+    assert "times need a GPU" in page
+    assert "WRONG" not in page
+    assert capsys.readouterr().out == ""
+
+
+def test_a_dry_run_computes_nothing(capsys, bench, monkeypatch):
+    monkeypatch.setattr(KernelBench, "measure", lambda *_: pytest.fail("measured"))
+    assert {row["kernel"] for row in told(capsys, [*bench, "--dry-run"])["rows"]} == KERNELS
+    assert main([*bench, "--dry-run"]) == 0
+    assert "Nothing was run." in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["--compile", "sm_9"], "unknown target 'sm_9' (did you mean 'sm_90'?)"),
+        (["--compile", ","], "for example --compile sm_80,sm_90"),
+        (["--context", "64"], "give a longer context or a smaller budget"),
+        (["--context", "1k,2k"], "give one --context"),
+        (["--context", "long"], "is not a length"),
+        (["--batch", "0"], "--batch must be at least 1"),
+        (["--steps", "0"], "--steps must be at least 1"),
+        (["--warmup", "-1"], "--warmup must be at least 0"),
+        (["--misses", "0"], "--misses 0.0 is not a share in (0, 1]"),
+        (["--dtype", "float8"], "unknown dtype"),
+        (["--model", "llama3.1"], "did you mean 'llama3.1-8b'"),
+        (["-m", "shadwkv"], "did you mean 'shadowkv'"),
+        (["-m", "quest"], "kernels are shadowkv's"),
+        (["-m", "shadowkv+minference"], "kernels are shadowkv's"),
+        (["-m", "shadowkv:energy=0.9,budget=64"], "give rank instead of energy"),
+        (["-m", "shadowkv:rank=64,budget=64"], "exceeds the width"),
+    ],
+)
+def test_mistakes_are_one_line(capsys, bench, argv, says):
+    assert says in mistake(capsys, *bench, *argv)
+
+
+def test_a_gpu_that_is_not_here_and_triton_that_is_not_here(capsys, bench, monkeypatch):
+    assert "no CUDA device" in mistake(capsys, *bench, "--device", "cuda")
+    monkeypatch.setattr("shadowkv.kernels.has_triton", lambda: False)
+    assert "pip install 'skv[gpu]'" in mistake(capsys, *bench)
+
+
+def _command(folder, *argv):
+    """The JSON of a command that decides itself whether kernels are interpreted."""
+    code = "import sys; from cli.main import main; sys.exit(main(sys.argv[1:]))"
+    whole = ["bench", "kernels", "--model", str(folder), *SIZES, "--json", *argv]
+    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", code, *whole], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_a_cpu_interprets_and_compiles_for_a_gpu_that_is_not_here(tiny_folder, tmp_path):
+    pytest.importorskip("triton", reason="kernels need Triton")
+    found = _command(tiny_folder, "--device", "cpu", "--compile", "sm_90", "--out", str(tmp_path))
+    assert {row["status"] for row in found["rows"]} == {"ok"}
+    assert {each["target"] for each in found["compiled"]} == {"sm_90"}
+    assert all(0 < each["registers"] <= 255 for each in found["compiled"])
+    kept = [CompiledKernel(**json.loads(line)) for line in (tmp_path / "compiled.jsonl").read_text().splitlines()]
+    assert [vars(each) for each in kept] == found["compiled"]
+    assert "Compiled, not run." in (tmp_path / "kernels.md").read_text()
+
+
+@pytest.mark.gpu
+def test_a_gpu_times_everything(tiny_folder, tmp_path):
+    rows = _command(tiny_folder, "--device", "cuda", "--steps", "5", "--out", str(tmp_path))["rows"]
+    assert {row["kernel"] for row in rows} == KERNELS
+    for row in rows:
+        assert row["status"] == "ok", row
+        assert row["times_ms"]["p50"] > 0
+        assert row["kernel"] == "low_rank.fit" or row["share_of_bytes"] > 0
+    assert "staged copy" in (tmp_path / "kernels.md").read_text()
+
+
+class _Timer:
+    """Says what was timed, and that everything took a while."""
+
+    def __init__(self):
+        self.asked = []
+
+    def replayed(self, calls):
+        self.asked.append("graph")
+        return [2.0] * 3
+
+    def waited(self, call, most=None):
+        self.asked.append("waited")
+        return [5.0] * 3
+
+
+def _bench(timer):
+    return KernelBench(torch.device("cpu"), "here", "triton", timer, Rates(2e6, 1e6, 8e6))
+
+
+def _subject(answer):
+    wanted = torch.arange(4.0)
+    other = Beside("by hand", lambda: wanted, False)
+    return Subject(
+        (lambda: wanted + answer,), (lambda: wanted,), 1e-3, moved_bytes=2000, over_link=True, flop=8000, beside=other
+    )
+
+
+def test_rates_are_shares_of_those_of_the_machine():
+    found = _bench(_Timer()).measure(Item("some", "", lambda: _subject(0.0)))
+    kernel, beside = found
+    assert (kernel.way, beside.way) == ("triton", "by hand")
+    assert kernel.bytes_per_s == pytest.approx(1e6)  # 2000 bytes in 2 ms
+    assert kernel.share_of_bytes == pytest.approx(1.0)  # of the link
+    assert kernel.share_of_flop == pytest.approx(0.5)
+    table = kernel_table("t", found)
+    assert [line[-1] for line in table.rows] == ["2.50", "–"]  # 5 ms over 2 ms
+
+
+def test_a_report_says_the_rates_that_shares_are_of(capsys, bench, monkeypatch):
+    on_device = Item("other", "", lambda: replace(_subject(0.0), over_link=False))
+    monkeypatch.setattr(
+        "evals.bench.kernel_subjects.items", lambda *_: [Item("some", "", lambda: _subject(0.0)), on_device]
+    )
+    monkeypatch.setattr("cli.bench_kernels._bench", lambda _: _bench(_Timer()))
+    (said,) = [note for note in told(capsys, bench)["notes"] if note.startswith("reached here")]
+    assert said == (
+        "reached here: copy on the device 0.002 GB/s, copy from pinned memory 0.001 GB/s, square product 8e-06 TFLOP/s"
+    )
+
+
+def test_what_is_wrong_is_not_timed():
+    timer = _Timer()
+    wrong, beside = _bench(timer).measure(Item("some", "", lambda: _subject(1.0)))
+    assert (wrong.status, wrong.ms, wrong.bytes_per_s) == ("wrong", [], None)
+    assert wrong.relative_error == pytest.approx(1 / 3)
+    assert beside.status == "ok"
+    assert timer.asked == ["waited"]
+
+
+def test_a_failure_is_a_record_of_its_own():
+    def fails():
+        raise torch.OutOfMemoryError("out of memory")
+
+    (record,) = _bench(_Timer()).measure(Item("some", "", fails))
+    assert (record.status, record.ms, record.relative_error) == ("oom", [], None)
+
+
+@pytest.mark.parametrize(
+    ("got", "wanted", "error"),
+    [
+        (torch.tensor([1.0, 2.0]), torch.tensor([1.0, 2.0]), 0.0),
+        (torch.tensor([1.0, 2.5]), torch.tensor([1.0, 2.0]), 0.25),
+        (torch.tensor([1.0, torch.nan]), torch.tensor([1.0, torch.nan]), 0.0),
+        (torch.tensor([1.0, 2.0]), torch.tensor([1.0, torch.nan]), float("inf")),  # wrote what it should not
+        (torch.tensor([1.0, torch.nan]), torch.tensor([1.0, 2.0]), float("inf")),  # left out what it should
+        (torch.tensor([1.0, torch.inf]), torch.tensor([1.0, 2.0]), float("inf")),
+        (torch.tensor([1, 2, 3, 4]), torch.tensor([1, 2, 4, 3]), 0.5),
+        (torch.tensor([1.0]), torch.tensor([1.0, 2.0]), float("inf")),
+        (torch.tensor([1.0]), torch.tensor([1.0]).half(), float("inf")),
+    ],
+)
+def test_relative_error(got, wanted, error):
+    assert relative_error([got], [wanted]) == error
+
+
+def test_the_rotary_table_is_a_llamas():
+    """Against the model library's own function, for the frequencies that the formula has."""
+    from tiny_models import tiny_model
+
+    from shadowkv.rope import Rope
+
+    case = Case(head_dim=16, chunks=5)
+    rope = Rope(tiny_model("llama"))
+    x = torch.randn(1, 1, case.tokens, 16)
+    positions = torch.arange(case.tokens)
+    mine = llama_rotary(case).rotate(x, positions[None, None])
+    torch.testing.assert_close(mine, rope.rotate(0, x, positions, case.tokens), rtol=1e-5, atol=1e-5)
+
+
+def test_a_staged_copy_is_another_way_to_the_twins_result():
+    from evals.bench.kernel_cases import filling, stored_values
+
+    case = Case(values="int4")
+    stored, plan = stored_values(case), filling(case, 3)
+    got, wanted = (torch.zeros(2, 2, case.slots * case.chunk, 64) for _ in range(2))
+    staged_copy(stored, 2 * 2 * 3 * case.chunk)(*plan.values(), got)
+    slots.fill_values(stored, *plan.values(), wanted)
+    assert torch.equal(got, wanted)
+    assert wanted.any()
