@@ -9,6 +9,7 @@ import json
 import re
 from dataclasses import asdict, replace
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 from run_folders import METHODS, NOTE, answer, dummy, grid, manifest, measurements, write_run
@@ -355,3 +356,12 @@ def test_a_profile_of_decode_steps_is_reported(tmp_path):
     assert {"4.25", "1.75"} <= set(cells)
     assert (run / "plots" / "latency.svg").is_file()
     assert "Decode step by part [dummy weights]" in (run / "summary.md").read_text()
+
+
+def test_kernels_are_reported_with_what_they_take_of_a_gpu(tmp_path):
+    folder = Path(__file__).parent.parent / "results" / "baselines" / "kernels-compiled"
+    assert main(["report", str(folder), "--out", str(tmp_path / "out")]) == 0
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "Compiled kernels" in page
+    assert "rebuild_chunks" in page
+    assert "sm_90" in page

@@ -113,10 +113,11 @@ def _read(name: str, path: Path) -> Run:
 
 @cache
 def _kinds() -> tuple[Any, ...]:
+    from evals.bench.kernels import KernelRecord
     from evals.bench.latency import LatencyRecord
     from evals.bench.records import BenchRecord
 
-    return Record, BenchRecord, LatencyRecord
+    return Record, BenchRecord, LatencyRecord, KernelRecord
 
 
 def _described(path: Path) -> Manifest:

@@ -153,6 +153,26 @@ def _latency(run: Run, plots: Path) -> Section:
     )
 
 
+def _kernels(run: Run, plots: Path) -> Section:
+    from evals.bench.kernel_report import read_compiled, report_of
+
+    report = report_of(run.manifest, run.records, read_compiled(run.path))
+    good = sum(r.status == "ok" for r in run.records)
+    return Section(
+        run,
+        {
+            "kernels": str(len({r.kernel for r in run.records})),
+            "right": f"{good} of {len(run.records)}",
+            "compiled": str(len(report.compiled)),
+            "machine": ", ".join(dict.fromkeys(r.machine for r in run.records)),
+        },
+        report.tables,
+        {"summary.csv": _frame([{k: v for k, v in asdict(r).items() if k != "conditions"} for r in run.records], [])},
+        [],
+        [note for note in report.notes if note not in run.manifest.notes],
+    )
+
+
 def _measured(run: Run) -> dict[str, str]:
     good = sum(r.status == "ok" for r in run.records)
     return {
@@ -165,5 +185,5 @@ def _measured(run: Run) -> dict[str, str]:
 
 
 _BUILDERS: Mapping[str, Callable[[Run, Path], Section]] = MappingProxyType(
-    {"throughput": _throughput, "latency": _latency}
+    {"throughput": _throughput, "latency": _latency, "kernels": _kernels}
 )
