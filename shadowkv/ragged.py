@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from shadowkv.pinned import empty_beside
+from shadowkv.pinned import empty_beside, empty_pinned
 from shadowkv.stacking import Stackable, joined_tensor
 
 
@@ -19,9 +19,9 @@ class RaggedBuffer(Stackable):
     needs it.
     """
 
-    def __init__(self, start: Tensor, axis: int, room: int) -> None:
+    def __init__(self, start: Tensor, axis: int, room: int, *, on_host: bool = False) -> None:
         self._axis, self._room = axis, room
-        self.data = _with_tokens(start, axis, start.shape[axis] + room)
+        self.data = _with_tokens(start, axis, start.shape[axis] + room, on_host)
 
     @property
     def tokens(self) -> int:
@@ -124,10 +124,10 @@ class BatchLengths(Stackable):
 Rows = slice | list[int]
 
 
-def _with_tokens(x: Tensor, axis: int, tokens: int) -> Tensor:
-    """A copy of x with room for `tokens`."""
+def _with_tokens(x: Tensor, axis: int, tokens: int, on_host: bool = False) -> Tensor:
+    """A copy of x with room for `tokens`, beside it or, from a GPU, in pinned memory of the host."""
     shape = list(x.shape)
     shape[axis] = tokens
-    grown = empty_beside(shape, x)
+    grown = empty_pinned(shape, x.dtype) if on_host and x.device.type == "cuda" else empty_beside(shape, x)
     grown.narrow(axis, 0, x.shape[axis]).copy_(x)
     return grown

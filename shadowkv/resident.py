@@ -43,14 +43,17 @@ class ResidentLayer(SteadyState):
         from shadowkv.methods.shadowkv import divide
 
         self._method, self._layer, self._rope = method, layer, rope
-        prompt = divide(method, layer, kv, rope)
+        prompt = divide(method, layer, kv, rope, offload=False)  # they move once, to where there is room for more
         regions, chunk, room = method.regions, method.chunk, method.room_tokens(False)
         batch, heads, tokens, head_dim = kv.k.shape
         context = method.context_tokens(tokens)
         self._factors = prompt.factors.emptied()
         self._coefficients = tuple(RaggedBuffer(part, 1, room) for part in prompt.factors.parts)
-        of_values = method.room_tokens(method.offload == "host")
-        self._values = tuple(RaggedBuffer(part, 2, of_values) for part in prompt.values.stored.parts)
+        offload = method.offload == "host"
+        room_of_values = method.room_tokens(offload)
+        self._values = tuple(
+            RaggedBuffer(part, 2, room_of_values, on_host=offload) for part in prompt.values.stored.parts
+        )
         self._means = RaggedBuffer(prompt.landmarks.means.view, 2, room // chunk)
         self._numbers = RaggedBuffer(prompt.landmarks.numbers.view, 2, room // chunk)
 

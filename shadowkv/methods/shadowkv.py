@@ -219,8 +219,11 @@ class Prompt(NamedTuple):
     tail_v: Tensor
 
 
-def divide(method: ShadowKV, layer: int, kv: LayerKV, rope: Rope) -> Prompt:
-    """ShadowKV, algorithm 1: factors of the keys before RoPE, landmarks of those after it, outliers."""
+def divide(method: ShadowKV, layer: int, kv: LayerKV, rope: Rope, *, offload: bool) -> Prompt:
+    """ShadowKV, algorithm 1: factors of the keys before RoPE, landmarks of those after it, outliers.
+
+    Values go to the host with `offload`, else they stay where they are.
+    """
     context = method.context_tokens(kv.k.shape[2])
     keys, values = kv.k[:, :, :context], kv.v[:, :, :context]
     before = pre_rope(rope, layer, kv.k, 0, kv.k.shape[2])
@@ -228,7 +231,7 @@ def divide(method: ShadowKV, layer: int, kv: LayerKV, rope: Rope) -> Prompt:
     landmarks, outliers = Landmarks.of(keys, method.chunk, method.outlier_chunks)
     return Prompt(
         factors,
-        CodedTokens(values, method.values, method.offload == "host"),
+        CodedTokens(values, method.values, offload),
         landmarks,
         ops.gather_tokens(keys, outliers),
         ops.gather_tokens(values, outliers),
@@ -253,7 +256,7 @@ class _ShadowLayer(StepwiseState):
         self._context_tokens = method.context_tokens(tokens)
         self._tail_room = tokens - self._context_tokens + method.window
         self._tokens = tokens
-        prompt = divide(method, layer, kv, rope)
+        prompt = divide(method, layer, kv, rope, offload=method.offload == "host")
         self._factors, self._values, self._landmarks = prompt.factors, prompt.values, prompt.landmarks
         self._outlier_k, self._outlier_v = prompt.outlier_k, prompt.outlier_v
         self._tail_k, self._tail_v = TokenBuffer(prompt.tail_k, axis=2), TokenBuffer(prompt.tail_v, axis=2)
