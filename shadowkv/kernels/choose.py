@@ -11,15 +11,15 @@ from shadowkv.ranges import ranged
 
 _LARGEST_BLOCK = 8192
 _LEAST = tl.constexpr(-(2**31))
-_NONE = tl.constexpr(-(2**31) + 0x7FFFFF)  # -inf, as `ordered` has it
+_NONE = tl.constexpr(-0x7F800000)  # -inf, as `ordered` has it
 
 
 @triton.jit
 def ordered(scores, first, offsets, chunks):
     """A block of scores as integers that order as they do; where there is no chunk, those of -inf."""
     x = tl.load(scores + first + offsets, mask=first + offsets < chunks, other=float("-inf"))
-    bits = tl.where(x == 0, 0.0, x).to(tl.int32, bitcast=True)  # -0 and 0 are a tie
-    return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    bits = x.to(tl.int32, bitcast=True)  # sign and magnitude: -0 becomes 0
+    return tl.where(bits < 0, -(bits & 0x7FFFFFFF), bits)
 
 
 @triton.jit
