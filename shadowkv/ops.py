@@ -158,7 +158,7 @@ def chunk_scores(q: Tensor, landmarks: Tensor, scaling: float, counts: Tensor | 
     """How much each chunk matters to each KV head: max over the group of softmax(scaling * q landmark^T).
 
     q [B,Hq,1,D], landmarks [B,H,C,D] -> [B,H,C] fp32. ShadowKV, algorithm 2 (group reduction as its authors').
-    counts [B] int32: how many landmarks a row has, where it is not all C of them; the others score -1.
+    counts [B] int32: how many landmarks a row has, where it is not all C of them; the others score -inf.
     """
     batch, _, _, head_dim = q.shape
     grouped = q.reshape(batch, landmarks.shape[1], -1, head_dim)
@@ -167,7 +167,7 @@ def chunk_scores(q: Tensor, landmarks: Tensor, scaling: float, counts: Tensor | 
         return logits.softmax(dim=-1).amax(dim=2)
     there = torch.arange(landmarks.shape[2], device=q.device) < counts[:, None, None]
     masked = torch.where(there[:, :, None], logits, -torch.inf)  # what is not there may be NaN
-    return torch.where(there, masked.softmax(dim=-1).amax(dim=2), -1.0)
+    return torch.where(there, masked.softmax(dim=-1).amax(dim=2), -torch.inf)
 
 
 @ranged("selection")

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from shadowkv import ops
 from shadowkv.ops import chunk_scores as chunk_scores
 from shadowkv.ops import top_mask
 from shadowkv.ranges import ranged
@@ -48,10 +49,10 @@ class Factors(NamedTuple):
 def choose_chunks(scores: Tensor, numbers: Tensor, slots: int) -> Tensor:
     """Numbers of the chunks with the largest scores, ascending, then -1 where there are fewer than slots.
 
-    scores [B,H,C] fp32, negative where there is no chunk; numbers [B,H,C] int32, ascending -> [B,H,slots] int32.
+    scores [B,H,C] fp32, -inf where there is no chunk; numbers [B,H,C] int32, ascending -> [B,H,slots] int32.
     Of equal scores the chunk with the lower number is chosen.
     """
-    chosen = top_mask(scores, slots) & (scores >= 0)
+    chosen = top_mask(scores, slots) & (scores > -torch.inf)
     # Those chosen come first, in order, then all others.
     order = (~chosen).int().argsort(dim=-1, stable=True)[..., :slots]
     found = torch.where(chosen.gather(-1, order), numbers.gather(-1, order), -1)
@@ -113,6 +114,36 @@ def attend_resident(q: Tensor, k: Tensor, v: Tensor, spans: Tensor, regions: Reg
     scores = scores.masked_fill(~positions_in_use(spans, regions)[:, None, None], float("-inf"))
     # What is not in use was never written: it may be NaN, and 0 * NaN is not 0.
     values = torch.where(positions_in_use(spans, regions)[:, None, :, None], v, 0)
+    return (scores.softmax(dim=-1).to(v.dtype) @ values).view(q.shape)
+
+
+@ranged("selection")
+def page_bounds(q: Tensor, low: Tensor, high: Tensor, lengths: Tensor, page: int) -> Tensor:
+    """`ops.page_bounds` of the full pages before the newest one, +inf for that one and -inf for those after it.
+
+    q [B,Hq,1,D], low and high [B,H,P,D]; lengths [B] int32, tokens of each row -> [B,H,G,P] fp32.
+    """
+    newest = ((lengths - 1) // page)[:, None, None, None]
+    number = torch.arange(low.shape[2], device=low.device)
+    unbounded = torch.where(number == newest, torch.inf, -torch.inf)
+    return torch.where(number < newest, ops.page_bounds(q, low, high), unbounded)
+
+
+@ranged("attention")
+def attend_pages(q: Tensor, k: Tensor, v: Tensor, pages: Tensor, lengths: Tensor, page: int, scaling: float) -> Tensor:
+    """Exact softmax attention of one query per head to the tokens of its pages.
+
+    q [B,Hq,1,D]; k and v [B,H,R,D]; pages [B,L,S] int32, numbers of pages of `page` tokens, -1 for none, in a list per
+    KV head (L = H) or per query head (L = Hq); lengths [B] int32, tokens of each row. Returns [B,Hq,1,D].
+    """
+    batch, lists, _ = pages.shape
+    tokens = ops.token_indices(pages.clamp(min=0), page)
+    used = (pages >= 0).repeat_interleave(page, dim=-1) & (tokens < lengths[:, None, None])
+    # The first token takes the place of what is not in use, which may be NaN.
+    index = torch.where(used, tokens, 0).view(batch, k.shape[1], -1, tokens.shape[-1])
+    keys, values = (ops.gather_lists(x, index) for x in (k, v))
+    grouped = q.reshape(batch, lists, -1, q.shape[-1])
+    scores = (grouped.float() @ keys.float().mT * scaling).masked_fill(~used[:, :, None], float("-inf"))
     return (scores.softmax(dim=-1).to(v.dtype) @ values).view(q.shape)
 
 

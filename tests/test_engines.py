@@ -45,7 +45,7 @@ def test_unknown_engines_are_refused(name):
 
 
 def test_an_engine_for_all_leaves_alone_what_has_none():
-    assert parse_method("quest").with_engine("fast") == parse_method("quest")
+    assert parse_method("loki").with_engine("fast") == parse_method("loki")
     assert parse_method("shadowkv+minference").with_engine("fast").label == "shadowkv:engine=fast+minference"
 
 

@@ -11,7 +11,12 @@ from shadowkv.graphs import GraphedStep, can_be_graphed
 from shadowkv.registry import parse_method
 from shadowkv.stacking import Stackable
 
-FAST = ["shadowkv:rank=12,budget=64,outliers=2,window=8,engine=fast", "full:engine=fast"]
+FAST = [
+    "shadowkv:rank=12,budget=64,outliers=2,window=8,engine=fast",
+    "full:engine=fast",
+    "quest:budget=64,dense_layers=1,engine=fast",
+    "quest:budget=30,page=5,reduce=group_max,dense_layers=0,engine=fast",
+]
 
 
 def tensors(thing):
@@ -108,6 +113,7 @@ def test_a_step_that_fails_ends_the_cache(tiny, monkeypatch):
         ("llama", FAST[0], True),
         ("llama", FAST[1], True),
         ("llama", "full", False),
+        ("llama", FAST[2], True),
         ("llama", "quest:budget=64", False),
         ("gemma3", FAST[1], False),  # layers with a window
         ("phi3-longrope", FAST[1], False),  # its rotary embedding looks at the length

@@ -16,7 +16,7 @@ print(json.dumps([c._asdict() for c in compile_all([int(sys.argv[1])], [sys.argv
 """
 _KERNELS = {
     "chunk_logits", "group_scores", "select_chunks", "assign_slots", "copy_chunks", "rebuild_chunks", "attend_stretch",
-    "join_stretches",
+    "join_stretches", "bound_pages", "attend_listed",
 }  # fmt: skip
 
 

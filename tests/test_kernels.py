@@ -16,6 +16,7 @@ from evals.bench.kernel_cases import (
     attention_inputs,
     choose_inputs,
     filling,
+    pages_inputs,
     plan_inputs,
     poisoned,
     scores_inputs,
@@ -72,7 +73,7 @@ def test_scores_of_rows_without_chunks():
     inputs = scores_inputs(Case(), [0, 1])
     scores = kernels().chunk_scores(**inputs)
     close(scores, slots.chunk_scores(**inputs))
-    assert (scores[0] == -1).all()
+    assert (scores[0] == -torch.inf).all()
 
 
 def test_scores_over_many_blocks():
@@ -87,8 +88,12 @@ def test_scores_over_many_blocks():
         torch.rand,
         lambda *shape: torch.randint(0, 3, shape).float() / 2,  # ties
         lambda *shape: torch.zeros(shape),
-        lambda *shape: torch.where(torch.rand(shape) < 0.9, -1.0, torch.rand(shape)),  # fewer than slots
-        lambda *shape: -torch.ones(shape),
+        lambda *shape: torch.where(torch.rand(shape) < 0.9, -torch.inf, torch.rand(shape)),  # fewer than slots
+        lambda *shape: torch.full(shape, -torch.inf),
+        torch.randn,
+        lambda *shape: -torch.rand(shape),
+        lambda *shape: torch.randint(-2, 2, shape).float() * 0.0,  # both zeros are a tie
+        lambda *shape: torch.where(torch.rand(shape) < 0.1, torch.inf, torch.randn(shape)),
         lambda *shape: torch.rand(shape) * 1e-42,  # denormal
     ],
 )
@@ -186,6 +191,39 @@ def test_attend_resident(case, regions, spans, dtype):
     got = kernels().attend_resident(**inputs)
     assert torch.isfinite(got).all()
     close(got, slots.attend_resident(**inputs), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", GEOMETRIES, ids=str)
+def test_page_bounds(case, dtype):
+    inputs = pages_inputs(replace(case, dtype=dtype), [case.tokens - 3, case.chunk][: case.batch])
+    asked = {name: inputs[name] for name in ("q", "low", "high", "lengths", "page")}
+    got = kernels().page_bounds(**asked)
+    close(got, slots.page_bounds(**asked))
+    assert (got == torch.inf).sum() == case.batch * case.heads * case.group, "the newest page alone, in each list"
+    assert (got[1:, ..., 1:] == -torch.inf).all()
+
+
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", GEOMETRIES, ids=str)
+def test_attend_pages(case, dtype, shared):
+    """A full list, and one of a row of a single page, of which one token is there."""
+    inputs = pages_inputs(replace(case, dtype=dtype), [case.tokens - 1, 1][: case.batch], shared)
+    asked = {name: inputs[name] for name in ("q", "k", "v", "pages", "lengths", "page", "scaling")}
+    got = kernels().attend_pages(**asked)
+    assert torch.isfinite(got).all()
+    close(got, slots.attend_pages(**asked), dtype)
+
+
+@pytest.mark.parametrize("reduce", ["per_q_head", "group_mean"])
+def test_steps_over_pages_on_kernels_equal_the_reference(reduce):
+    engine = Engine(tiny_model("llama", num_hidden_layers=1), prefill_chunk_tokens=128)
+    prefill = engine.prefill(random_prompt(46, batch=2))
+    spec = f"quest:budget=32,page=8,dense_layers=0,reduce={reduce}"
+    reference, fast = (engine.replay(prefill, parse_method(f"{spec},engine={e}")) for e in ("reference", "fast"))
+    for token in random_prompt(4, batch=2, seed=5).split(1, dim=1):  # a page fills, and another one opens
+        torch.testing.assert_close(engine.extend(fast, token), engine.extend(reference, token), rtol=1e-4, atol=1e-4)
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -61,6 +61,8 @@ SMALL = {
         "quest:budget=48,reduce=group_max",
         "quest:budget=32,reduce=group_sum",
         "quest:budget=32,offload=true",
+        "quest:budget=64,dense_layers=1,engine=fast",
+        "quest:budget=32,page=5,dense_layers=0,reduce=group_sum,engine=fast",
     ],
     "xkv": [
         "xkv:group=2,rank_k=20,rank_v=24",

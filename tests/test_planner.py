@@ -67,7 +67,8 @@ def test_planned_bytes_are_those_of_the_running_cache(engine, spec):
 
 
 @pytest.mark.parametrize(
-    "spec", ["full:engine=reference", "quest:budget=64,dense_layers=1", "shadowkv:rank=8,budget=64,engine=fast"]
+    "spec",
+    ["full:engine=reference", "quest:budget=64,dense_layers=1,engine=fast", "shadowkv:rank=8,budget=64,engine=fast"],
 )
 def test_sliding_windows_are_planned_for(spec):
     engine = Engine(tiny_model("gemma3"), prefill_chunk_tokens=128)

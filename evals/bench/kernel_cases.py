@@ -138,3 +138,30 @@ def attention_inputs(case: Case, regions: Regions, spans: list[list[int]]) -> di
     k, v = (case.randn(*shape).masked_fill(unused, float("nan")) for _ in range(2))
     q = case.randn(case.batch, case.heads * case.group, 1, case.head_dim)
     return {"q": q, "k": k, "v": v, "spans": used, "regions": regions, "scaling": case.head_dim**-0.5}
+
+
+def pages_inputs(case: Case, lengths: list[int], shared: bool = False) -> dict[str, Any]:
+    """Pages of `chunk` tokens, of which rows hold `lengths`, and lists of up to `slots` of them with the newest."""
+    held = torch.tensor(lengths, dtype=torch.int32, device=case.device)
+    there = torch.arange(case.tokens, device=case.device) < held[:, None]
+    shape = (case.batch, case.heads, case.tokens, case.head_dim)
+    k, v = (case.randn(*shape).masked_fill(~there[:, None, :, None], float("nan")) for _ in range(2))
+    by_page = k.unflatten(2, (-1, case.chunk))  # of a page that is not full, extremes are NaN: not to be read
+    lists = case.heads * (1 if shared else case.group)
+    pages = torch.full((case.batch, lists, case.slots), -1, dtype=torch.int32, device=case.device)
+    for row, length in enumerate(lengths):
+        newest = (length - 1) // case.chunk
+        for one in pages[row]:
+            older = torch.randperm(newest)[: case.slots - 1].sort().values
+            one[: len(older) + 1] = torch.cat((older, torch.tensor([newest]))).int()
+    return {
+        "q": case.randn(case.batch, case.heads * case.group, 1, case.head_dim),
+        "k": k,
+        "v": v,
+        "low": by_page.amin(dim=3),
+        "high": by_page.amax(dim=3),
+        "pages": pages,
+        "lengths": held,
+        "page": case.chunk,
+        "scaling": case.head_dim**-0.5,
+    }

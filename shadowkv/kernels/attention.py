@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -13,6 +15,37 @@ from shadowkv.ranges import ranged
 from shadowkv.slots import Regions
 
 _PROGRAMS = 264  # two for each of an H100's or H200's processors
+
+
+@triton.jit
+def absorb(
+    asked,
+    k,
+    v,
+    at,
+    used,
+    known,
+    scaling,
+    largest,
+    total,
+    held,
+    GROUP: tl.constexpr,
+    BLOCK: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
+    """Take a block of keys and values, of which those `used` count, into a running softmax."""
+    there = used[:, None] & known[None, :]
+    keys = tl.load(k + at, mask=there, other=0.0)
+    z = product(asked, tl.trans(keys), tl.zeros((GROUP, BLOCK), tl.float32), INTERPRETED) * scaling
+    z = tl.where(used[None, :], z, float("-inf"))
+    higher = tl.maximum(largest, tl.max(z, axis=1))
+    safe = tl.where(higher == float("-inf"), 0.0, higher)
+    weights = tl.exp(z - safe[:, None])
+    shrink = tl.exp(largest - safe)
+    values = tl.load(v + at, mask=there, other=0.0)
+    total = total * shrink + tl.sum(weights, axis=1)
+    held = product(weights.to(values.dtype), values, held * shrink[:, None], INTERPRETED)
+    return higher, total, held
 
 
 @triton.jit
@@ -67,17 +100,10 @@ def attend_stretch(
         )
         used = used & (position < end)
         at = position[:, None] * head_dim + d[None, :]
-        keys = tl.load(k + batch * k_b + head * k_h + at, mask=used[:, None] & known[None, :], other=0.0)
-        z = product(asked, tl.trans(keys), tl.zeros((GROUP, BLOCK), tl.float32), INTERPRETED) * scaling
-        z = tl.where(used[None, :], z, float("-inf"))
-        higher = tl.maximum(largest, tl.max(z, axis=1))
-        safe = tl.where(higher == float("-inf"), 0.0, higher)
-        weights = tl.exp(z - safe[:, None])
-        shrink = tl.exp(largest - safe)
-        values = tl.load(v + batch * v_b + head * v_h + at, mask=used[:, None] & known[None, :], other=0.0)
-        total = total * shrink + tl.sum(weights, axis=1)
-        held = product(weights.to(values.dtype), values, held * shrink[:, None], INTERPRETED)
-        largest = higher
+        largest, total, held = absorb(
+            asked, k + batch * k_b + head * k_h, v + batch * v_b + head * v_h, at, used, known, scaling,
+            largest, total, held, GROUP, BLOCK, INTERPRETED,
+        )  # fmt: skip
     place = (row * tl.num_programs(1) + split) * group + g
     tl.store(part_max + place, largest, mask=g < group)
     tl.store(part_sum + place, total, mask=g < group)
@@ -106,25 +132,46 @@ def block_of(head_dim: int) -> int:
     return 64 if head_dim <= 128 else 32
 
 
+class Stretches(NamedTuple):
+    """Stretches of positions, one for each program, and what the programs leave of them for `join`."""
+
+    tokens: int
+    held: Tensor  # [rows, stretches, G, D] fp32
+    largest: Tensor  # [rows, stretches, G] fp32
+    total: Tensor
+
+    @classmethod
+    def of(cls, positions: int, rows: int, group: int, head_dim: int, device: torch.device) -> Stretches:
+        """Enough of them to keep a GPU busy with so many rows."""
+        block = block_of(head_dim)
+        blocks = triton.cdiv(positions, block)
+        tokens = triton.cdiv(blocks, max(1, min(blocks, triton.cdiv(_PROGRAMS, rows)))) * block
+        splits = triton.cdiv(positions, tokens)
+        held = torch.empty(rows, splits, group, head_dim, dtype=torch.float32, device=device)
+        largest, total = torch.empty(2, rows, splits, group, dtype=torch.float32, device=device)
+        return cls(tokens, held, largest, total)
+
+    def join(self, out: Tensor) -> Tensor:
+        """Write the softmax over all stretches to out [B,Hq,1,D]."""
+        rows, splits, group, head_dim = self.held.shape
+        join_stretches[(rows * group,)](
+            self.held, self.largest, self.total, out, splits, group, head_dim,
+            SPLITS=padded(splits, 1), HEAD_DIM=padded(head_dim),
+        )  # fmt: skip
+        return out
+
+
 @ranged("attention")
 def attend_resident(q: Tensor, k: Tensor, v: Tensor, spans: Tensor, regions: Regions, scaling: float) -> Tensor:
     """See `shadowkv.slots.attend_resident`."""
     batch, q_heads, _, head_dim = q.shape
     check_head_dim(head_dim)
-    heads, device = k.shape[1], q.device
-    group, rows, blocks = q_heads // heads, batch * heads, triton.cdiv(regions.tokens, block_of(head_dim))
-    splits = max(1, min(blocks, triton.cdiv(_PROGRAMS, rows)))
-    stretch = triton.cdiv(blocks, splits) * block_of(head_dim)
-    splits = triton.cdiv(regions.tokens, stretch)
-    part = torch.empty(rows, splits, group, head_dim, dtype=torch.float32, device=device)
-    part_max, part_sum = torch.empty(2, rows, splits, group, dtype=torch.float32, device=device)
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    attend_stretch[(rows, splits)](
-        q.contiguous(), k, v, spans.contiguous(), part, part_max, part_sum, scaling, heads, group, head_dim, *regions,
-        stretch, *rows_of(k, 2), *rows_of(v, 2), GROUP=padded(group), HEAD_DIM=padded(head_dim),
+    heads = k.shape[1]
+    group, rows = q_heads // heads, batch * heads
+    stretches = Stretches.of(regions.tokens, rows, group, head_dim, q.device)
+    attend_stretch[stretches.held.shape[:2]](
+        q.contiguous(), k, v, spans.contiguous(), *stretches[1:], scaling, heads, group, head_dim, *regions,
+        stretches.tokens, *rows_of(k, 2), *rows_of(v, 2), GROUP=padded(group), HEAD_DIM=padded(head_dim),
         BLOCK=block_of(head_dim), INTERPRETED=interpreted(),
     )  # fmt: skip
-    join_stretches[(batch * q_heads,)](
-        part, part_max, part_sum, out, splits, group, head_dim, SPLITS=padded(splits, 1), HEAD_DIM=padded(head_dim)
-    )
-    return out
+    return stretches.join(torch.empty_like(q, memory_format=torch.contiguous_format))

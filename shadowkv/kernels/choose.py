@@ -10,6 +10,16 @@ from torch import Tensor
 from shadowkv.ranges import ranged
 
 _LARGEST_BLOCK = 8192
+_LEAST = tl.constexpr(-(2**31))
+_NONE = tl.constexpr(-0x7F800000)  # -inf, as `ordered` has it
+
+
+@triton.jit
+def ordered(scores, first, offsets, chunks):
+    """A block of scores as integers that order as they do; where there is no chunk, those of -inf."""
+    x = tl.load(scores + first + offsets, mask=first + offsets < chunks, other=float("-inf"))
+    bits = x.to(tl.int32, bitcast=True)  # sign and magnitude: -0 becomes 0
+    return tl.where(bits < 0, -(bits & 0x7FFFFFFF), bits)
 
 
 @triton.jit
@@ -20,31 +30,30 @@ def select_chunks(scores, numbers, chosen, chunks, slots, stride_b, stride_h, he
     chosen += row * slots
     offsets = tl.arange(0, BLOCK)
     there = 0
+    positive = 0
     for first in range(0, chunks, BLOCK):
-        x = tl.load(scores + first + offsets, mask=first + offsets < chunks, other=-1.0)
-        there += tl.sum((x >= 0).to(tl.int32), axis=0)
+        x = ordered(scores, first, offsets, chunks)
+        there += tl.sum((x > _NONE).to(tl.int32), axis=0)
+        positive += tl.sum((x >= 0).to(tl.int32), axis=0)
     wanted = tl.minimum(there, slots)
-    # Floats that are not negative order as their bits do: set bit after bit while enough of them reach it.
-    threshold = 0
+    # The largest number that as many reach: its sign first, then bit after bit while enough of them reach it.
+    threshold = tl.where(positive >= wanted, 0, _LEAST)
     for step in range(31):
         trial = threshold | (1 << (30 - step))
         reached = 0
         for first in range(0, chunks, BLOCK):
-            x = tl.load(scores + first + offsets, mask=first + offsets < chunks, other=-1.0)
-            reached += tl.sum((x.to(tl.int32, bitcast=True) >= trial).to(tl.int32), axis=0)
+            reached += tl.sum((ordered(scores, first, offsets, chunks) >= trial).to(tl.int32), axis=0)
         threshold = tl.where(reached >= wanted, trial, threshold)
     above = 0
     for first in range(0, chunks, BLOCK):
-        x = tl.load(scores + first + offsets, mask=first + offsets < chunks, other=-1.0)
-        above += tl.sum((x.to(tl.int32, bitcast=True) > threshold).to(tl.int32), axis=0)
+        above += tl.sum((ordered(scores, first, offsets, chunks) > threshold).to(tl.int32), axis=0)
     ties_wanted = wanted - above
     taken = 0
     ties = 0
     for first in range(0, chunks, BLOCK):
-        known = first + offsets < chunks
-        bits = tl.load(scores + first + offsets, mask=known, other=-1.0).to(tl.int32, bitcast=True)
-        tie = (bits == threshold).to(tl.int32)
-        kept = (bits > threshold) | ((tie == 1) & (ties + tl.cumsum(tie, axis=0) <= ties_wanted))
+        x = ordered(scores, first, offsets, chunks)
+        tie = (x == threshold).to(tl.int32)
+        kept = (x > threshold) | ((tie == 1) & (ties + tl.cumsum(tie, axis=0) <= ties_wanted))
         counted = kept.to(tl.int32)
         place = taken + tl.cumsum(counted, axis=0) - 1
         number = tl.load(numbers + first + offsets, mask=kept, other=-1)

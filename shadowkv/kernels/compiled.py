@@ -18,6 +18,7 @@ from shadowkv.errors import SkvError
 from shadowkv.kernels.attention import attend_stretch, block_of, join_stretches
 from shadowkv.kernels.choose import select_chunks
 from shadowkv.kernels.fetch import copy_chunks
+from shadowkv.kernels.pages import attend_listed, bound_pages, pages_at_once
 from shadowkv.kernels.plan import assign_slots
 from shadowkv.kernels.rebuild import rebuild_chunks, tokens_at_once
 from shadowkv.kernels.scores import chunk_logits, group_scores, landmarks_at_once
@@ -84,6 +85,19 @@ def variants(dtype: str, head_dim: int) -> Iterator[Variant]:
     yield Variant(
         attend_stretch,
         {"q": dtype, "k": dtype, "v": dtype, "spans": "i32", **partial},
+        {"GROUP": group, "HEAD_DIM": head_dim, "BLOCK": block_of(head_dim), **plain},
+        4,
+        ("scaling",),
+    )
+    yield Variant(
+        bound_pages,
+        {"q": dtype, "low": dtype, "high": dtype, "lengths": "i32", "bounds": "fp32"},
+        {"GROUP": group, "HEAD_DIM": head_dim, "BLOCK": pages_at_once(head_dim), **plain},
+        4,
+    )
+    yield Variant(
+        attend_listed,
+        {"q": dtype, "k": dtype, "v": dtype, "pages": "i32", "lengths": "i32", **partial},
         {"GROUP": group, "HEAD_DIM": head_dim, "BLOCK": block_of(head_dim), **plain},
         4,
         ("scaling",),

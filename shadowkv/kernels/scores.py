@@ -100,7 +100,7 @@ def group_scores(
     z = tl.load(at, mask=(g[:, None] < group) & there[None, :], other=float("-inf"))
     safe = tl.where(largest == float("-inf"), 0.0, largest)
     share = tl.exp(z - safe[:, None]) / tl.where(total > 0, total, 1.0)[:, None]
-    tl.store(scores + row * chunks + c, tl.where(there, tl.max(share, axis=0), -1.0), mask=c < chunks)
+    tl.store(scores + row * chunks + c, tl.where(there, tl.max(share, axis=0), float("-inf")), mask=c < chunks)
 
 
 def landmarks_at_once(head_dim: int) -> int:

@@ -3,8 +3,18 @@
 from shadowkv.kernels.attention import attend_resident
 from shadowkv.kernels.choose import choose_chunks
 from shadowkv.kernels.fetch import fill_values
+from shadowkv.kernels.pages import attend_pages, page_bounds
 from shadowkv.kernels.plan import plan_fill
 from shadowkv.kernels.rebuild import fill_keys
 from shadowkv.kernels.scores import chunk_scores
 
-__all__ = ["attend_resident", "choose_chunks", "chunk_scores", "fill_keys", "fill_values", "plan_fill"]
+__all__ = [
+    "attend_pages",
+    "attend_resident",
+    "choose_chunks",
+    "chunk_scores",
+    "fill_keys",
+    "fill_values",
+    "page_bounds",
+    "plan_fill",
+]

@@ -4,7 +4,8 @@ Paper: https://arxiv.org/abs/2406.10774. Known differences from the authors' cod
 bound, without padding a partial page; the layers left dense are the first ones of any model (theirs counts down
 from 32); grouped-query models work, with the reduction over a group as a parameter; the page that holds the newest
 token is always read and counts towards the budget; values can be kept on the host (`offload`), which is how the
-ShadowKV paper compares against it.
+ShadowKV paper compares against it. The fast engine (`shadowkv.paged`) reads chosen pages where they lie instead of
+copying their tokens; with `offload` there is only the reference.
 """
 
 from __future__ import annotations
@@ -17,8 +18,11 @@ from torch import Tensor
 
 from shadowkv import ops
 from shadowkv.buffers import TokenBuffer
+from shadowkv.engines import check_engine, means_fast, uses_fast
 from shadowkv.layerwise import DenseLayer, LayerState, LayerwiseMethod, StepwiseState
 from shadowkv.method import Bytes, Dims, LayerKV, Method, require
+from shadowkv.paged import PagedLayer
+from shadowkv.preallocated import ROOM_TOKENS, PreallocatedLayer
 from shadowkv.rope import Rope
 from shadowkv.stored import to_host
 
@@ -26,7 +30,8 @@ from shadowkv.stored import to_host
 @dataclass(frozen=True)
 class Quest(LayerwiseMethod):
     """budget: tokens read per step · page: tokens per page · dense_layers: first layers left full ·
-    reduce: per_q_head, group_max, group_mean or group_sum · offload: values of the other layers on the host."""
+    reduce: per_q_head, group_max, group_mean or group_sum · offload: values of the other layers on the host ·
+    engine: reference, fast (pages read in place, CUDA graphs), or auto (fast on a GPU)."""
 
     name: ClassVar[str] = "quest"
     summary: ClassVar[str] = "full cache, reads the pages with the largest bound on q k"
@@ -37,6 +42,7 @@ class Quest(LayerwiseMethod):
     dense_layers: int = 2
     reduce: str = "per_q_head"
     offload: bool = False
+    engine: str = "auto"
 
     def __post_init__(self) -> None:
         require(self.page >= 1, f"quest: page must be at least 1, got {self.page}")
@@ -49,9 +55,20 @@ class Quest(LayerwiseMethod):
             self.reduce in ops.GROUP_REDUCTIONS,
             f"quest: reduce={self.reduce} is unknown; one of {', '.join(ops.GROUP_REDUCTIONS)}",
         )
+        check_engine(self.name, self.engine)
+        require(
+            self.engine != "fast" or not self.offload,
+            "quest: engine=fast keeps values on the device, so it goes with offload=false only",
+        )
 
     def new_layer(self, layer: int, kv: LayerKV, rope: Rope) -> LayerState:
-        return DenseLayer(kv.k, kv.v) if layer < self.dense_layers else _QuestLayer(self, kv)
+        dense = layer < self.dense_layers
+        if uses_fast(self.engine, kv.k.device.type) and not self.offload:
+            return PreallocatedLayer(kv.k, kv.v) if dense else PagedLayer(self, kv)
+        return DenseLayer(kv.k, kv.v) if dense else _QuestLayer(self, kv)
+
+    def reference(self) -> Method:
+        return replace(self, engine="reference")
 
     def bytes_per_token(self, dims: Dims) -> Bytes:
         paged_layers = dims.layers_from(self.dense_layers)
@@ -77,26 +94,40 @@ class Quest(LayerwiseMethod):
     def memory_parts(self, dims: Dims, tokens: int) -> dict[str, Bytes]:
         token_bytes = dims.layers_from(self.dense_layers) * dims.width * dims.element_bytes
         host = tokens * token_bytes if self.offload else 0
+        room, pages = 0, tokens // self.page
+        if self._fast(dims):
+            room, pages = ROOM_TOKENS, -(-(tokens + ROOM_TOKENS) // self.page)
         return {
-            "keys and values": Bytes(tokens * dims.full_bytes_per_token - host, host),
-            "page extremes": Bytes(2 * (tokens // self.page) * token_bytes, 0),
+            "keys and values": Bytes((tokens + room) * dims.full_bytes_per_token - host, host),
+            "page extremes": Bytes(2 * pages * token_bytes, 0),
         }
 
     def workspace_bytes(self, dims: Dims, tokens: int) -> int:
-        return dims.gathered_bytes(self.reduce, self._read_tokens, tokens)
+        if not self._fast(dims):
+            return dims.gathered_bytes(self.reduce, self._read_tokens, tokens)
+        scores_bytes, shared = 4, 0 if self.reduce == "per_q_head" else dims.kv_heads
+        return (dims.q_heads + shared) * (tokens // self.page) * scores_bytes
 
     def read_bytes(self, dims: Dims, tokens: int) -> int:
-        gathered = self.workspace_bytes(dims, tokens)
-        if not gathered:
+        if not self._chooses(dims, tokens):
             return tokens * dims.full_bytes_per_token
         choosing = dims.layers_from(self.dense_layers)
         dense = tokens * dims.full_bytes_per_token * (dims.layers - choosing) // dims.layers
-        return dense + self.memory_parts(dims, tokens)["page extremes"].device + choosing * gathered
+        extremes = 2 * (tokens // self.page) * dims.width
+        attended = 2 * dims.lists(self.reduce) * min(tokens, self._read_tokens) * dims.head_dim
+        return dense + choosing * (extremes + attended) * dims.element_bytes
 
     def step_flop(self, dims: Dims, tokens: int) -> int:
-        scored = tokens // self.page if self._read_tokens <= tokens else 0
+        scored = tokens // self.page if self._chooses(dims, tokens) else 0
         bounds = 4 * dims.layers_from(self.dense_layers) * dims.q_heads * scored * dims.head_dim
         return super().step_flop(dims, tokens) + bounds
+
+    def _fast(self, dims: Dims) -> bool:
+        return means_fast(self.engine, dims.device) and not self.offload
+
+    def _chooses(self, dims: Dims, tokens: int) -> bool:
+        """Whether a step scores pages and reads lists of them; the fast engine does even where all are chosen."""
+        return self._fast(dims) or self._read_tokens <= tokens
 
     @property
     def _read_tokens(self) -> int:
