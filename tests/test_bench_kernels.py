@@ -26,7 +26,8 @@ from shadowkv.slots import Regions
 
 SIZES = ["--context", "512", "--batch", "1", "-m", "shadowkv:rank=8,budget=64"]
 KERNELS = {
-    "chunk_scores", "choose_chunks", "plan_fill", "fill_values", "fill_keys", "attend_resident", "low_rank.fit",
+    "chunk_scores", "choose_chunks", "plan_fill", "fill_values", "fill_keys", "attend_resident",
+    "page_bounds", "attend_pages", "low_rank.fit",
 }  # fmt: skip
 
 

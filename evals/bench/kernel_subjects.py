@@ -9,6 +9,8 @@ parts. Of what it reads by index they are the rows that are asked for, those tha
 - fill_keys: coefficients (and scales) of the missed tokens, directions and mean, cos and sin; the keys. Its FLOP are
   those of one product: the second one, which takes the place of exchanging channels for RoPE, is not counted.
 - attend_resident: queries, and keys and values in use; outputs. FLOP: 4 per query head, position and channel.
+- page_bounds: extremes of all pages and queries, bounds. attend_pages: queries, keys and values of the pages that any
+  head of a group asks for; outputs.
 - low_rank.fit: none are counted, and no FLOP: most of its time goes into the eigenproblem, in fp64.
 """
 
@@ -29,6 +31,7 @@ from evals.bench.kernel_cases import (
     filling,
     key_inputs,
     llama_rotary,
+    pages_inputs,
     plan_inputs,
     poisoned,
     scores_inputs,
@@ -115,6 +118,8 @@ def items(work: Workload, kernels: Any) -> Iterator[Item]:
         yield Item("fill_keys", f"{coding} factors", partial(_keys, work, kernels, coding))
     yield Item("attend_resident", "chosen tokens", partial(_attention, work, kernels))
     yield Item("attend_resident", "whole context", partial(_dense, work, kernels))
+    yield Item("page_bounds", "Quest's pages", partial(_bounds, work, kernels))
+    yield Item("attend_pages", "Quest's pages", partial(_pages, work, kernels))
     yield Item("low_rank.fit", "one row's keys", partial(_factorisation, work.case), "Gram, fp64")
 
 
@@ -230,6 +235,50 @@ def _attending(case: Case, kernels: Any, regions: Regions, span: list[int]) -> t
         flop=4 * channels * case.group,
     )
     return subject, inputs
+
+
+def _bounds(work: Workload, kernels: Any) -> Subject:
+    case, inputs = _paged(work)
+    asked = {name: inputs[name] for name in ("q", "low", "high", "lengths", "page")}
+    scores = case.batch * case.heads * case.group * case.chunks
+    return Subject(
+        (lambda: kernels.page_bounds(**asked),),
+        (lambda: slots.page_bounds(**asked),),
+        _SCORES_BOUND,
+        moved_bytes=2 * inputs["low"].nbytes + inputs["q"].nbytes + scores * torch.float32.itemsize,
+        flop=4 * scores * case.head_dim,
+        error=_error_of_finite,
+    )
+
+
+def _pages(work: Workload, kernels: Any) -> Subject:
+    case, inputs = _paged(work)
+    asked = {name: inputs[name] for name in ("q", "k", "v", "pages", "lengths", "page", "scaling")}
+    exact = {name: x.float() if name in ("q", "k", "v") else x for name, x in asked.items()}
+    # Query heads that ask for the same page of a KV head need it once.
+    by_head = inputs["pages"].unflatten(1, (case.heads, -1)).flatten(0, 1).flatten(1)
+    wanted = sum(len(row[row >= 0].unique()) for row in by_head) * case.chunk * case.head_dim
+    return Subject(
+        (lambda: kernels.attend_pages(**asked),),
+        (lambda: slots.attend_pages(**exact).to(case.dtype),),
+        _BOUNDS[case.dtype],
+        moved_bytes=2 * wanted * case.dtype.itemsize + 2 * inputs["q"].nbytes,
+        flop=4 * int((inputs["pages"] >= 0).sum()) * case.chunk * case.head_dim,
+    )
+
+
+def _paged(work: Workload) -> tuple[Case, dict[str, Any]]:
+    case = work.case
+    return case, pages_inputs(case, [case.tokens - 1] * case.batch)
+
+
+def _error_of_finite(got: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
+    """The largest difference over the largest magnitude, of what is finite; infinite if that is not the same."""
+    left, right = got[0], wanted[0]
+    finite = right.isfinite()
+    if not torch.equal(left[~finite], right[~finite]):
+        return float("inf")
+    return float((left[finite] - right[finite]).abs().max() / right[finite].abs().max())
 
 
 def _factorisation(case: Case) -> Subject:
