@@ -73,7 +73,7 @@ def _run(ready: Prepared, batches: tuple[int, ...], trace: Path | None) -> int:
     from shadowkv.wording import plain_line
 
     settings = ready.settings
-    loaded = load(ready)
+    loaded = load(ready, graphs=False)  # the parts of a replayed graph cannot be told apart
     selection = {"contexts": ready.contexts, "batches": batches}
     path, manifest = folder_for(manifest_of(loaded, "latency", selection), settings)
     contenders = {contender.label: contender for contender in loaded.contenders}

@@ -114,8 +114,8 @@ class Loaded:
     contenders: list[Contender]
 
 
-def load(ready: Prepared) -> Loaded:
-    """Load the weights and line up what is measured."""
+def load(ready: Prepared, *, graphs: bool = True) -> Loaded:
+    """Load the weights and line up what is measured. graphs: see `shadowkv.engine.Engine`."""
     from evals.bench.conditions import machine_name
     from evals.bench.engines import ENGINES, SkvContender
     from evals.bench.measuring import Bench
@@ -132,6 +132,7 @@ def load(ready: Prepared) -> Loaded:
         prefill_chunk_tokens=settings.prefill_chunk_tokens,
         reuse_prefix=False,  # rows are distinct, and a measured prefill is a whole one
         record_queries=ready.records_queries,
+        graphs=graphs,
     )
     for context in ready.contexts:
         engine.rope.check_span(context, settings.warmup + settings.steps)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
+from run_folders import manifest
 from tiny_models import random_prompt
 
+from evals.bench.latency_report import latency_notes
 from shadowkv.engine import Engine
 from shadowkv.graphs import GraphedStep, can_be_graphed
 from shadowkv.registry import parse_method
@@ -136,3 +140,10 @@ def test_graphs_on_a_gpu_give_what_steps_give(tiny, spec):
     assert isinstance(feed, GraphedStep)
     for token in random_prompt(200, batch=2, seed=5).cuda().split(1, dim=1):
         torch.testing.assert_close(feed(token), engine.extend(plain, token), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(("device", "said"), [("cpu", False), ("cuda:0", True)])
+def test_a_profile_on_a_gpu_says_that_it_is_not_of_graphs(device, said):
+    run = manifest("latency")
+    notes = latency_notes(replace(run, model={**run.model, "device": device}), [])
+    assert any("one CUDA graph" in note for note in notes) == said

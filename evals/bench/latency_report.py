@@ -87,7 +87,9 @@ def latency_notes(manifest: Manifest, records: Sequence[LatencyRecord]) -> list[
     ]
     before = [record.conditions["before"] for record in records if "before" in record.conditions]
     warm = f"warm: {manifest.config.get('warmup_steps', '?')} steps before those that count"
-    return [*manifest.notes, *several, *failed, f"{warm}; noise before each: {noise_note(before)}"]
+    on_gpu = str(manifest.model["device"]).startswith("cuda")
+    launched = ["steps are launched part by part; skv bench throughput runs them as one CUDA graph"] if on_gpu else []
+    return [*manifest.notes, *launched, *several, *failed, f"{warm}; noise before each: {noise_note(before)}"]
 
 
 def write_latency_bars(path: Path, records: Sequence[LatencyRecord], title: str) -> Path:
