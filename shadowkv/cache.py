@@ -74,15 +74,19 @@ class MethodLayer(CacheLayerMixin):
 class MethodCache(Cache):
     """A prompt as one method keeps it, ready for new tokens; sliding-window layers stay dense in their window."""
 
-    def __init__(self, model: PreTrainedModel, recording: Recorded, method: Method, rope: Rope) -> None:
+    def __init__(
+        self, model: PreTrainedModel, recording: Recorded, method: Method, rope: Rope, *, shared: bool = False
+    ) -> None:
         super().__init__(layers=[])
         self._shares: list[Share] = []
         self.row_tokens: list[int] = []  # tokens that each row holds
         self.usable: Callable[[], bool] = lambda: True  # false once the prompt it shows views of was written over
         self._foresight = Foresight(model, self) if method.speculates else None
-        self.begin(recording, method, rope, None)
+        self.begin(recording, method, rope, None, shared=shared)
 
-    def begin(self, recording: Recorded, method: Method, rope: Rope, skip: list[int] | None) -> None:
+    def begin(
+        self, recording: Recorded, method: Method, rope: Rope, skip: list[int] | None, *, shared: bool = False
+    ) -> None:
         """Hand every recorded layer to `method`. `skip` is the left padding per row, None for none."""
         rows: list[int | None] = [None] if skip is None else list(range(len(skip)))
         padding = [0] if skip is None else skip
@@ -97,7 +101,7 @@ class MethodCache(Cache):
             depth = depth_of(served.index(index), len(served))
             for cache, row, pad in zip(caches, rows, padding, strict=True):
                 kv = recorded.layer_kv(row, pad)
-                cache.ingest(index, kv._replace(depth=depth))
+                cache.ingest(index, kv._replace(depth=depth, shared=shared))
                 batch, tokens = kv.k.shape[0], recorded.tokens
             layers.append(MethodLayer(index, self._shares, recorded.tokens))
         self._shares += [Share(cache, batch) for cache in caches]

@@ -112,19 +112,22 @@ class Engine:
             self._record_queries or not method.needs_prompt_queries,
             f"{method.label} needs all queries of the prompt: make the engine with record_queries=True",
         )
-        cache = self.adopt(prefill.recording, method)
+        cache = self._made(prefill.recording, method, shared=True)
         cache.usable = lambda: prefill.valid
         return cache
 
     @torch.inference_mode()
     def adopt(self, recorded: Recorded, method: Method) -> MethodCache:
         """A prompt from layers that this engine does not keep: each is asked for once, and may be let go then."""
+        return self._made(recorded, method, shared=False)
+
+    def _made(self, recorded: Recorded, method: Method, *, shared: bool) -> MethodCache:
         method.check(self.dims)
         longest = max((layer.tokens for layer in recorded.recorded), default=0)
         needed = method.prompt_bytes(self.dims, longest).host
         if needed and self.model.device.type == "cuda":
             require_host_bytes(needed, f"{method.label} of {longest} tokens")
-        return MethodCache(self.model, recorded, method, self.rope)
+        return MethodCache(self.model, recorded, method, self.rope, shared=shared)
 
     @torch.inference_mode()
     def join(self, rows: Sequence[MethodCache], method: Method) -> JoinedCache:

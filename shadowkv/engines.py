@@ -20,6 +20,9 @@ def means_fast(engine: str, device: str) -> bool:
     return engine == "fast" or (engine == "auto" and device == "cuda")
 
 
-def uses_fast(engine: str, device: str) -> bool:
-    """Which engine it gets: `auto` goes without Triton where there is none."""
-    return means_fast(engine, device) and (engine == "fast" or has_triton())
+def uses_fast(engine: str, device: str, *, copied: bool = False) -> bool:
+    """Which engine it gets: `auto` goes without Triton where there is none, and copies no prompt that stays anyway.
+
+    copied: whether the fast engine would hold a prompt's keys and values a second time.
+    """
+    return engine == "fast" or (means_fast(engine, device) and has_triton() and not copied)

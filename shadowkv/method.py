@@ -92,6 +92,7 @@ class LayerKV(NamedTuple):
     q_tail: Tensor  # [B,Hq,min(OBSERVED_QUERIES,S),D] the last queries, post-RoPE (observation-window methods)
     scaling: float  # the model's own softmax scaling
     q_all: Tensor | None = None  # [B,Hq,S,D] all queries, post-RoPE, where `Method.needs_prompt_queries`
+    shared: bool = False  # the prompt stays with others too: what is copied of it is held twice
     depth: float = 0.5  # place among the layers served: 0 the first, 1 the last, 0.5 the only one
 
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 
 import pytest
+from tiny_models import random_prompt
 from typer.testing import CliRunner
 
 from cli.main import app
+from shadowkv.engine import Engine
 from shadowkv.engines import means_fast, uses_fast
 from shadowkv.errors import SkvError
 from shadowkv.host_memory import require_host_bytes
+from shadowkv.methods.full import Full
 from shadowkv.registry import methods, parse_method
 
 
@@ -26,6 +29,24 @@ def test_auto_does_without_triton(monkeypatch):
     monkeypatch.setattr("shadowkv.engines.has_triton", lambda: False)
     assert not uses_fast("auto", "cuda")
     assert uses_fast("fast", "cuda")  # asked for by name: an error will say what to install
+
+
+def test_auto_does_not_hold_a_prompt_twice():
+    assert uses_fast("auto", "cuda")
+    assert not uses_fast("auto", "cuda", copied=True)
+    assert uses_fast("fast", "cuda", copied=True)  # asked for by name
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_methods_are_told_whether_the_prompt_stays(tiny, monkeypatch, shared):
+    engine, told = Engine(tiny("llama")), []
+    real = Full.new_layer
+    monkeypatch.setattr(
+        Full, "new_layer", lambda self, layer, kv, rope: told.append(kv.shared) or real(self, layer, kv, rope)
+    )
+    prefill = engine.prefill(random_prompt(40))
+    engine.replay(prefill, Full()) if shared else engine.adopt(prefill.recording, Full())
+    assert told == [shared] * 3
 
 
 def test_kernels_without_triton_are_an_error_of_one_line(monkeypatch):

@@ -26,7 +26,7 @@ class Full(LayerwiseMethod):
         check_engine(self.name, self.engine)
 
     def new_layer(self, layer: int, kv: LayerKV, rope: Rope) -> LayerState:
-        if uses_fast(self.engine, kv.k.device.type):
+        if uses_fast(self.engine, kv.k.device.type, copied=kv.shared):
             return PreallocatedLayer(kv.k, kv.v)
         return DenseLayer(kv.k, kv.v)
 

@@ -63,7 +63,7 @@ class Quest(LayerwiseMethod):
 
     def new_layer(self, layer: int, kv: LayerKV, rope: Rope) -> LayerState:
         dense = layer < self.dense_layers
-        if uses_fast(self.engine, kv.k.device.type) and not self.offload:
+        if uses_fast(self.engine, kv.k.device.type, copied=kv.shared) and not self.offload:
             return PreallocatedLayer(kv.k, kv.v) if dense else PagedLayer(self, kv)
         return DenseLayer(kv.k, kv.v) if dense else _QuestLayer(self, kv)
 
