@@ -123,10 +123,9 @@ class Engine:
 
     def _made(self, recorded: Recorded, method: Method, *, shared: bool) -> MethodCache:
         method.check(self.dims)
-        longest = max((layer.tokens for layer in recorded.recorded), default=0)
-        needed = method.prompt_bytes(self.dims, longest).host
-        if needed and self.model.device.type == "cuda":
-            require_host_bytes(needed, f"{method.label} of {longest} tokens")
+        if self.model.device.type == "cuda" and self.dims.layers:
+            longest = max(layer.tokens for layer in recorded.recorded)
+            require_host_bytes(method.prompt_bytes(self.dims, longest).host, f"{method.label} of {longest} tokens")
         return MethodCache(self.model, recorded, method, self.rope, shared=shared)
 
     @torch.inference_mode()
