@@ -115,6 +115,7 @@ def test_the_gate_passes_alike_runs_and_writes_the_summary(gate, tmp_path):
     assert not (tmp_path / "out" / "run" / "old").exists()
     assert "passed: 3 same" in (tmp_path / "page.md").read_text()
     assert (tmp_path / "out" / "run.xml").is_file()
+    assert (tmp_path / "out" / "run.report" / "report.html").is_file()
 
 
 def test_the_gate_fails_on_a_planted_regression(gate, tmp_path):
