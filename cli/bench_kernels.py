@@ -14,9 +14,9 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Iterator
     from pathlib import Path
 
-    from evals.bench.kernel_compilation import CompiledKernel
     from evals.bench.kernel_report import KernelReport
     from evals.bench.kernels import KernelBench, KernelRecord
+    from shadowkv.kernels import CompiledKernel
 
 EPILOG = (
     "Examples:\n\n"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from shadowkv.errors import SkvError
 
-_RESERVE = 0.05  # left to the system and to other processes
+HOST_RESERVE = 0.05  # left to the system and to other processes
 
 
 def available_host_bytes() -> int:
@@ -22,7 +22,7 @@ def available_host_bytes() -> int:
 def require_host_bytes(needed: int, what: str) -> None:
     """Raise `SkvError` if that much would leave the host short: said before anything is taken."""
     free = available_host_bytes()
-    if needed > (1 - _RESERVE) * free:
+    if needed > (1 - HOST_RESERVE) * free:
         raise SkvError(
             f"{what} would keep {needed / 2**30:.1f} GiB on the host, where {free / 2**30:.1f} GiB are free: "
             "values=int8 takes half, offload=none keeps them on the device"

@@ -17,7 +17,7 @@ from shadowkv.kernels import operations
 from shadowkv.layerwise import SteadyState
 from shadowkv.method import Bytes, LayerKV
 from shadowkv.preallocated import ROOM_TOKENS
-from shadowkv.ragged import BatchLengths, RaggedBuffer, RowLengths
+from shadowkv.ragged import BatchLengths, RaggedBuffer
 
 if TYPE_CHECKING:
     from shadowkv.methods.quest import Quest
@@ -35,13 +35,13 @@ class PagedLayer(SteadyState):
         self._reserve_pages()
         batch, tokens = kv.k.shape[0], kv.k.shape[2]
         self._tokens = torch.full((batch,), tokens, dtype=torch.int32, device=kv.k.device)
-        self._lengths = BatchLengths([RowLengths(tokens, 0, 0, 0, 0, tokens, tokens)] * batch)
+        self._lengths = BatchLengths([tokens] * batch)
 
     def make_room(self) -> bool:
-        needed = max(row.tokens for row in self._lengths.rows) + 1
+        needed = max(self._lengths.rows) + 1
         moved = [buffer.reserve(needed) for buffer in (self._k, self._v)]
         self._reserve_pages()
-        self._lengths.rows = [row.appended() for row in self._lengths.rows]
+        self._lengths.rows = [tokens + 1 for tokens in self._lengths.rows]
         return any(moved)
 
     def run(self, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:

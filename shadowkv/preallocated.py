@@ -9,7 +9,7 @@ from shadowkv import ops
 from shadowkv.kernels import operations
 from shadowkv.layerwise import SteadyState
 from shadowkv.method import Bytes
-from shadowkv.ragged import BatchLengths, RaggedBuffer, RowLengths
+from shadowkv.ragged import BatchLengths, RaggedBuffer
 from shadowkv.slots import Regions
 
 ROOM_TOKENS = 128  # for generated tokens, before buffers grow: on a GPU copying them is cheaper than their room
@@ -23,10 +23,10 @@ class PreallocatedLayer(SteadyState):
         batch, tokens = k.shape[0], k.shape[2]
         # Everything is one ring that starts at 0 and never comes around: see `shadowkv.slots.attend_resident`.
         self._spans = torch.tensor([[0, 0, 0, tokens]] * batch, dtype=torch.int32, device=k.device)
-        self._lengths = BatchLengths([RowLengths(tokens, 0, 0, 0, 0, tokens, tokens)] * batch)
+        self._lengths = BatchLengths([tokens] * batch)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
-        held = {row.tokens for row in self._lengths.rows}
+        held = set(self._lengths.rows)
         if q.shape[2] == 1 or len(held) > 1:
             return super().attend(q, k, v, scaling)
         # A second turn of rows of equal length: all its tokens at once.
@@ -34,14 +34,13 @@ class PreallocatedLayer(SteadyState):
         for buffer, new in ((self._k, k), (self._v, v)):
             buffer.put(slice(None), first, new)
         self._spans[:, 3] += count
-        for _ in range(count):
-            self._lengths.rows = [row.appended() for row in self._lengths.rows]
+        self._lengths.rows = [tokens + count for tokens in self._lengths.rows]
         return ops.attend(q, [(self._k.data[:, :, : first + count], self._v.data[:, :, : first + count])], scaling)
 
     def make_room(self) -> bool:
-        needed = max(row.tokens for row in self._lengths.rows) + 1
+        needed = max(self._lengths.rows) + 1
         moved = [buffer.reserve(needed) for buffer in (self._k, self._v)]
-        self._lengths.rows = [row.appended() for row in self._lengths.rows]
+        self._lengths.rows = [tokens + 1 for tokens in self._lengths.rows]
         return any(moved)
 
     def run(self, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
+from typing import Generic, TypeVar
 
 from torch import Tensor
 
 from shadowkv.pinned import empty_beside, empty_pinned
 from shadowkv.stacking import Stackable, joined_tensor
+
+Length = TypeVar("Length")
 
 
 class RaggedBuffer(Stackable):
@@ -79,7 +82,6 @@ class RowLengths:
     tokens: int  # fed so far
     context_tokens: int  # in chunks that can be chosen, or outliers
     landmarks: int
-    outlier_tokens: int
     ring_start: int
     ring_tokens: int
     ring_room: int  # tokens of the tail beyond which its oldest chunk has to go
@@ -103,20 +105,20 @@ class RowLengths:
         return replace(self, tokens=self.tokens + 1, ring_tokens=self.ring_tokens + 1)
 
 
-class BatchLengths(Stackable):
-    """The lengths of every row of a batch."""
+class BatchLengths(Stackable, Generic[Length]):
+    """What the host knows of every row of a batch: a number of tokens, or `RowLengths`."""
 
-    def __init__(self, rows: Sequence[RowLengths]) -> None:
+    def __init__(self, rows: Sequence[Length]) -> None:
         self.rows = list(rows)
 
     def shape_of_a_row(self) -> Hashable:
         return ()
 
     @classmethod
-    def stack(cls, rows: list[BatchLengths]) -> BatchLengths:
+    def stack(cls, rows: list[BatchLengths[Length]]) -> BatchLengths[Length]:
         return cls([length for row in rows for length in row.rows])
 
-    def pick(self, rows: list[int]) -> BatchLengths:
+    def pick(self, rows: list[int]) -> BatchLengths[Length]:
         return BatchLengths([self.rows[row] for row in rows])
 
 

@@ -43,7 +43,7 @@ class ResidentLayer(SteadyState):
         from shadowkv.methods.shadowkv import divide
 
         self._method, self._layer, self._rope = method, layer, rope
-        prompt = divide(method, layer, kv, rope, offload=False)  # they move once, to where there is room for more
+        prompt = divide(method, layer, kv, rope, offload=False)  # values move once, to where there is room
         regions, chunk, room = method.regions, method.chunk, method.room_tokens(False)
         batch, heads, tokens, head_dim = kv.k.shape
         context = method.context_tokens(tokens)
@@ -72,7 +72,7 @@ class ResidentLayer(SteadyState):
         start = [min(landmarks, places) * chunk, outliers, 0, tail]
         self._spans = torch.tensor([start] * batch, dtype=torch.int32, device=device)
         self._counts = torch.full((batch,), landmarks, dtype=torch.int32, device=device)
-        row = RowLengths(tokens, context, landmarks, outliers, 0, tail, tail + method.window)
+        row = RowLengths(tokens, context, landmarks, 0, tail, tail + method.window)
         self._lengths = BatchLengths([row] * batch)
 
     def make_room(self) -> bool:

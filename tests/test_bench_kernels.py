@@ -14,7 +14,6 @@ from test_cli import mistake
 
 from cli.main import main
 from evals.bench.kernel_cases import Case, llama_rotary
-from evals.bench.kernel_compilation import CompiledKernel
 from evals.bench.kernel_report import kernel_table
 from evals.bench.kernel_subjects import Beside, Item, Subject, Workload, items
 from evals.bench.kernels import KernelBench, KernelRecord, relative_error
@@ -22,6 +21,7 @@ from evals.bench.staged_copy import staged_copy
 from evals.results import read_records
 from shadowkv import slots
 from shadowkv.gpus import Rates
+from shadowkv.kernels import CompiledKernel
 from shadowkv.slots import Regions
 
 SIZES = ["--context", "512", "--batch", "1", "-m", "shadowkv:rank=8,budget=64"]

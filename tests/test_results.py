@@ -10,35 +10,15 @@ import sys
 from dataclasses import asdict, replace
 
 import pytest
+from run_folders import answer
 
 from evals.manifest import Manifest, Session
-from evals.results import Record, open_run, read_run
+from evals.results import open_run, read_run
 from evals.summary import agreement, summarise
 from shadowkv.errors import SkvError
 
-RECORD = Record(
-    benchmark="niah",
-    task="magic-number",
-    length=1024,
-    sample="depth=0,round=0",
-    method="full",
-    score=1.0,
-    status="ok",
-    error=None,
-    prediction="1234567 \u2028 ünïcode",
-    references=["1234567"],
-    prompt_tokens=1000,
-    reused_tokens=0,
-    new_tokens=3,
-    tokens=[5, 6, 7],
-    stopped=True,
-    prefill_s=1.0,
-    build_s=0.1,
-    decode_s=0.3,
-    device_bytes=10,
-    host_bytes=20,
-    prompt_sha256="00",
-    meta={"depth": 0.0, "round": 0},
+RECORD = answer(
+    prediction="1234567 \u2028 ünïcode", references=["1234567"], device_bytes=10, host_bytes=20, prompt_sha256="00"
 )
 
 

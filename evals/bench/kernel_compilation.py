@@ -7,31 +7,20 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from shadowkv.errors import SkvError
+from shadowkv.kernels import CompiledKernel
 from shadowkv.names import did_you_mean
 
 TARGETS = ("sm_80", "sm_86", "sm_87", "sm_89", "sm_90", "sm_100", "sm_103", "sm_120")
 TRITON_TYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 _SCRIPT = """
 import json, sys
+from dataclasses import asdict
 from shadowkv.kernels.compiled import compile_all
 capabilities, dtype, head_dim = json.loads(sys.argv[1])
-print(json.dumps([compiled._asdict() for compiled in compile_all(capabilities, [dtype], [head_dim])]))
+print(json.dumps([asdict(compiled) for compiled in compile_all(capabilities, [dtype], [head_dim])]))
 """
-
-
-@dataclass(frozen=True)
-class CompiledKernel:
-    """One variant of a kernel for one GPU. Stack is where registers go that there are too few of."""
-
-    kernel: str
-    variant: str
-    target: str
-    registers: int
-    stack_bytes: int
-    shared_bytes: int
 
 
 def parse_targets(text: str) -> tuple[str, ...]:

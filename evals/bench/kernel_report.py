@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from evals.bench.conditions import noise_note
-from evals.bench.kernel_compilation import CompiledKernel
 from evals.bench.kernels import KernelRecord
 from evals.manifest import Manifest
 from evals.page import page
 from evals.tables import Table, number, percent
+from shadowkv.kernels import CompiledKernel
 
 COMPILED_FILE = "compiled.jsonl"
 _CHECKED = (

@@ -8,13 +8,12 @@ from pathlib import Path
 
 import torch
 
-from shadowkv.host_memory import available_host_bytes
+from shadowkv.host_memory import HOST_RESERVE, available_host_bytes
 from shadowkv.method import Bytes, Method
 from shadowkv.model_size import ModelSize
 from shadowkv.planner import demand_of, sequence_parts
 
 _GROWTH_TOKENS = 256  # room that buffers make for new tokens at a time
-_HOST_RESERVE = 0.05  # of what is available, left to everything else
 
 
 class MemoryShortError(MemoryError):
@@ -65,7 +64,7 @@ class Room:
         # On a CPU the device's share is taken from the host too; the weights are there already.
         host = need.host + (need.device - self.model.weight_bytes if self.device.type == "cpu" else 0)
         free = available_host_bytes()
-        if host > (1 - _HOST_RESERVE) * free:
+        if host > (1 - HOST_RESERVE) * free:
             raise MemoryShortError(
                 f"needs {size(host)} of host memory, {size(free)} are available: nothing was allocated"
             )
@@ -75,7 +74,7 @@ class Room:
         empty, one = (self.need(method, context, batch, new_tokens) for batch in (0, 1))
         device, host = one.device - empty.device, one.host
         limits = [(self.device_bytes() - empty.device) // max(device, 1)]
-        free = int((1 - _HOST_RESERVE) * available_host_bytes())
+        free = int((1 - HOST_RESERVE) * available_host_bytes())
         if self.device.type == "cpu":
             limits.append((free - empty.device + self.model.weight_bytes) // max(device + host, 1))
         elif host:

@@ -3,12 +3,25 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from importlib.util import find_spec
 from types import ModuleType
 
 import torch
 
 from shadowkv.errors import SkvError
+
+
+@dataclass(frozen=True)
+class CompiledKernel:
+    """What one variant of a kernel takes of one GPU. Stack is where registers go that there are too few of."""
+
+    kernel: str
+    variant: str
+    target: str
+    registers: int
+    stack_bytes: int
+    shared_bytes: int
 
 
 def has_triton() -> bool:

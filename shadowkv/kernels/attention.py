@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from shadowkv.kernels import interpreted
-from shadowkv.kernels.launch import check_head_dim, padded, product, rows_of
+from shadowkv.kernels.launch import check_head_dim, load_queries, padded, product, rows_of
 from shadowkv.ranges import ranged
 from shadowkv.slots import Regions
 
@@ -49,6 +49,16 @@ def absorb(
 
 
 @triton.jit
+def keep_stretch(part, part_max, part_sum, largest, total, held, row, split, group, head_dim, g, d):
+    """Write a stretch's running softmax to where `join_stretches` reads it."""
+    place = (row * tl.num_programs(1) + split) * group + g
+    tl.store(part_max + place, largest, mask=g < group)
+    tl.store(part_sum + place, total, mask=g < group)
+    known = (g[:, None] < group) & (d[None, :] < head_dim)
+    tl.store(part + place[:, None] * head_dim + d[None, :], held, mask=known)
+
+
+@triton.jit
 def attend_stretch(
     q,
     k,
@@ -81,11 +91,7 @@ def attend_stretch(
     start, length = tl.load(spans + batch * 4 + 2), tl.load(spans + batch * 4 + 3)
     g, d, n = tl.arange(0, GROUP), tl.arange(0, HEAD_DIM), tl.arange(0, BLOCK)
     known = d < head_dim
-    asked = tl.load(
-        q + (row * group + g[:, None]) * head_dim + d[None, :],
-        mask=(g[:, None] < group) & known[None, :],
-        other=0.0,
-    )
+    asked = load_queries(q, row, group, head_dim, g, d)
     largest = tl.full((GROUP,), float("-inf"), tl.float32)
     total = tl.zeros((GROUP,), tl.float32)
     held = tl.zeros((GROUP, HEAD_DIM), tl.float32)
@@ -104,10 +110,7 @@ def attend_stretch(
             asked, k + batch * k_b + head * k_h, v + batch * v_b + head * v_h, at, used, known, scaling,
             largest, total, held, GROUP, BLOCK, INTERPRETED,
         )  # fmt: skip
-    place = (row * tl.num_programs(1) + split) * group + g
-    tl.store(part_max + place, largest, mask=g < group)
-    tl.store(part_sum + place, total, mask=g < group)
-    tl.store(part + place[:, None] * head_dim + d[None, :], held, mask=(g[:, None] < group) & known[None, :])
+    keep_stretch(part, part_max, part_sum, largest, total, held, row, split, group, head_dim, g, d)
 
 
 @triton.jit

@@ -15,6 +15,7 @@ from triton.compiler import ASTSource
 from triton.runtime import JITFunction
 
 from shadowkv.errors import SkvError
+from shadowkv.kernels import CompiledKernel
 from shadowkv.kernels.attention import attend_stretch, block_of, join_stretches
 from shadowkv.kernels.choose import select_chunks
 from shadowkv.kernels.fetch import copy_chunks
@@ -32,17 +33,6 @@ class Variant(NamedTuple):
     sizes: dict[str, int]  # what it is compiled for
     warps: int
     floats: tuple[str, ...] = ()
-
-
-class Compiled(NamedTuple):
-    """What a compiled variant takes of a GPU."""
-
-    kernel: str
-    variant: str
-    target: str
-    registers: int
-    stack_bytes: int
-    shared_bytes: int
 
 
 def variants(dtype: str, head_dim: int) -> Iterator[Variant]:
@@ -105,7 +95,7 @@ def variants(dtype: str, head_dim: int) -> Iterator[Variant]:
     yield Variant(join_stretches, {**partial, "out": dtype}, {"SPLITS": 32, "HEAD_DIM": head_dim}, 4)
 
 
-def compile_variant(variant: Variant, capability: int) -> Compiled:
+def compile_variant(variant: Variant, capability: int) -> CompiledKernel:
     """Compile for compute capability 80, 90 and so on. Raises `SkvError` under the interpreter."""
     kernel = variant.kernel
     if not isinstance(kernel, JITFunction):
@@ -131,7 +121,7 @@ def compile_variant(variant: Variant, capability: int) -> Compiled:
     registers, spilled = _resources(built.asm["cubin"])
     spelled = ",".join(f"{name}={value}" for name, value in variant.sizes.items())
     types = ",".join(sorted(set(variant.pointers.values())))
-    return Compiled(
+    return CompiledKernel(
         kernel.fn.__name__, f"{types};{spelled}", f"sm_{capability}", registers, spilled, built.metadata.shared
     )
 
@@ -151,7 +141,7 @@ def _resources(cubin: bytes) -> tuple[int, int]:
 
 def compile_all(
     capabilities: Sequence[int], dtypes: Sequence[str] = ("bf16",), head_dims: Sequence[int] = (64, 128, 256)
-) -> Iterator[Compiled]:
+) -> Iterator[CompiledKernel]:
     """Every variant for every capability, type and head size."""
     for capability in capabilities:
         for dtype in dtypes:

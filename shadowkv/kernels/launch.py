@@ -21,6 +21,13 @@ def product(a, b, total, INTERPRETED: tl.constexpr):
     return tl.dot(a, b, total, input_precision="ieee")
 
 
+@triton.jit
+def load_queries(q, row, group, head_dim, g, d):
+    """The query heads g of a row, channels d; zeros beyond `group` and `head_dim`. q [rows,group,head_dim], dense."""
+    known = (g[:, None] < group) & (d[None, :] < head_dim)
+    return tl.load(q + (row * group + g[:, None]) * head_dim + d[None, :], mask=known, other=0.0)
+
+
 def padded(size: int, least: int = 16) -> int:
     """The next power of two, and 16 at least: what tl.dot takes."""
     power: int = triton.next_power_of_2(size)

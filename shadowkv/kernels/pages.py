@@ -8,8 +8,8 @@ import triton.language as tl
 from torch import Tensor
 
 from shadowkv.kernels import interpreted
-from shadowkv.kernels.attention import Stretches, absorb, block_of
-from shadowkv.kernels.launch import check_head_dim, padded, product, rows_of
+from shadowkv.kernels.attention import Stretches, absorb, block_of, keep_stretch
+from shadowkv.kernels.launch import check_head_dim, load_queries, padded, product, rows_of
 from shadowkv.ranges import ranged
 
 
@@ -39,11 +39,7 @@ def bound_pages(
     g, d = tl.arange(0, GROUP), tl.arange(0, HEAD_DIM)
     p = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     newest = (tl.load(lengths + batch) - 1) // page
-    asked = tl.load(
-        q + (row * group + g[:, None]) * head_dim + d[None, :],
-        mask=(g[:, None] < group) & (d[None, :] < head_dim),
-        other=0.0,
-    )
+    asked = load_queries(q, row, group, head_dim, g, d)
     wide = asked.to(tl.float32)  # the interpreter compares the bits of bf16 numbers
     older = p < newest
     known = older[:, None] & (d[None, :] < head_dim)
@@ -91,11 +87,7 @@ def attend_listed(
     length = tl.load(lengths + batch)
     g, d, n = tl.arange(0, GROUP), tl.arange(0, HEAD_DIM), tl.arange(0, BLOCK)
     known = d < head_dim
-    asked = tl.load(
-        q + (row * group + g[:, None]) * head_dim + d[None, :],
-        mask=(g[:, None] < group) & known[None, :],
-        other=0.0,
-    )
+    asked = load_queries(q, row, group, head_dim, g, d)
     largest = tl.full((GROUP,), float("-inf"), tl.float32)
     total = tl.zeros((GROUP,), tl.float32)
     held = tl.zeros((GROUP, HEAD_DIM), tl.float32)
@@ -110,10 +102,7 @@ def attend_listed(
             asked, k + batch * k_b + head * k_h, v + batch * v_b + head * v_h, at, used, known, scaling,
             largest, total, held, GROUP, BLOCK, INTERPRETED,
         )  # fmt: skip
-    place = (row * tl.num_programs(1) + split) * group + g
-    tl.store(part_max + place, largest, mask=g < group)
-    tl.store(part_sum + place, total, mask=g < group)
-    tl.store(part + place[:, None] * head_dim + d[None, :], held, mask=(g[:, None] < group) & known[None, :])
+    keep_stretch(part, part_max, part_sum, largest, total, held, row, split, group, head_dim, g, d)
 
 
 def pages_at_once(head_dim: int) -> int:

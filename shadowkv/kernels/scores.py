@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from shadowkv.kernels import interpreted
-from shadowkv.kernels.launch import check_head_dim, padded, product, rows_of
+from shadowkv.kernels.launch import check_head_dim, load_queries, padded, product, rows_of
 from shadowkv.ranges import ranged
 
 _BLOCKS_AT_ONCE = 64
@@ -45,11 +45,7 @@ def chunk_logits(
     g, d = tl.arange(0, GROUP), tl.arange(0, HEAD_DIM)
     c = block * BLOCK + tl.arange(0, BLOCK)
     count = tl.load(counts + batch)
-    asked = tl.load(
-        q + (row * group + g[:, None]) * head_dim + d[None, :],
-        mask=(g[:, None] < group) & (d[None, :] < head_dim),
-        other=0.0,
-    )
+    asked = load_queries(q, row, group, head_dim, g, d)
     there = c < tl.minimum(count, chunks)
     at = landmarks + batch * stride_b + head * stride_h + c[:, None] * head_dim + d[None, :]
     means = tl.load(at, mask=there[:, None] & (d[None, :] < head_dim), other=0.0)
