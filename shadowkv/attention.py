@@ -9,8 +9,10 @@ from __future__ import annotations
 
 from typing import Any, Protocol, cast
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention.bias import causal_lower_right
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
@@ -25,15 +27,47 @@ class AttendingLayer(Protocol):
     """A cache layer that answers attention itself."""
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
-        """q [B,Hq,T,D]; k and v as `update()` returned them; mask [B,1,T,n] bool or None. Returns [B,Hq,T,D]."""
+        """q [B,Hq,T,D]; k and v as `update()` returned them; mask: see `mask_of_chunk`. Returns [B,Hq,T,D]."""
 
 
 def attach(model: PreTrainedModel) -> None:
     """Route the model's attention through this module; harmless for caches of other kinds."""
     AttentionInterface.register(NAME, attention)
     # Without a mask function of the same name no mask is made at all, and sliding layers and padding go wrong.
-    AttentionMaskInterface.register(NAME, sdpa_mask)
+    AttentionMaskInterface.register(NAME, mask_of_chunk)
     model.set_attn_implementation(NAME)
+
+
+def mask_of_chunk(
+    *,
+    kv_length: int,
+    kv_offset: int = 0,
+    attention_mask: Tensor | None = None,
+    local_size: int | None = None,
+    allow_is_causal_skip: bool = True,
+    **kwargs: Any,
+) -> Tensor | None:
+    """transformers' mask function: [B,1,T,n] bool or, where every query sees all before it, None.
+
+    None also for the chunk of a prompt, whose queries are the last T of n tokens: see `dense_attention`. A mask would
+    take T * n bytes for as long as the chunk is under way.
+    """
+    causal = allow_is_causal_skip and local_size is None
+    if causal and attention_mask is not None:
+        causal = attention_mask.shape[-1] >= kv_offset + kv_length and bool(attention_mask.all())
+    if causal:
+        return None
+    return cast(
+        "Tensor | None",
+        sdpa_mask(
+            kv_length=kv_length,
+            kv_offset=kv_offset,
+            attention_mask=attention_mask,
+            local_size=local_size,
+            allow_is_causal_skip=allow_is_causal_skip,
+            **kwargs,
+        ),
+    )
 
 
 def attention(
@@ -48,6 +82,10 @@ def attention(
 ) -> tuple[Tensor, None]:
     """A transformers attention function: dense where no cache layer of ours is attached to `key`."""
     layer: AttendingLayer | None = getattr(key, _HANDLE, None)
+    scale = float(scaling) if scaling is not None else query.shape[-1] ** -0.5
+    if layer is None and attention_mask is None and 1 < query.shape[2] < key.shape[2]:
+        # transformers takes no mask to mean that queries and keys begin at the same token.
+        return dense_attention(query, key, value, None, scale).transpose(1, 2), None
     if layer is None:
         dense = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
@@ -55,7 +93,6 @@ def attention(
         return cast("tuple[Tensor, None]", dense)
     if kwargs.get("s_aux") is not None or kwargs.get("softcap") is not None:
         raise SkvError("models with attention sinks or logit soft-capping are not supported")
-    scale = float(scaling) if scaling is not None else query.shape[-1] ** -0.5
     out = layer.attention(query, key, value, attention_mask, scale)
     return out.transpose(1, 2), None
 
@@ -68,11 +105,20 @@ def with_handle(key: Tensor, layer: AttendingLayer) -> Tensor:
 
 
 def dense_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
-    """Causal attention of a prefill chunk. q [B,Hq,T,D], k, v [B,H,n,D], mask [B,1,T,n] bool or None."""
+    """Attention of a prefill chunk. q [B,Hq,T,D], k, v [B,H,n,D], mask [B,1,T,n] bool.
+
+    Without a mask it is causal, the queries being the last T of the n tokens.
+    """
+    queries, keys = q.shape[2], k.shape[2]
+    if mask is None and queries in (1, keys):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=queries > 1, scale=scaling, enable_gqa=True)
+    if mask is None and q.device.type == "cuda" and q.dtype in (torch.bfloat16, torch.float16):
+        # A kernel that knows where the queries begin: with a mask there is none that runs in blocks.
+        aligned = causal_lower_right(queries, keys)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=aligned, scale=scaling, enable_gqa=True)
     if mask is None:
-        # No mask means the queries are the whole sequence, or a single token that sees everything.
-        return F.scaled_dot_product_attention(q, k, v, is_causal=q.shape[2] > 1, scale=scaling, enable_gqa=True)
+        mask = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril(keys - queries)[None, None]
     groups = q.shape[1] // k.shape[1]
-    grouped = q.reshape(q.shape[0], k.shape[1], groups * q.shape[2], q.shape[3])
+    grouped = q.reshape(q.shape[0], k.shape[1], groups * queries, q.shape[3])
     out = F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask.repeat(1, 1, groups, 1), scale=scaling)
     return out.view_as(q)

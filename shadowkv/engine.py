@@ -27,6 +27,8 @@ from shadowkv.method import OBSERVED_QUERIES, Method, require
 from shadowkv.prefills import SparsePrefill
 from shadowkv.recording import Recorded, Recording
 from shadowkv.rope import Rope
+from shadowkv.streamed import StreamedPrompt
+from shadowkv.streams import beside
 
 # Small chunks waste less of a shared prefix; large ones keep a GPU busy.
 _CHUNK_TOKENS = {"cpu": 256, "cuda": 8192}
@@ -84,8 +86,7 @@ class Engine:
     @torch.inference_mode()
     def prefill(self, input_ids: Tensor, sparse: SparsePrefill | None = None) -> Prefill:
         """Compute the prompt, densely or by `sparse`; each keeps a snapshot of its own. input_ids [B,S] unpadded."""
-        if input_ids.dim() != 2 or not input_ids.numel():
-            raise SkvError(f"a prompt must be token ids of shape [batch, tokens], got {list(input_ids.shape)}")
+        _check_prompt(input_ids)
         input_ids = input_ids.to(self.model.device)
         ends = self._grid(input_ids.shape[1])
         kept = self._kept[sparse]
@@ -116,10 +117,31 @@ class Engine:
         cache.usable = lambda: prefill.valid
         return cache
 
+    def stream(self, input_ids: Tensor, sparse: SparsePrefill | None = None) -> StreamedPrompt:
+        """A prompt to `adopt`, [B,S] unpadded, whose layers are computed as they are asked for.
+
+        No dense snapshot of it ever exists; the numbers are those of `prefill`. It shares no prefix with any other.
+        """
+        _check_prompt(input_ids)
+        return StreamedPrompt(
+            self.model,
+            input_ids.to(self.model.device),
+            self._grid(input_ids.shape[1]),
+            sparse=sparse,
+            record_queries=self._record_queries,
+            ahead=int(self.model.device.type == "cuda"),
+        )
+
     @torch.inference_mode()
     def adopt(self, recorded: Recorded, method: Method) -> MethodCache:
-        """A prompt from layers that this engine does not keep: each is asked for once, and may be let go then."""
-        return self._made(recorded, method, shared=False)
+        """A prompt from layers that this engine does not keep: each is asked for once, in order, and may go then.
+
+        On a GPU caches are built on a side stream, so that a prompt that is streamed goes on meanwhile.
+        """
+        with beside(self.model.device) as built:
+            cache = self._made(recorded, method, shared=False)
+        built()
+        return cache
 
     def _made(self, recorded: Recorded, method: Method, *, shared: bool) -> MethodCache:
         method.check(self.dims)
@@ -250,3 +272,8 @@ class Engine:
         for layer in recording.recorded:
             layer.reserve(input_ids.shape[1])
         return recording
+
+
+def _check_prompt(input_ids: Tensor) -> None:
+    if input_ids.dim() != 2 or not input_ids.numel():
+        raise SkvError(f"a prompt must be token ids of shape [batch, tokens], got {list(input_ids.shape)}")

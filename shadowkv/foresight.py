@@ -17,6 +17,7 @@ from transformers.cache_utils import Cache
 
 from shadowkv.attention import with_handle
 from shadowkv.errors import SkvError
+from shadowkv.geometry import decoder_layers
 from shadowkv.ranges import ranged
 
 
@@ -47,11 +48,8 @@ class Foresight:
     """Hooks on the decoder layers of `model`, until `close()` or the end of `cache`, whose passes it watches."""
 
     def __init__(self, model: PreTrainedModel, cache: Cache) -> None:
-        layers = getattr(model.get_decoder(), "layers", None)
-        if not isinstance(layers, nn.ModuleList):
-            raise SkvError(f"{type(model).__name__} has no list of decoder layers to watch: infinigen cannot run on it")
         self._cache = weakref.ref(cache)
-        self._layers = list(layers)
+        self._layers = decoder_layers(model)
         self._inputs: dict[int, Tensor] = {}  # of the layer that runs and of the one before it
         self._arguments: dict[str, Any] = {}  # the other arguments of the layer that runs
         self._guesses: dict[int, Tensor] = {}  # rows of a padded batch ask one after the other

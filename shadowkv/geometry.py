@@ -1,8 +1,9 @@
-"""What a model's config says about its attention layers."""
+"""What a model and its config say about its attention layers."""
 
 from __future__ import annotations
 
-from transformers import PreTrainedConfig
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
 from shadowkv.errors import SkvError
@@ -35,3 +36,11 @@ def dims_of(config: PreTrainedConfig, element_bytes: int, device: str = "cpu") -
         served=served,
         device=device,
     )
+
+
+def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
+    """The decoder's layers, in the order in which they are run; raises `SkvError` where they are no list."""
+    layers = getattr(model.get_decoder(), "layers", None)
+    if not isinstance(layers, nn.ModuleList):
+        raise SkvError(f"{type(model).__name__} has no list of decoder layers")
+    return list(layers)

@@ -119,6 +119,10 @@ class RecordingLayer(CacheLayerMixin):
         held = (self._keys, self._values, self._queries, self._q_tail)
         return sum(x.nbytes for x in held if x is not None)
 
+    def let_go(self) -> None:
+        """Keep nothing of what was recorded; views of it stay."""
+        self._keys = self._values = self._queries = self._q_tail = None
+
     def rewind(self, tokens: int) -> None:
         """Forget everything after the first `tokens`; the buffers stay and are written over."""
         self.tokens = tokens
@@ -128,8 +132,12 @@ class RecordingLayer(CacheLayerMixin):
         return self.tokens
 
     def get_mask_sizes(self, query_length: int | Tensor) -> tuple[int, int]:
-        hidden = self._hidden_tokens(self.tokens)
-        return self.tokens + count_queries(query_length) - hidden, hidden
+        return self.mask_sizes(self.tokens, query_length)
+
+    def mask_sizes(self, start: int, query_length: int | Tensor) -> tuple[int, int]:
+        """Columns of the mask of queries from position `start` on, and the token of the first one."""
+        hidden = self._hidden_tokens(start)
+        return start + count_queries(query_length) - hidden, hidden
 
     def get_max_length(self) -> int:
         return -1

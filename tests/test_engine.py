@@ -7,7 +7,9 @@ import copy
 import pytest
 import torch
 from tiny_models import FAMILIES, random_prompt
+from transformers.cache_utils import DynamicCache
 
+from shadowkv.attention import attach, dense_attention
 from shadowkv.engine import Engine
 from shadowkv.errors import SkvError
 from shadowkv.geometry import sliding_windows
@@ -101,6 +103,45 @@ def test_left_padded_rows_answer_as_they_do_alone(tiny, family):
         for row, prompt in enumerate(prompts):
             alone = Engine(model, prefill_chunk_tokens=512).generate(prompt, method, 16)[0]
             assert together[row, 300:].tolist() == alone
+
+
+def test_chunks_of_a_prompt_are_given_no_mask_where_none_is_needed(tiny, monkeypatch):
+    masks = []
+
+    def noted(q, k, v, mask, scaling):
+        masks.append(mask)
+        return dense_attention(q, k, v, mask, scaling)
+
+    monkeypatch.setattr("shadowkv.recording.dense_attention", noted)
+    for family in ("llama", "gemma3"):
+        model, ids = tiny(family), random_prompt(PROMPT_TOKENS)
+        masks.clear()
+        Engine(model, prefill_chunk_tokens=128).prefill(ids)
+        # Only a window needs one, in each of its chunks that does not fit into it.
+        windows = [window for window in sliding_windows(model.config) if window is not None]
+        assert sum(mask is not None for mask in masks) == 3 * len(windows)
+
+
+def test_other_caches_can_be_given_a_prompt_in_chunks(tiny):
+    model, ids = tiny("llama"), random_prompt(PROMPT_TOKENS)
+    attach(model)
+    cache = DynamicCache(config=model.config)
+    with torch.inference_mode():
+        whole = model(ids).logits
+        parts = [model(part, past_key_values=cache).logits for part in ids.split(128, dim=1)]
+    assert torch.allclose(torch.cat(parts, dim=1), whole, atol=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.bfloat16, 2e-2), (torch.float16, 2e-3), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("head_dim", [64, 80, 128, 256])
+def test_a_chunk_is_causal_to_its_end_on_a_gpu(dtype, bound, head_dim):
+    torch.manual_seed(0)
+    q = torch.randn(2, 8, 300, head_dim, dtype=dtype, device="cuda")
+    k, v = torch.randn(2, 2, 2, 1000, head_dim, dtype=dtype, device="cuda")
+    mask = torch.ones(300, 1000, dtype=torch.bool, device="cuda").tril(700)[None, None]
+    exact = dense_attention(*(x.double() for x in (q, k, v)), mask, head_dim**-0.5)
+    assert relative_error(dense_attention(q, k, v, None, head_dim**-0.5).double(), exact) < bound
 
 
 def test_prefix_reuse_changes_nothing_to_the_bit(tiny):
