@@ -88,7 +88,7 @@ class Prepared(AskedModel):
             torch.device(self.device),
             model,
             self.cap_bytes,
-            snapshots=not self.settings.synthetic_kv,
+            computes_prompts=not self.settings.synthetic_kv,
             records_queries=self.records_queries,
         )
 

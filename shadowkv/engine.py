@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from shadowkv.attention import attach
 from shadowkv.cache import JoinedCache, MethodCache
 from shadowkv.errors import SkvError
-from shadowkv.geometry import dims_of
+from shadowkv.geometry import dims_of, sliding_windows
 from shadowkv.graphs import GraphedStep, can_be_graphed, capture_on_gpu
 from shadowkv.host_memory import require_host_bytes
 from shadowkv.method import OBSERVED_QUERIES, Method, require
@@ -131,6 +131,12 @@ class Engine:
             record_queries=self._record_queries,
             ahead=int(self.model.device.type == "cuda"),
         )
+
+    def snapshot_bytes(self, tokens: int) -> int:
+        """What the recording of one prompt takes: dense keys and values of every layer, and queries if asked for."""
+        dims, layers = self.dims, len(sliding_windows(self.model.config))
+        queries = dims.query_bytes_per_token if self._record_queries else 0
+        return tokens * (2 * layers * dims.width * dims.element_bytes + queries)
 
     @torch.inference_mode()
     def adopt(self, recorded: Recorded, method: Method) -> MethodCache:

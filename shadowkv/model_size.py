@@ -19,6 +19,7 @@ class ModelSize:
     step_parameters: int  # those that a decode step reads
     layers: int  # all of them
     vocab: int
+    hidden: int  # channels between layers
     windows: tuple[int, ...] = ()  # of the sliding-window layers, which stay dense in their window
 
     @property
@@ -75,5 +76,6 @@ def model_size(config: Any, element_bytes: int, *, device: str = "cuda", trust_r
         step_parameters=counted.per_step,
         layers=len(windows),
         vocab=config.get_text_config().vocab_size,
+        hidden=config.get_text_config().hidden_size,
         windows=tuple(window for window in windows if window is not None),
     )

@@ -257,7 +257,7 @@ def test_what_is_planned_is_what_is_held(engine, prompts):
     for spec in SPECS:
         method = parse_method(spec)
         decoding = SkvContender(engine, prompts, method).start(CONTEXT, 3)
-        held, there = decoding.nbytes(), room(engine, snapshots=False)
+        held, there = decoding.nbytes(), room(engine, computes_prompts=False)
         planned = there.need(method, CONTEXT, 3, 0)
         assert held.device <= planned.device - there.model.weight_bytes
         assert held.host == pytest.approx(planned.host, rel=0.01)
@@ -268,7 +268,7 @@ def test_what_is_planned_is_what_is_held(engine, prompts):
 def test_room_is_planned_as_skv_plan_does(kind):
     """Sliding windows, a step's workspace and logits count, as they do before anyone rents a GPU."""
     size, method = model_size(tiny_model(kind).config, 4), parse_method("quest:budget=64,dense_layers=0")
-    there = Room(torch.device("cpu"), size, snapshots=False)
+    there = Room(torch.device("cpu"), size, computes_prompts=False)
     none, one = (there.need(method, 700, batch, 0).device for batch in (0, 1))
     planned = sum(part.device for part in sequence_parts(demand_of(method, size.dims, 700), size, 700).values())
     assert none == size.weight_bytes
@@ -321,17 +321,17 @@ def test_made_up_keys_cost_what_real_ones_do(engine, prompts, tokenizer, name):
 
 def test_made_up_keys_have_the_size_of_real_ones(engine, prompts):
     rows = SyntheticPrompts(engine, 0, with_queries=True)
-    made_up = rows.row(CONTEXT, 1, None).recorded
-    layers = [x.layer_kv(None, 0).k for number in (0, 1) for x in rows.row(CONTEXT, number, None).recorded]
+    first, second = rows.rows(CONTEXT, 2, None)
+    layers = [x.layer_kv(None, 0).k for x in (*first.recorded, *second.recorded)]
     assert len({float(k[0, 0, 0, 0]) for k in layers}) == len(layers), "no row or layer is another's copy"
-    real = prompts.row(CONTEXT, 1, None).recorded
-    for a, b in zip(made_up, real, strict=True):
+    real = next(prompts.rows(CONTEXT, 1, None)).recorded
+    for a, b in zip(second.recorded, real, strict=True):
         x, y = a.layer_kv(None, 0), b.layer_kv(None, 0)
         assert [t.shape for t in (x.k, x.v, x.q_tail, x.q_all)] == [t.shape for t in (y.k, y.v, y.q_tail, y.q_all)]
         for mine, theirs in ((x.k, y.k), (x.v, y.v), (x.q_all, y.q_all)):
             assert mine.std() == pytest.approx(theirs.std().item(), rel=0.3)
     with pytest.raises(SkvError, match="minference is a way to compute a prompt"):
-        SyntheticPrompts(engine, 0, with_queries=True).row(CONTEXT, 0, parse_method("full+minference").prefill)
+        next(SyntheticPrompts(engine, 0, with_queries=True).rows(CONTEXT, 1, parse_method("full+minference").prefill))
 
 
 def test_transformers_takes_made_up_keys_too(engine):
@@ -348,18 +348,49 @@ def test_transformers_takes_made_up_keys_too(engine):
 
 def test_prompts_are_computed_once_and_forgotten_with_their_context(engine, prompts, monkeypatch):
     computed = []
-    real = engine.prefill
-    monkeypatch.setattr(engine, "prefill", lambda ids, sparse=None: computed.append(1) or real(ids, sparse))
+    real = engine.stream
+    monkeypatch.setattr(engine, "stream", lambda ids, sparse=None: computed.append(len(ids)) or real(ids, sparse))
     for spec in SPECS:
         SkvContender(engine, prompts, parse_method(spec)).start(CONTEXT, 3).close()
-    assert len(computed) == 3
-    prompts.row(400, 0, None)
+    assert computed == [1, 1, 1]
+    next(prompts.rows(400, 1, None))
     assert {key[0] for key in prompts._kept} == {400}
-    monkeypatch.setattr("evals.bench.prompts.available_host_bytes", lambda: 0)
+
+
+def test_prompts_that_the_host_cannot_keep_go_straight_into_caches(engine, prompts, monkeypatch):
+    kept = [SkvContender(engine, prompts, parse_method(spec)).start(CONTEXT, 3) for spec in SPECS]
     prompts._kept.clear()
-    SkvContender(engine, prompts, parse_method("full")).start(CONTEXT, 2).close()
-    assert not prompts._kept
-    assert len(computed) == 3 + 1 + 1 + 2, "preparing stops at the first row that cannot be kept"
+    monkeypatch.setattr("evals.bench.prompts.available_host_bytes", lambda: 0)
+    for before, spec in zip(kept, SPECS, strict=True):
+        straight = SkvContender(engine, prompts, parse_method(spec)).start(CONTEXT, 3)
+        assert not prompts._kept
+        assert (before.began.streamed_rows, straight.began.streamed_rows) == (0, 3)
+        assert straight.began.ttft_s > 0
+        assert straight.began.prefill_s == pytest.approx(3 * straight.began.ttft_s, rel=0.9)
+        for decoding in (before, straight):
+            for _ in range(5):
+                decoding.step()
+        assert straight.tokens_sha256() == before.tokens_sha256()
+        assert straight.nbytes() == before.nbytes()
+    notes = notes_of(MANIFEST, [replace(record("full", 2, 0, 1.0), streamed_rows=2)], [])
+    assert any("straight into caches" in note and "1k x 2" in note for note in notes)
+
+
+def test_short_prompts_are_computed_together(engine, prompts, monkeypatch):
+    monkeypatch.setattr("evals.bench.prompts.available_host_bytes", lambda: 0)
+    assert [len(list(prompts.ids(60, number))) for number in range(5)] == [1] * 5
+    computed = []
+    real = engine.stream
+    monkeypatch.setattr(engine, "stream", lambda ids, sparse=None: computed.append(len(ids)) or real(ids, sparse))
+    decoding = SkvContender(engine, prompts, parse_method("full")).start(60, 5)
+    assert computed == [2, 2, 1], "the prefill's chunks hold 128 tokens"
+    for _ in range(3):
+        decoding.step()
+    monkeypatch.undo()
+    alone = SkvContender(engine, prompts, parse_method("full")).start(60, 5)
+    for _ in range(3):
+        alone.step()
+    assert decoding.tokens_sha256() == alone.tokens_sha256()
 
 
 def test_distributions():

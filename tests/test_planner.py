@@ -31,7 +31,7 @@ A100 = find_gpu("a100-80g")
 DIMS = Dims(layers=4, q_heads=6, kv_heads=2, head_dim=64, element_bytes=2)
 # Round figures, all of which are reached: 1000 bytes per ms of memory, 100 of the link, 10000 operations.
 SIMPLE = GPU("simple", 10_000, 1e6, 1e5, 1e7, 1.0, 1.0, 1.0, 1.0, layer_overhead_ms=0.5)
-TINY = ModelSize(replace(DIMS, element_bytes=1), parameters=2000, step_parameters=1500, layers=4, vocab=0)
+TINY = ModelSize(replace(DIMS, element_bytes=1), parameters=2000, step_parameters=1500, layers=4, vocab=0, hidden=0)
 
 
 def demand(held=100, host=0, read=40, bus=0, flop=0, overlapped=0):

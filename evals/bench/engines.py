@@ -31,6 +31,7 @@ class Began:
     prefill_s: float | None
     build_s: float | None
     stacked: bool | None
+    streamed_rows: int = 0  # computed as their caches were built, which then counts as prefill
 
 
 @ranged("sampling")
@@ -80,7 +81,7 @@ class Contender(ABC):
 
 
 class SkvContender(Contender):
-    """A method in our engine: prompts one after the other, then joined into one batch."""
+    """A method in our engine: prompts one after the other, or few at a time, then joined into one batch."""
 
     def __init__(self, engine: Engine, prompts: Prompts, method: Method) -> None:
         self.label, self.method = method.label, method
@@ -90,22 +91,30 @@ class SkvContender(Contender):
     def start(self, context: int, batch: int) -> Decoding:
         engine, sparse = self._engine, self.method.prefill
         self._prompts.prepare(context, batch, sparse)
-        caches, first, prefill_s, build_s = list[MethodCache](), list[int](), list[float](), 0.0
-        for number in range(batch):
-            row = self._prompts.row(context, number, sparse)
-            first.append(row.first_token)
-            prefill_s += [] if row.prefill_s is None else [row.prefill_s]
+        caches, first, ttft_s = list[MethodCache](), list[int](), list[float]()
+        prefill_s, build_s, streamed = 0.0, 0.0, 0
+        for rows in self._prompts.rows(context, batch, sparse):
             began = self._clock.now()
-            caches.append(engine.adopt(row, self.method))
-            build_s += self._clock.now() - began
-            del row  # a prompt that is not kept goes before the next one comes
+            caches.append(engine.adopt(rows, self.method))
+            tokens, took = rows.first_tokens(), self._clock.now() - began
+            first += tokens
+            if rows.streamed:
+                streamed += len(tokens)
+                prefill_s += took
+                ttft_s += [took] * len(tokens)
+                continue
+            build_s += took
+            if rows.prefill_s is not None:
+                prefill_s += rows.prefill_s
+                ttft_s.append(rows.prefill_s)
         began = self._clock.now()
         cache = engine.join(caches, self.method)
         build_s += self._clock.now() - began
-        tokens = torch.tensor(first, device=engine.model.device)[:, None]
-        ttft_s = float(np.median(prefill_s)) if prefill_s else None
-        began_with = Began(ttft_s, sum(prefill_s) if prefill_s else None, build_s, cache.stacked or batch == 1)
-        return _SkvDecoding(engine, cache, tokens, began_with)
+        fed = torch.tensor(first, device=engine.model.device)[:, None]
+        whole = cache.stacked or batch == 1
+        if not ttft_s:
+            return _SkvDecoding(engine, cache, fed, Began(None, None, build_s, whole))
+        return _SkvDecoding(engine, cache, fed, Began(float(np.median(ttft_s)), prefill_s, build_s, whole, streamed))
 
 
 class _SkvDecoding(Decoding):
@@ -159,12 +168,13 @@ class TransformersContender(Contender):
 
     def _filled(self, context: int, batch: int) -> Decoding:
         """A cache of made-up keys and values, layer by layer."""
-        rows = [self._prompts.row(context, number, None) for number in range(batch)]
+        rows = list(self._prompts.rows(context, batch, None))
         decoding = _TransformersDecoding(self._engine.model)
         for layer in range(len(rows[0].recorded)):
             made = [row.recorded[layer].layer_kv(None, 0) for row in rows]
             decoding.fill(layer, torch.cat([kv.k for kv in made]), torch.cat([kv.v for kv in made]))
-        decoding.begin(torch.tensor([row.first_token for row in rows], device=self._engine.model.device)[:, None])
+        first = [token for row in rows for token in row.first_tokens()]
+        decoding.begin(torch.tensor(first, device=self._engine.model.device)[:, None])
         decoding.began = Began(None, None, None, True)
         return decoding
 

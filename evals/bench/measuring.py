@@ -65,6 +65,7 @@ class Bench:
                 ttft_s=began.ttft_s,
                 prefill_s=began.prefill_s,
                 build_s=began.build_s,
+                streamed_rows=began.streamed_rows,
                 stacked=began.stacked,
                 weights_bytes=model.weight_bytes,
                 kv_device_bytes=held.device,

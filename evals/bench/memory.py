@@ -34,17 +34,23 @@ class Room:
     device: torch.device
     model: ModelSize
     cap_bytes: int | None = None
-    snapshots: bool = True  # whether prompts are computed, which needs one dense prefill at a time
+    computes_prompts: bool = True
     records_queries: bool = False
 
     def need(self, method: Method, context: int, batch: int, new_tokens: int) -> Bytes:
-        """What `batch` prompts take with the model: what `skv plan` says, room to grow, and one dense prefill."""
+        """What `batch` prompts take with the model: what `skv plan` says, room to grow, and one more on its way."""
         dims = self.model.dims
         one = sum(sequence_parts(demand_of(method, dims, context), self.model, context).values(), Bytes(0, 0))
         growth = (new_tokens + _GROWTH_TOKENS) * dims.full_bytes_per_token
+        prompt = self._prompt_bytes(context) if self.computes_prompts else 0
+        return Bytes(self.model.weight_bytes + batch * (one.device + growth) + prompt, batch * one.host)
+
+    def _prompt_bytes(self, tokens: int) -> int:
+        """A prompt computed layer by layer: two layers, and what enters the next one and the first."""
+        dims = self.model.dims
         queries = dims.query_bytes_per_token if self.records_queries else 0
-        snapshot = context * (dims.full_bytes_per_token + queries) if self.snapshots else 0
-        return Bytes(self.model.weight_bytes + batch * (one.device + growth) + snapshot, batch * one.host)
+        layer = (dims.full_bytes_per_token + queries) // dims.layers
+        return tokens * 2 * (layer + self.model.hidden * dims.element_bytes)
 
     def check(self, method: Method, context: int, batch: int, new_tokens: int) -> None:
         """Raise `MemoryShortError` where the plan exceeds the cap of a CPU, or the host memory that is free now.

@@ -1,15 +1,16 @@
-"""What fills the rows of a batch: real prompts, each computed once and kept on the host, or made-up keys and values.
+"""What fills the rows of a batch: real prompts, or made-up keys and values.
 
-Either way a method gets its layers one at a time on the model's device, so a batch never needs as many dense
-prefills there, and a prompt that is kept needs none while caches are built.
+Either way a method gets its layers one at a time on the model's device, where no dense prefill ever stands: a prompt is
+computed layer by layer (`shadowkv.streamed`), to the host if it is kept there for later measurements, else straight
+into a cache.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, ClassVar
 
 import torch
@@ -25,18 +26,20 @@ from shadowkv.host_memory import available_host_bytes
 from shadowkv.method import OBSERVED_QUERIES, LayerKV
 from shadowkv.prefills import SparsePrefill
 from shadowkv.recording import RecordedLayer
+from shadowkv.streamed import StreamedPrompt
 
 _KEPT_SHARE = 0.25  # of the free host memory, for prompts that the next measurement needs again
 _SCALE_TOKENS = 64
 
 
 @dataclass(frozen=True)
-class Row:
-    """One prompt, layer by layer, and its first new token."""
+class Rows:
+    """One prompt, or several of one length, layer by layer."""
 
     recorded: Sequence[RecordedLayer]
-    first_token: int
-    prefill_s: float | None  # None where nothing was computed
+    first_tokens: Callable[[], list[int]]  # new token of each, known once the last layer was asked for
+    prefill_s: float | None = None  # of one; None where nothing was computed, or is yet to be
+    streamed: bool = False  # whether they are computed as their layers are asked for
 
 
 class Prompts(ABC):
@@ -45,8 +48,8 @@ class Prompts(ABC):
     made_up: ClassVar[bool] = False  # whether keys and values are not those of the token ids
 
     @abstractmethod
-    def row(self, context: int, number: int, sparse: SparsePrefill | None) -> Row:
-        """The row's layers; after the last use of them `engine.forget()` frees what is not kept."""
+    def rows(self, context: int, batch: int, sparse: SparsePrefill | None) -> Iterator[Rows]:
+        """The first `batch` rows in order. Their layers are to be used before the next rows are asked for."""
 
     @abstractmethod
     def ids(self, context: int, number: int) -> Tensor:
@@ -76,38 +79,54 @@ class RealPrompts(Prompts):
         self._engine = engine
         self._clock = Clock(engine.model.device)
         self._haystacks = Haystacks(tokenizer, text, seed)
-        self._kept: dict[tuple[int, int, SparsePrefill | None], Row] = {}
+        self._kept: dict[tuple[int, int, SparsePrefill | None], Rows] = {}
 
     def ids(self, context: int, number: int) -> Tensor:
         return torch.tensor([self._haystacks.ids(number, context)])
 
-    def row(self, context: int, number: int, sparse: SparsePrefill | None) -> Row:
-        if (context, number, sparse) in self._kept:
-            return self._kept[context, number, sparse]
-        self._kept = {key: row for key, row in self._kept.items() if key[0] == context}
-        engine, ids = self._engine, self.ids(context, number)
-        engine.forget()  # its buffers may be those of a row that is kept
-        started = self._clock.now()
-        prefill = engine.prefill(ids, sparse)
-        first = int(prefill.logits.argmax())
-        row = Row(prefill.recording.recorded, first, self._clock.now() - started)
-        engine.forget()
-        taken = sum(layer.nbytes() for layer in prefill.recording.recorded)
-        held = taken * len(self._kept)  # those of other contexts are gone
-        if held + taken <= _KEPT_SHARE * (available_host_bytes() + held):
-            row = Row(self._on_host(row.recorded), first, row.prefill_s)
-            self._kept[context, number, sparse] = row
-        return row
+    def rows(self, context: int, batch: int, sparse: SparsePrefill | None) -> Iterator[Rows]:
+        # As many at once as fill a chunk of the prefill.
+        together = max(1, self._engine.prefill_chunk_tokens // context)
+        number = 0
+        while number < batch:
+            kept = self._keep(context, number, sparse)
+            end = number + 1 if kept else min(number + together, batch)
+            yield kept or self._streamed(context, range(number, end), sparse)
+            number = end
 
     def prepare(self, context: int, batch: int, sparse: SparsePrefill | None) -> None:
         for number in range(batch):
-            self.row(context, number, sparse)
-            if (context, number, sparse) not in self._kept:
+            if self._keep(context, number, sparse) is None:
                 return
 
-    def _on_host(self, recorded: Sequence[RecordedLayer]) -> list[RecordedLayer]:
-        device, host = self._engine.model.device, torch.device("cpu")
-        return [_KeptLayer(x.window, x.tokens, _moved(x.layer_kv(None, 0), host), device) for x in recorded]
+    def _streamed(self, context: int, numbers: Sequence[int], sparse: SparsePrefill | None) -> Rows:
+        prompt = self._engine.stream(torch.cat([self.ids(context, number) for number in numbers]), sparse)
+        return Rows(prompt.recorded, partial(_greedy, prompt), streamed=True)
+
+    def _keep(self, context: int, number: int, sparse: SparsePrefill | None) -> Rows | None:
+        """A row on the host; None where there is no room for it."""
+        if (context, number, sparse) in self._kept:
+            return self._kept[context, number, sparse]
+        self._kept = {key: rows for key, rows in self._kept.items() if key[0] == context}
+        taken = self._engine.snapshot_bytes(context)
+        held = taken * len(self._kept)  # those of other contexts are gone
+        if held + taken > _KEPT_SHARE * (available_host_bytes() + held):
+            return None
+        prompt = self._engine.stream(self.ids(context, number), sparse)
+        layers, prefill_s, device = list[RecordedLayer](), 0.0, self._engine.model.device
+        for layer in prompt.recorded:
+            began = self._clock.now()
+            kv = layer.layer_kv(None, 0)
+            prefill_s += self._clock.now() - began  # without the way to the host
+            layers.append(_KeptLayer(layer.window, layer.tokens, _moved(kv, torch.device("cpu")), device))
+        rows = Rows(layers, partial(list, _greedy(prompt)), prefill_s)
+        self._kept[context, number, sparse] = rows
+        return rows
+
+
+def _greedy(prompt: StreamedPrompt) -> list[int]:
+    tokens: list[int] = prompt.logits.argmax(dim=-1).tolist()
+    return tokens
 
 
 @dataclass(frozen=True)
@@ -157,20 +176,21 @@ class SyntheticPrompts(Prompts):
     def ids(self, context: int, number: int) -> Tensor:
         return self._random_ids(context, number)
 
-    def row(self, context: int, number: int, sparse: SparsePrefill | None) -> Row:
+    def rows(self, context: int, batch: int, sparse: SparsePrefill | None) -> Iterator[Rows]:
         if sparse is not None:
             raise SkvError(f"{sparse.name} is a way to compute a prompt, and made-up keys and values need none")
-        layers = [
-            _MadeUpLayer(
-                window,
-                context,
-                like,
-                seeded("synthetic kv", self._seed, number, place).getrandbits(48),
-                self._with_queries,
-            )
-            for place, (window, like) in enumerate(zip(self._windows, self._scales(), strict=True))
-        ]
-        return Row(layers, int(self._random_ids(1, number)), None)
+        for number in range(batch):
+            layers = [
+                _MadeUpLayer(
+                    window,
+                    context,
+                    like,
+                    seeded("synthetic kv", self._seed, number, place).getrandbits(48),
+                    self._with_queries,
+                )
+                for place, (window, like) in enumerate(zip(self._windows, self._scales(), strict=True))
+            ]
+            yield Rows(layers, partial(list, [int(self._random_ids(1, number))]))
 
     def _random_ids(self, tokens: int, number: int) -> Tensor:
         generator = torch.Generator().manual_seed(seeded("synthetic ids", self._seed, number, tokens).getrandbits(48))

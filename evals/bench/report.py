@@ -126,6 +126,12 @@ def notes_of(manifest: Manifest, records: Sequence[BenchRecord], rows: Sequence[
     apart = list(dict.fromkeys(row.method for row in rows if row.stacked is False))
     if apart:
         notes.append(f"rows run one after the other: {', '.join(apart)}")
+    streamed = list(dict.fromkeys(f"{tokens(r.context)} x {r.batch}" for r in records if r.streamed_rows))
+    if streamed:
+        notes.append(
+            "prompts that the host had no room to keep were computed straight into caches, whose building is in their "
+            f"TTFT: {', '.join(streamed)}"
+        )
     for row in rows:
         if row.failed:
             some = f", in {row.failed} of {row.failed + row.repeats} repeats" if row.repeats else ""
