@@ -30,10 +30,13 @@ class _Prepared(AskedModel):
     def __init__(self, make_task: MakeTask, settings: Settings) -> None:
         from cli.checks import check_run
         from cli.choosing import choose, parse_budgets, parse_kv_bytes, parse_specs, with_engine
+        from shadowkv.errors import SkvError
 
         asked = with_engine(parse_specs(settings.methods or ()), settings.engine)
         alike = parse_budgets(settings.budget)
         check_run(settings)
+        if settings.stream and settings.diagnostics:
+            raise SkvError("--diagnostics compares layers of a prompt that is kept, and --stream keeps none")
         super().__init__(settings, dummy=settings.dummy)
         self.settings = settings
         self.task = make_task(self.context_tokens)
@@ -96,7 +99,7 @@ def _run(ready: _Prepared, questions: Sequence[Question]) -> list[Record]:
     with open_run(path, manifest) as folder:
         if folder.repaired_lines and not settings.quiet:
             print(f"skv: repaired an unfinished last line of {path / 'samples.jsonl'}", file=sys.stderr)
-        run = Run(engine, loaded, ready.task, diagnostics=settings.diagnostics)
+        run = Run(engine, loaded, ready.task, diagnostics=settings.diagnostics, streamed=settings.stream)
         with progress(shown=not (settings.quiet or settings.as_json)) as on_step:
             run_accuracy(run, questions, ready.methods, folder, on_step)
         report = write_reports(path)
@@ -124,7 +127,7 @@ def _plan(ready: _Prepared) -> int:
     from cli.render import print_table, status
     from evals.summary import grouped
     from evals.tables import Table, mib, tokens
-    from shadowkv.model_size import count_parameters
+    from shadowkv.model_size import model_size
 
     settings = ready.settings
     prompts = []
@@ -136,11 +139,13 @@ def _plan(ready: _Prepared) -> int:
     longest = max(prompt["prompt_tokens"] for prompt in prompts)
     planned = {method.label: method.prompt_bytes(ready.dims, longest) for method in ready.methods}
     memory = {label: {"device_bytes": held.device, "host_bytes": held.host} for label, held in planned.items()}
-    counted = count_parameters(ready.config, trust_remote_code=settings.trust_remote_code)
-    weights = counted.total * ready.dims.element_bytes
-    queries = ready.dims.query_bytes_per_token if ready.records_queries else 0
+    size = model_size(ready.config, ready.dims.element_bytes, trust_remote_code=settings.trust_remote_code)
+    weights = size.weight_bytes
     snapshots = len({method.prefill for method in ready.methods})
+    queries = ready.dims.query_bytes_per_token if ready.records_queries else 0
     prefill = (ready.dims.full_bytes_per_token + queries) * longest * snapshots
+    if settings.stream:
+        prefill = size.streamed_bytes(longest, with_queries=ready.records_queries)
     if settings.as_json:
         told = {"model": ready.source.name, "source": ready.source.described, "examples": prompts, "methods": memory}
         costs = {"weights_bytes": weights, "prefill_kv_bytes": prefill, "answers": len(prompts) * len(memory)}
@@ -194,14 +199,17 @@ def _manifest(ready: _Prepared, prefill_chunk_tokens: int, loaded: LoadedModel) 
     from evals.manifest import Manifest, described, model_entry, plain, this_session
 
     task = ready.task
+    streamed = {"streamed": True} if ready.settings.stream else {}
     notes = ["dummy weights: scores mean nothing, only times and bytes do"] if loaded.dummy else []
+    if ready.settings.stream:
+        notes.append("prompts were computed for each method anew, and caches built meanwhile: prefill is both")
     notes += task.notes()
     notes += _left_out_lines(ready.left_out)
     notes += [f"unsupported: {label}: {why}" for label, why in ready.unsupported.items()]
     notes += untouched_note(ready.chosen, ready.settings)
     return Manifest(
         benchmark=task.benchmark,
-        config=plain({**task.config(), "prefill_chunk_tokens": prefill_chunk_tokens}),
+        config=plain({**task.config(), "prefill_chunk_tokens": prefill_chunk_tokens, **streamed}),
         methods={method.label: plain(described(method)) for method in ready.methods},
         selection=plain(task.selection()),
         model=model_entry(loaded),

@@ -73,6 +73,10 @@ class Settings(RunOptions):
     reuse_prefix: Annotated[
         bool, typer.Option("--prefix-reuse/--no-prefix-reuse", help="Compute what prompts share once.")
     ] = True
+    stream: Annotated[
+        bool,
+        typer.Option("--stream", help="Compute prompts anew per method, layer by layer: dense KV need not fit."),
+    ] = False
     diagnostics: Annotated[
         bool, typer.Option("--diagnostics", help="Compare every layer with full attention: error, and mass recalled.")
     ] = False

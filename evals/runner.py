@@ -8,16 +8,19 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from evals.diagnostics import diagnose
 from evals.failures import FAILURES, status_of
 from evals.results import Key, Record, RunFolder
 from evals.summary import grouped
 from evals.task import Example, Question, Task
+from shadowkv.cache import MethodCache
 from shadowkv.engine import Engine, Prefill
 from shadowkv.loading import LoadedModel
 from shadowkv.method import Method
@@ -39,13 +42,15 @@ class Step(NamedTuple):
 class Run:
     """What answers: a model in its engine, and the benchmark that asks.
 
-    With `diagnostics`, prompts of one turn also get each layer of each method compared with full attention.
+    With `diagnostics`, prompts of one turn also get each layer of each method compared with full attention. `streamed`
+    prompts are computed for each method anew, layer by layer: none of them has to fit as a whole, and none is shared.
     """
 
     engine: Engine
     loaded: LoadedModel
     task: Task
     diagnostics: bool = False
+    streamed: bool = False
 
     def now(self) -> float:
         """The time after everything queued on the device is done, in seconds."""
@@ -87,8 +92,22 @@ def one_ahead(items: Iterator[T]) -> Iterator[T]:
             yield item
 
 
+class _Begun(NamedTuple):
+    """A cache of the prompt."""
+
+    cache: MethodCache
+    logits: Tensor
+    prefill_s: float
+    prefilled: float  # when: building the cache counts from then on
+    prefill: Prefill | None  # None where no other method answers from it
+
+
 def _answers(run: Run, example: Example, methods: Sequence[Method]) -> Iterator[Record]:
     """One record per method and turn, from the one prefill they share; each is made when it is asked for."""
+    if run.streamed:
+        for method in methods:
+            yield from _conversation(run, example, method, partial(_stream, run, example))
+        return
     started = time.perf_counter()
     try:
         prefill = run.engine.prefill(torch.tensor([example.input_ids]), methods[0].prefill)
@@ -101,7 +120,19 @@ def _answers(run: Run, example: Example, methods: Sequence[Method]) -> Iterator[
         return
     seconds = run.now() - started
     for method in methods:
-        yield from _conversation(run, example, prefill, seconds, method)
+        yield from _conversation(run, example, method, partial(_replay, run, prefill, seconds))
+
+
+def _replay(run: Run, prefill: Prefill, prefill_s: float, method: Method) -> _Begun:
+    began = time.perf_counter()
+    return _Begun(run.engine.replay(prefill, method), prefill.logits, prefill_s, began, prefill)
+
+
+def _stream(run: Run, example: Example, method: Method) -> _Begun:
+    began = time.perf_counter()
+    prompt = run.engine.stream(torch.tensor([example.input_ids]), method.prefill)
+    cache, ended = run.engine.adopt(prompt, method), run.now()
+    return _Begun(cache, prompt.logits, ended - began, ended, None)
 
 
 def _key(benchmark: str, question: Question, method: Method) -> Key:
@@ -141,15 +172,14 @@ def _blank(tokenizer: Any, turn: Example, method: Method) -> Record:
     )
 
 
-def _conversation(run: Run, example: Example, prefill: Prefill, prefill_s: float, method: Method) -> Iterator[Record]:
+def _conversation(run: Run, example: Example, method: Method, begin: Callable[[Method], _Begun]) -> Iterator[Record]:
     """Every turn of an example in one cache of `method`. Where a turn fails, those after it have failed as well."""
     engine, blanks = run.engine, _blanks(run.loaded.tokenizer, example, method)
     with ExitStack() as held:
         try:
-            began = time.perf_counter()
-            cache = engine.replay(prefill, method)
+            cache, logits, prefill_s, began, prefill = begin(method)
             held.callback(cache.close)
-            logits, unfed = prefill.logits, list[int]()
+            prompt_tokens, unfed = len(example.input_ids), list[int]()
             for turn in example.turns:
                 if turn is not example:
                     began = time.perf_counter()
@@ -164,7 +194,7 @@ def _conversation(run: Run, example: Example, prefill: Prefill, prefill_s: float
                 ended = run.now()
                 unfed = tokens[-1:] if len(tokens) == turn.max_new_tokens else []
                 prediction = str(run.loaded.tokenizer.decode(tokens, skip_special_tokens=True))
-                later = tokens_held - prefill.prompt_tokens
+                later = tokens_held - prompt_tokens
                 blank = blanks[turn.sample]
                 answered = replace(
                     blank,
@@ -172,7 +202,7 @@ def _conversation(run: Run, example: Example, prefill: Prefill, prefill_s: float
                     status="ok",
                     prediction=prediction,
                     prompt_tokens=tokens_held,
-                    reused_tokens=prefill.reused_tokens,
+                    reused_tokens=prefill.reused_tokens if prefill else 0,
                     new_tokens=len(tokens),
                     tokens=tokens,
                     stopped=len(tokens) < turn.max_new_tokens,
@@ -181,7 +211,7 @@ def _conversation(run: Run, example: Example, prefill: Prefill, prefill_s: float
                     decode_s=ended - resumed,
                     device_bytes=bytes_held.device,
                     host_bytes=bytes_held.host,
-                    attended_tokens=method.attended_tokens(engine.dims, prefill.prompt_tokens, later),
+                    attended_tokens=method.attended_tokens(engine.dims, prompt_tokens, later),
                     bus_bytes=method.bus_bytes(engine.dims, tokens_held),
                     meta={**blank.meta, **_diagnosis(run, example, prefill, method)},
                 )
@@ -191,9 +221,9 @@ def _conversation(run: Run, example: Example, prefill: Prefill, prefill_s: float
             yield from (_failed(blank, failure) for blank in blanks.values())
 
 
-def _diagnosis(run: Run, example: Example, prefill: Prefill, method: Method) -> dict[str, Any]:
+def _diagnosis(run: Run, example: Example, prefill: Prefill | None, method: Method) -> dict[str, Any]:
     """What to add to a record; where the comparison fails, why, since the answer itself stands."""
-    if not run.diagnostics or example.later:
+    if not run.diagnostics or example.later or prefill is None:
         return {}
     try:
         found = diagnose(run.engine, prefill, method, example.max_new_tokens, run.loaded.stop_ids)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from copy import copy
+from itertools import starmap
 
 import torch
 from torch import Tensor
@@ -38,11 +40,22 @@ class KeyFactors(Stackable):
 
     @classmethod
     def of(
-        cls, pre_rope: Tensor, context_tokens: int, rank: int, energy: float, coding: str, dtype: torch.dtype
+        cls,
+        pre_rope: Callable[[int, int], Tensor],
+        tokens: int,
+        context_tokens: int,
+        rank: int,
+        energy: float,
+        coding: str,
+        dtype: torch.dtype,
     ) -> KeyFactors:
-        """Factors of the first `context_tokens` of pre_rope [B,n,W] fp32; the basis is of all of them."""
-        basis = low_rank.fit(pre_rope, rank, energy)
-        return cls(basis, basis.project(pre_rope[:, :context_tokens]), coding, dtype)
+        """Factors of the first `context_tokens` keys of a prompt; the basis is of all its `tokens`.
+
+        pre_rope(first, end): some of its keys, [B,n,W] fp32, made twice for every token.
+        """
+        basis = low_rank.fit(starmap(pre_rope, _spans(tokens)), rank, energy)
+        coefficients = torch.cat([basis.project(pre_rope(*span)) for span in _spans(context_tokens)], dim=1)
+        return cls(basis, coefficients, coding, dtype)
 
     @property
     def parts(self) -> tuple[Tensor, ...]:
@@ -81,3 +94,9 @@ class KeyFactors(Stackable):
     def nbytes(self) -> int:
         basis = [x.nbytes for x in (self._vectors, self._mean, self._projector) if x is not None]
         return sum(part.nbytes() for part in self._parts) + sum(basis)
+
+
+def _spans(tokens: int) -> Iterator[tuple[int, int]]:
+    """Where blocks of these tokens begin and end; an empty one of none."""
+    for first in range(0, max(tokens, 1), low_rank.BLOCK_TOKENS):
+        yield first, min(first + low_rank.BLOCK_TOKENS, tokens)

@@ -14,6 +14,7 @@ from shadowkv.errors import SkvError
 from shadowkv.method import Method, require
 from shadowkv.stacking import Stackable
 
+_BLOCK_TOKENS = 8192
 _OUTLIERS_PER_BUDGET_TOKEN = 24 / 1024  # the authors' density
 
 
@@ -83,13 +84,14 @@ class Landmarks(Stackable):
 
         Outliers are the chunks with the token least like their mean, by its cosine.
         """
-        batch, heads, tokens, head_dim = keys.shape
-        chunks = tokens // chunk
-        chunked = keys.reshape(batch, heads, chunks, chunk, head_dim)
-        means = chunked.float().mean(dim=3)
-        worst = _worst_summarised(chunked, means, min(outliers, chunks))
+        chunks = keys.shape[2] // chunk
+        chunked = keys.unflatten(2, (chunks, chunk))
+        # Few at a time: in fp32 they take twice or more of what they take in the prompt.
+        some = [_summarised(x) for x in chunked.split(max(1, _BLOCK_TOKENS // chunk), dim=2)]
+        means, likeness = (torch.cat(parts, dim=2) for parts in zip(*some, strict=True))
+        worst = ops.top_indices(-likeness, min(outliers, chunks)) if outliers else likeness[..., :0].long()
         regular = _complement(worst, chunks)
-        kept = Landmarks(ops.gather_tokens(means, regular).to(keys.dtype), regular.int(), chunk)
+        kept = Landmarks(ops.gather_tokens(means, regular), regular.int(), chunk)
         return kept, ops.token_indices(worst, chunk)
 
     def __len__(self) -> int:
@@ -109,10 +111,12 @@ class Landmarks(Stackable):
         return self.means.nbytes() + self.numbers.nbytes()
 
 
-def _worst_summarised(chunked: Tensor, means: Tensor, count: int) -> Tensor:
-    """The chunks with a token least like their mean. chunked [B,H,C,c,D] -> ascending chunk numbers [B,H,count]."""
-    likeness = F.cosine_similarity(chunked.float(), means[:, :, :, None], dim=-1).amin(dim=-1)
-    return ops.top_indices(-likeness, count) if count else likeness[..., :0].long()
+def _summarised(chunked: Tensor) -> tuple[Tensor, Tensor]:
+    """Means of chunks [B,H,C,c,D], in their type, [B,H,C,D]; and how like them their least like token is, [B,H,C]."""
+    exact = chunked.float()
+    means = exact.mean(dim=3)
+    likeness = F.cosine_similarity(exact, means[:, :, :, None], dim=-1).amin(dim=-1)
+    return means.to(chunked.dtype), likeness
 
 
 def _complement(chosen: Tensor, total: int) -> Tensor:

@@ -1,12 +1,15 @@
 """Rank-r approximation of keys before RoPE, and of values, by eigendecomposition of their Gram matrix.
 
-The Gram matrix is W x W however long the prompt is: no SVD of [S, W] is ever taken. Keys are centred first: an
+The Gram matrix is W x W however long the prompt is, and a sum over its tokens: no SVD of [S, W] is ever taken, nor does
+the prompt have to be there as a whole. Keys are centred first: an
 affine fit of rank r is never worse than a linear one, and models with a bias on the key projection (Qwen2) would
 otherwise spend the first direction on their mean.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -15,7 +18,7 @@ from torch import Tensor
 from shadowkv import ops
 from shadowkv.ranges import ranged
 
-_BLOCK_TOKENS = 8192
+BLOCK_TOKENS = 8192  # what is made of a prompt in fp32 at a time
 
 
 class Basis(NamedTuple):
@@ -29,22 +32,28 @@ class Basis(NamedTuple):
         return (x.float() - self.mean.float()) @ self.vectors.float().mT
 
 
-def fit(x: Tensor, rank: int, energy: float = 0.0) -> Basis:
+def fit(blocks: Iterable[Tensor], rank: int, energy: float = 0.0) -> Basis:
     """The best basis of `rank` directions or, given `energy`, of as many as hold that share of the squared norm.
 
-    x [B,n,W] fp32. Products are accumulated in fp64, block by block, so that small singular values survive being
+    blocks: x [B,n,W], in pieces along n. Products are accumulated in fp64, so that small singular values survive being
     squared. Directions beyond the rank of x are arbitrary but orthonormal.
     """
-    width = x.shape[-1]
-    mean = x.mean(dim=1, keepdim=True, dtype=torch.float64)
-    gram = torch.zeros(x.shape[0], width, width, dtype=torch.float64, device=x.device)
-    for block in x.split(_BLOCK_TOKENS, dim=1):
-        centred = block.double() - mean
-        gram += centred.mT @ centred
+    pieces = iter(blocks)
+    first = next(pieces).double()
+    # What is squared stays small around a point near the mean, which is known only at the end.
+    origin = first.mean(dim=1, keepdim=True)
+    total, gram, tokens = torch.zeros_like(origin), torch.zeros_like(origin.mT @ origin), 0
+    for block in chain([first], pieces):
+        shifted = block.double() - origin
+        total += shifted.sum(dim=1, keepdim=True)
+        gram += shifted.mT @ shifted
+        tokens += shifted.shape[1]
+    offset = total / tokens
+    gram -= tokens * offset.mT @ offset
     values, vectors = torch.linalg.eigh(gram)
     if energy:
         rank = _rank_for(values.flip(-1), energy)
-    return Basis(vectors.flip(-1)[..., :rank].mT.float().contiguous(), mean.float())
+    return Basis(vectors.flip(-1)[..., :rank].mT.float().contiguous(), (origin + offset).float())
 
 
 def _rank_for(descending: Tensor, energy: float) -> int:
@@ -98,6 +107,6 @@ class SharedFactors(NamedTuple):
 def share(layers: list[Tensor], rank: int, dtype: torch.dtype) -> SharedFactors:
     """The best factors of the layers side by side. layers [B,H,n,D] each."""
     side_by_side = torch.cat([x.float().transpose(1, 2).flatten(2) for x in layers], dim=2)
-    basis = fit(side_by_side, rank)
+    basis = fit(side_by_side.split(BLOCK_TOKENS, dim=1), rank)
     coefficients = basis.project(side_by_side).to(dtype)
     return SharedFactors(coefficients, basis.vectors.to(dtype), basis.mean.to(dtype), len(layers))

@@ -31,6 +31,15 @@ class ModelSize:
         held = sum(min(window - 1, tokens) for window in self.windows)
         return 2 * held * self.dims.width * self.dims.element_bytes
 
+    def streamed_bytes(self, tokens: int, *, with_queries: bool) -> int:
+        """Device memory of a prompt that is computed layer by layer (`shadowkv.streamed`).
+
+        Two layers of it, what enters the next one, and the embeddings.
+        """
+        dims = self.dims
+        layer = dims.full_bytes_per_token + (dims.query_bytes_per_token if with_queries else 0)
+        return 2 * tokens * (layer // dims.layers + self.hidden * dims.element_bytes)
+
 
 class Parameters(NamedTuple):
     """How many a model has, and how many of them a decode step reads: of an embedding of its own, only few rows."""

@@ -88,7 +88,7 @@ class Rope:
         # second argument has no heads, since only one tensor is to be rotated.
         batch, heads, tokens, head_dim = k.shape
         flat = k.reshape(batch * heads, 1, tokens, head_dim)
-        cos, sin = (x.expand(batch, heads, tokens, -1).reshape(batch * heads, tokens, -1) for x in (cos, sin))
+        cos, sin = (x.expand(batch, heads, tokens, -1).flatten(0, 1) for x in (cos, sin))
         assert self._apply is not None
         turned, _ = self._apply(flat, flat[:, :0], cos, sin)
         result: Tensor = turned.reshape(batch, heads, tokens, head_dim)

@@ -328,6 +328,35 @@ def test_predictions_are_the_same_without_prefix_reuse(niah, tmp_path, capsys):
     assert kept == fresh
 
 
+def test_streamed_prompts_give_the_same_answers_without_a_prefill(niah, tmp_path, capsys, monkeypatch):
+    asked = [*niah[:-2], "-q", "--turns", "2", "-m", "h2o:budget=64", "-m", "xkv:rank_k=16,rank_v=16"]
+    kept, streamed = tmp_path / "kept", tmp_path / "streamed"
+    assert main([*asked, "--out", str(kept)]) == 0
+    with monkeypatch.context() as patched:
+        patched.setattr("shadowkv.engine.Engine.prefill", lambda *args: pytest.fail("a dense prompt"))
+        assert main([*asked, "--out", str(streamed), "--stream"]) == 0
+    (_, before), (manifest, after) = read_run(kept), read_run(streamed)
+    assert len(before) == len(after) > 0
+    predictions = [{r.key: (r.tokens, r.score, r.device_bytes) for r in records} for records in (before, after)]
+    assert predictions[0] == predictions[1]
+    assert all(r.reused_tokens == 0 and r.prefill_s > 0 for r in after)
+    assert manifest.config["streamed"] is True
+    assert "computed for each method anew" in (streamed / "summary.md").read_text()
+    assert main(["compare", str(kept), str(streamed)]) == 0
+    assert "not compare" not in capsys.readouterr().err
+
+
+def test_a_streamed_prompt_takes_two_layers(capsys, niah):
+    plans = []
+    for more in ([], ["--stream"]):
+        assert main([*niah, "--dry-run", "--json", *more]) == 0
+        plans.append(json.loads(capsys.readouterr().out))
+    longest = max(example["prompt_tokens"] for example in plans[0]["examples"])
+    entering = 2 * longest * 64 * 4  # 64 channels in fp32, and their embeddings
+    assert plans[1]["prefill_kv_bytes"] == plans[0]["prefill_kv_bytes"] * 2 // 3 + entering
+    assert "--stream keeps none" in mistake(capsys, *niah, "--stream", "--diagnostics")
+
+
 def test_dummy_weights_are_said_in_every_table(capsys, niah, tmp_path):
     assert main([*niah, "--dummy"]) == 0
     assert "dummy weights" in capsys.readouterr().out

@@ -122,7 +122,7 @@ def test_low_rank_error_is_the_tail_of_the_spectrum():
     values = torch.linalg.svdvals(centred[0])
     errors = []
     for rank in (1, 4, 12, 23, 24):
-        basis = low_rank.fit(x, rank)
+        basis = low_rank.fit([x], rank)
         rebuilt = basis.project(x) @ basis.vectors + basis.mean
         errors.append((x - rebuilt).norm().item())
         assert errors[-1] == pytest.approx(values[rank:].square().sum().sqrt().item(), abs=2e-5)
@@ -132,16 +132,27 @@ def test_low_rank_error_is_the_tail_of_the_spectrum():
 
 def test_centring_absorbs_a_bias_at_no_rank():
     x, _ = spectrum(4)
-    basis = low_rank.fit(x + 100.0, 4)
+    basis = low_rank.fit([x + 100.0], 4)
     rebuilt = basis.project(x + 100.0) @ basis.vectors + basis.mean
     assert ((x + 100.0 - rebuilt).norm() / x.norm()).item() < 1e-3
+
+
+def test_a_prompt_in_pieces_has_the_basis_of_the_whole():
+    x = spectrum(24)[0] + 100.0
+    x[:, 100:] += rand(1, 1, x.shape[-1], seed=9)  # the mean of the first piece is not that of all
+    whole = low_rank.fit([x], 12)
+    for pieces in (x.split(7, dim=1), x.split(100, dim=1), [x[:, :1], x[:, 1:]]):
+        basis = low_rank.fit(iter(pieces), 12)
+        torch.testing.assert_close(basis.mean, whole.mean)
+        projected = [b.project(x) @ b.vectors for b in (basis, whole)]
+        torch.testing.assert_close(*projected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("energy", [0.5, 0.9, 0.99, 1.0])
 def test_energy_picks_the_smallest_sufficient_rank(energy):
     x, _ = spectrum(24)
     values = torch.linalg.svdvals((x - x.mean(1, keepdim=True)).double()[0]).square()
-    rank = low_rank.fit(x, 1, energy).vectors.shape[1]
+    rank = low_rank.fit([x], 1, energy).vectors.shape[1]
     assert values[:rank].sum() >= energy * values.sum() * (1 - 1e-9)
     assert rank == 1 or values[: rank - 1].sum() < energy * values.sum()
 
@@ -152,7 +163,7 @@ def test_small_singular_values_survive_the_gram_matrix():
     x = x + 1e4 * rand(1, 400, 1, seed=5)  # one huge direction that every column takes part in
     centred = (x - x.mean(1, keepdim=True)).double()
     best = torch.linalg.svdvals(centred[0])[20:].square().sum().sqrt().item()
-    basis = low_rank.fit(x, 20)
+    basis = low_rank.fit([x], 20)
     vectors = basis.vectors.double()
     left_over = centred - centred @ vectors.mT @ vectors
     assert left_over.norm().item() == pytest.approx(best, rel=0.02)

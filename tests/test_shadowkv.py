@@ -5,9 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from tiny_models import random_prompt
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from shadowkv import ops
 from shadowkv.engine import Engine
+from shadowkv.method import LayerKV
 from shadowkv.methods.shadowkv import ShadowKV
 from shadowkv.rope import Rope
 
@@ -102,9 +105,28 @@ def test_factors_of_later_tokens_are_as_good_as_those_of_the_prompt(factors):
 
     torch.manual_seed(0)
     x = torch.randn(2, 400, 32) @ (torch.linalg.qr(torch.randn(32, 32)).Q * torch.logspace(1, -2, 32)[:, None])
-    held = KeyFactors.of(x[:, :300], 300, 24, 0.0, factors, torch.float32)
+    held = KeyFactors.of(lambda first, end: x[:, first:end], 300, 300, 24, 0.0, factors, torch.float32)
     held.append(x[:, 300:])
     index = torch.arange(400).expand(2, 1, 400)
     error = (held.rebuild(index)[:, 0] - x).norm(dim=-1) / x.norm(dim=-1)
     assert error[:, :300].mean() < 0.02
     assert error[:, 300:].mean() < 1.2 * error[:, :300].mean()
+
+
+@pytest.mark.parametrize("engine", ["reference", "fast"])
+def test_no_prompt_is_copied_as_a_whole_in_fp32(tiny, engine):
+    """At a million tokens a layer's keys take 4 GiB in fp32, as often as a formula has terms."""
+    rope, tokens = Rope(tiny("llama")), 40_000
+    k, v = torch.randn(2, 1, 8, tokens, 16, generator=torch.Generator().manual_seed(0)).bfloat16()
+    made = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            made.extend(x.nbytes for x in tree_leaves(out) if isinstance(x, torch.Tensor) and x.element_size() > 2)
+            return out
+
+    with Watch():
+        ShadowKV(rank=8, budget=64, engine=engine).new_layer(1, LayerKV(k, v, k[:, :, -64:], 0.25), rope)
+    assert made
+    assert max(made) < k.numel() * torch.float32.itemsize // 2

@@ -293,7 +293,7 @@ def _factorisation(case: Case) -> Subject:
         return directions[:rank]
 
     return Subject(
-        (lambda: low_rank.fit(x, rank).vectors[0],),
+        (lambda: low_rank.fit(x.split(low_rank.BLOCK_TOKENS, dim=1), rank).vectors[0],),
         (by_svd,),
         _EXCESS_BOUND,
         beside=Beside("torch.linalg.svd", by_svd, False),

@@ -42,15 +42,10 @@ class Room:
         dims = self.model.dims
         one = sum(sequence_parts(demand_of(method, dims, context), self.model, context).values(), Bytes(0, 0))
         growth = (new_tokens + _GROWTH_TOKENS) * dims.full_bytes_per_token
-        prompt = self._prompt_bytes(context) if self.computes_prompts else 0
+        prompt = 0
+        if self.computes_prompts:
+            prompt = self.model.streamed_bytes(context, with_queries=self.records_queries)
         return Bytes(self.model.weight_bytes + batch * (one.device + growth) + prompt, batch * one.host)
-
-    def _prompt_bytes(self, tokens: int) -> int:
-        """A prompt computed layer by layer: two layers, and what enters the next one and the first."""
-        dims = self.model.dims
-        queries = dims.query_bytes_per_token if self.records_queries else 0
-        layer = (dims.full_bytes_per_token + queries) // dims.layers
-        return tokens * 2 * (layer + self.model.hidden * dims.element_bytes)
 
     def check(self, method: Method, context: int, batch: int, new_tokens: int) -> None:
         """Raise `MemoryShortError` where the plan exceeds the cap of a CPU, or the host memory that is free now.

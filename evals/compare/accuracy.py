@@ -21,7 +21,7 @@ from evals.tables import tokens
 from shadowkv.errors import SkvError
 
 # How a prefill is cut into chunks changes rounding only, and follows the device.
-_MAY_DIFFER = frozenset({"config.prefill_chunk_tokens"})
+_MAY_DIFFER = frozenset({"config.prefill_chunk_tokens", "config.streamed"})
 
 
 class _Cell(NamedTuple):

@@ -97,7 +97,8 @@ class _LokiLayer(StepwiseState):
         self._reduce = ops.GROUP_REDUCTIONS[method.reduce]
         self._k, self._v = TokenBuffer(kv.k, axis=2), TokenBuffer(kv.v, axis=2)
         # Every KV head is fitted for itself: heads are rows of a batch to `low_rank`.
-        self._basis = low_rank.fit(kv.k.flatten(0, 1).float(), method.rank_for(kv.k.shape[-1]))
+        heads = kv.k.flatten(0, 1).split(low_rank.BLOCK_TOKENS, dim=1)
+        self._basis = low_rank.fit(heads, method.rank_for(kv.k.shape[-1]))
         self._projected = TokenBuffer(self._project(kv.k), axis=2)
 
     def _project(self, k: Tensor) -> Tensor:

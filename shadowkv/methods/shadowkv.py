@@ -224,10 +224,14 @@ def divide(method: ShadowKV, layer: int, kv: LayerKV, rope: Rope, *, offload: bo
 
     Values go to the host with `offload`, else they stay where they are.
     """
-    context = method.context_tokens(kv.k.shape[2])
+    tokens = kv.k.shape[2]
+    context = method.context_tokens(tokens)
     keys, values = kv.k[:, :, :context], kv.v[:, :, :context]
-    before = pre_rope(rope, layer, kv.k, 0, kv.k.shape[2])
-    factors = KeyFactors.of(before, context, method.rank, method.energy, method.factors, kv.k.dtype)
+
+    def before(first: int, end: int) -> Tensor:
+        return pre_rope(rope, layer, kv.k[:, :, first:end], first, tokens)
+
+    factors = KeyFactors.of(before, tokens, context, method.rank, method.energy, method.factors, kv.k.dtype)
     landmarks, outliers = Landmarks.of(keys, method.chunk, method.outlier_chunks)
     return Prompt(
         factors,
