@@ -26,6 +26,9 @@ from evals.reporting.visible import visible
 from evals.results import read_run
 from evals.summary import summarise
 
+BASELINES = sorted(
+    path.parent for path in (Path(__file__).parent.parent / "results" / "baselines").glob("*/summary.md")
+)
 FILES = ("report.html", "summary.md", "summary.csv", "tasks.csv", "summary.tex")
 
 
@@ -400,3 +403,22 @@ def test_kernels_are_reported_with_what_they_take_of_a_gpu(tmp_path):
     assert "Compiled kernels" in page
     assert "rebuild_chunks" in page
     assert "sm_90" in page
+
+
+@pytest.mark.parametrize("run", BASELINES, ids=lambda run: run.name)
+def test_committed_tables_and_plots_are_those_of_the_committed_records(run, tmp_path):
+    """Or they are of older code: `skv report` on the folder makes them anew."""
+    made = tmp_path / run.name
+    assert main(["report", str(run), "--out", str(made)]) == 0
+
+    def tables(folder):
+        lines = (folder / "summary.md").read_text().splitlines()
+        return [line for line in lines if line.startswith("|")]
+
+    def drawn(folder):
+        return {path.name for path in (folder / "plots").iterdir()}
+
+    assert tables(run) == tables(made)
+    assert drawn(run) == drawn(made)
+    for path in made.glob("*.csv"):
+        assert (run / path.name).read_text() == path.read_text()
