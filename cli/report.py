@@ -27,7 +27,8 @@ def report(
 ) -> int:
     """Make report.html, summary.md, summary.csv, summary.tex and plots of run folders.
 
-    report.html is one file that needs no network, with a browser of all answers. Exit code 1: something could not be
+    All of it is made anew from the records of the folders, without a model. report.html is one file that needs no
+    network, with a browser of all answers. Exit code 1: something could not be
     read, and the report says what.
     """
     from evals.exports import find_export

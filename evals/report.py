@@ -29,6 +29,9 @@ class Presentation:
     needs: tuple[str, ...] = ()  # of a record's meta
 
 
+_OUTGROWN = ("scores", "score_by_length", "tasks_*")  # plots that are of one length only, or of few methods
+
+
 @dataclass(frozen=True)
 class Report:
     """What was made of a run folder."""
@@ -71,7 +74,12 @@ def accuracy_tables(manifest: Manifest, records: Sequence[Record]) -> list[Table
 def write_accuracy_plots(
     folder: Path, manifest: Manifest, records: Sequence[Record], rows: Sequence[Row]
 ) -> list[Path]:
-    """Score by length (or by method, of one length) and by bytes, the benchmark's own plots, those of diagnostics."""
+    """Score by length (or by method, of one length) and by bytes, the benchmark's own plots, those of diagnostics.
+
+    Plots of fewer records, which are not drawn any more, are removed.
+    """
+    for stale in [path for name in _OUTGROWN for kind in ("png", "svg") for path in folder.glob(f"{name}.{kind}")]:
+        stale.unlink()
     scored = [row for row in rows if row.score is not None]
     if not scored:
         return []

@@ -2,6 +2,14 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
+
+import pytest
+from run_folders import measurements
+
+from evals.bench.plots import write_throughput
+from evals.bench.summary import summarise_bench
 from evals.looks import looks
 from shadowkv.registry import methods
 
@@ -28,3 +36,17 @@ def test_settings_of_a_method_are_alike_in_kind():
     assert drawn["full"].colour == "#000000"
     assert len({drawn[label].marker for label in SETTINGS if label.startswith("shadowkv")}) == 1
     assert len({drawn[label].line for label in SETTINGS if label.startswith("full")}) == 3
+
+
+@pytest.mark.parametrize("batches", [(1,), (1, 2)])
+def test_methods_as_fast_as_each_other_are_all_seen(tmp_path, batches):
+    names = {"full": "shadowkv", "quest:budget=64": "quest"}  # black would be an SVG's default and named nowhere
+    records = [replace(r, method=names[r.method], step_ms=[10.0]) for r in measurements() if r.batch in batches]
+    path = write_throughput(tmp_path / "throughput.png", summarise_bench(records), "t")
+    drawn = path.with_suffix(".svg").read_text()
+    points = {
+        name: set(re.findall(rf'<use [^>]*x="([\d.]+)"[^>]*style="fill: {look.colour.lower()};', drawn))
+        for name, look in looks(["shadowkv", "quest"]).items()
+    }
+    for one, other in (("shadowkv", "quest"), ("quest", "shadowkv")):
+        assert len(points[one] - points[other]) == len(batches)

@@ -17,6 +17,8 @@ from test_cli import mistake
 
 from cli.main import main
 from evals.bench.latency import LatencyRecord
+from evals.bench.report import write_bench_reports
+from evals.report import write_reports
 from evals.reporting.folders import find_runs
 from evals.reporting.page import drawing
 from evals.reporting.samples import PREDICTION_CHARS, first_difference, samples_of
@@ -24,6 +26,9 @@ from evals.reporting.visible import visible
 from evals.results import read_run
 from evals.summary import summarise
 
+BASELINES = sorted(
+    path.parent for path in (Path(__file__).parent.parent / "results" / "baselines").glob("*/summary.md")
+)
 FILES = ("report.html", "summary.md", "summary.csv", "tasks.csv", "summary.tex")
 
 
@@ -311,6 +316,39 @@ def test_a_sweep_without_run_json_is_reported(tmp_path, capsys):
     assert "1.25 (1.25–1.25)" in (run / "summary.md").read_text()  # quest's steps take 8 ms for full attention's 10
 
 
+def test_plots_that_a_run_has_outgrown_go_and_those_of_others_stay(tmp_path):
+    few, many = METHODS, [*METHODS, *(f"quest:budget={budget}" for budget in range(1, 7))]
+
+    def drawn(methods, lengths):
+        ruler = [replace(r, benchmark="ruler", task="vt") for r in grid(methods, lengths, samples=1)]
+        run = write_run(tmp_path / "run", ruler, manifest("ruler"))
+        assert main(["report", str(run)]) == 0
+        return {path.name for path in (run / "plots").glob("*.*")}
+
+    def both(*names):
+        return {f"{name}.{kind}" for name in names for kind in ("png", "svg")}
+
+    assert drawn(few, [1024]) == both("scores", "score_by_bytes", "tasks_1024")
+    (tmp_path / "run" / "plots" / "ablations.png").write_text("drawn by skv paper")
+    assert drawn(few, [1024, 2048]) - {"ablations.png"} == both(
+        "score_by_length", "score_by_bytes", "tasks_1024", "tasks_2048"
+    )
+    assert drawn(many, [1024, 2048]) == both("score_by_length", "score_by_bytes") | {"ablations.png"}
+
+
+def test_a_report_has_the_lines_that_the_run_ended_with(tmp_path):
+    sweep = manifest("throughput", config={"machine": "here", "synthetic_kv": True})
+    for write, records, described in (
+        (write_bench_reports, measurements(), sweep),
+        (write_reports, grid(), dummy()),
+    ):
+        run = write_run(tmp_path / described.benchmark, records, described)
+        write(run)
+        ended = (run / "summary.csv").read_text()
+        assert main(["report", str(run)]) == 0
+        assert (run / "summary.csv").read_text() == ended
+
+
 def test_plots_are_readable_on_a_dark_page_and_labels_are_no_formulas(tmp_path):
     records = [replace(r, method=r.method.replace("quest", "$x^{$")) for r in grid()]
     run = write_run(tmp_path / "run", records)
@@ -365,3 +403,22 @@ def test_kernels_are_reported_with_what_they_take_of_a_gpu(tmp_path):
     assert "Compiled kernels" in page
     assert "rebuild_chunks" in page
     assert "sm_90" in page
+
+
+@pytest.mark.parametrize("run", BASELINES, ids=lambda run: run.name)
+def test_committed_tables_and_plots_are_those_of_the_committed_records(run, tmp_path):
+    """Or they are of older code: `skv report` on the folder makes them anew."""
+    made = tmp_path / run.name
+    assert main(["report", str(run), "--out", str(made)]) == 0
+
+    def tables(folder):
+        lines = (folder / "summary.md").read_text().splitlines()
+        return [line for line in lines if line.startswith("|")]
+
+    def drawn(folder):
+        return {path.name for path in (folder / "plots").iterdir()}
+
+    assert tables(run) == tables(made)
+    assert drawn(run) == drawn(made)
+    for path in made.glob("*.csv"):
+        assert (run / path.name).read_text() == path.read_text()

@@ -14,24 +14,29 @@ from evals.plots import new_figure, save, wrapped
 from evals.summary import REFERENCE, grouped
 from evals.tables import tokens
 
+_APART = 0.06  # octaves of batch between two methods, whose points would hide each other
 _PARTS = (("weights", "0.75"), ("KV on the device", "#0072B2"), ("KV on the host", "#E69F00"))
 
 
 def write_throughput(path: Path, rows: Sequence[BenchRow], title: str) -> Path:
-    """Tokens per second against batch, log-log, by context; whiskers over repeats, a cross where memory ended."""
+    """Tokens per second against batch, log-log, by context; whiskers over repeats, a cross where memory ended.
+
+    Methods stand a little aside of their batch.
+    """
     contexts = grouped(rows, lambda row: row.context)
     drawn = looks([row.method for row in rows])
+    places = {method: place for place, method in enumerate(drawn)}
     figure = new_figure(max(4.8, 3.2 * len(contexts) + 1), 3.8, title)
     panels = figure.subplots(1, len(contexts), sharey=True, squeeze=False)[0]
     for axis, (context, cells) in zip(panels, contexts.items(), strict=True):
         for method, found in grouped(cells, lambda row: row.method).items():
-            look = drawn[method]
-            good = [(row.batch, speed) for row in found if (speed := row.throughput) is not None]
+            look, aside = drawn[method], 2 ** (_APART * (places[method] - (len(places) - 1) / 2))
+            good = [(row.batch * aside, speed) for row in found if (speed := row.throughput) is not None]
             if good:
                 x, y = [batch for batch, _ in good], [speed.median for _, speed in good]
                 around = [[s.median - s.low for _, s in good], [s.high - s.median for _, s in good]]
                 axis.errorbar(x, y, around, label=method, ms=4, lw=1.2, capsize=2, **look.style)
-            short = [row.batch for row in found if row.status == "oom"]
+            short = [row.batch * aside for row in found if row.status == "oom"]
             if short:
                 height = good[-1][1].median if good else 1.0
                 axis.plot(short[:1], [height], "x", color=look.colour, ms=8, mew=2)

@@ -6,7 +6,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from evals.bench.conditions import noise_note
 from evals.bench.plots import write_gain_bars, write_memory_bars, write_throughput
@@ -19,12 +19,16 @@ from evals.results import read_records
 from evals.summary import REFERENCE, grouped
 from evals.tables import Table, latex, mib, number, tokens
 
+if TYPE_CHECKING:
+    import pandas as pd
+
 _CAPTION = (
     "Tokens/s: of all rows while decoding, prefill excluded; median over repeats, and half of what lies between the "
     "lowest and the highest. x full: to full attention at the same batch, measured side by side in every repeat, "
     "(lowest-highest). TTFT: of a prompt that waits for no other, timed once for all methods; of full@hf, of the whole "
-    "batch. Bus: between host and device per step; read: what a step has to read of the device's memory; both as in "
-    "skv plan, over the median step. Peak: of the device's allocator, on a CPU of the whole process."
+    "batch. Bus: between host and device per step; read: what a step has to read of the device's memory; both as skv "
+    "plan counted them when they were recorded, over the median step. Peak: of the device's allocator, on a CPU of the "
+    "whole process."
 )
 
 
@@ -162,16 +166,11 @@ def _of_other_commands(manifest: Manifest, records: Sequence[BenchRecord]) -> li
 
 def write_bench_reports(folder: Path) -> BenchReport:
     """Write summary.csv, summary.md, summary.tex and plots/ of a sweep's folder."""
-    import pandas as pd
-
     manifest, records = read_records(folder, BenchRecord)
     rows, found = summarise_bench(records), gains(records)
     notes, title = notes_of(manifest, records, rows), manifest.title
     tables = [throughput_table(title, rows), gain_table(found)]
-    synthetic = bool(manifest.config.get("synthetic_kv"))
-    marks = {"dummy": manifest.model["dummy"], "synthetic_kv": synthetic, "notes": "; ".join(notes)}
-    frame = pd.DataFrame([asdict(row) | marks for row in rows])
-    frame.to_csv(folder / "summary.csv", index=False)
+    bench_frame(manifest, rows, notes).to_csv(folder / "summary.csv", index=False)
     (folder / "summary.md").write_text(page(manifest, tables, notes[len(manifest.notes) :]), encoding="utf-8")
     tex = "\n".join(latex(table, manifest.notes, notes) for table in tables)
     (folder / "summary.tex").write_text(tex, encoding="utf-8")
@@ -179,6 +178,15 @@ def write_bench_reports(folder: Path) -> BenchReport:
     plots = write_bench_plots(folder / "plots", rows, found, title)
     names = ("summary.csv", "summary.md", "summary.tex")
     return BenchReport(rows, found, tables, notes, [*(folder / name for name in names), *plots])
+
+
+def bench_frame(manifest: Manifest, rows: Sequence[BenchRow], notes: Sequence[str]) -> pd.DataFrame:
+    """What the table shows, unrounded; every line says whether weights or keys were made up."""
+    import pandas as pd
+
+    synthetic = bool(manifest.config.get("synthetic_kv"))
+    marks = {"dummy": manifest.model["dummy"], "synthetic_kv": synthetic, "notes": "; ".join(notes)}
+    return pd.DataFrame([asdict(row) | marks for row in rows])
 
 
 def write_bench_plots(folder: Path, rows: Sequence[BenchRow], found: Sequence[Gain], title: str) -> list[Path]:

@@ -117,7 +117,7 @@ def _accuracy(run: Run, plots: Path) -> Section:
 
 
 def _throughput(run: Run, plots: Path) -> Section:
-    from evals.bench.report import gain_table, notes_of, throughput_table, write_bench_plots
+    from evals.bench.report import bench_frame, gain_table, notes_of, throughput_table, write_bench_plots
     from evals.bench.summary import gains, summarise_bench
 
     records, manifest = run.records, run.manifest
@@ -127,7 +127,7 @@ def _throughput(run: Run, plots: Path) -> Section:
         run,
         _measured(run),
         [throughput_table("Throughput, latency and memory", rows), gain_table(found)],
-        {"summary.csv": _frame([asdict(row) for row in rows], notes)},
+        {"summary.csv": bench_frame(manifest, rows, notes)},
         write_bench_plots(plots, rows, found, manifest.title),
         [note for note in notes if note not in manifest.notes],
     )
