@@ -14,10 +14,11 @@ from test_cli import mistake
 
 from cli.main import main
 from evals.bench.kernel_cases import Case, llama_rotary
-from evals.bench.kernel_report import kernel_table
-from evals.bench.kernel_subjects import Beside, Item, Subject, Workload, items
+from evals.bench.kernel_report import kernel_table, report_of
+from evals.bench.kernel_subjects import Item, Subject, Way, Workload, items
 from evals.bench.kernels import KernelBench, KernelRecord, relative_error
 from evals.bench.staged_copy import staged_copy
+from evals.manifest import Manifest
 from evals.results import read_records
 from shadowkv import slots
 from shadowkv.gpus import Rates
@@ -100,6 +101,22 @@ def test_a_run_folder_says_everything_and_goes_on(capsys, bench, tmp_path, monke
     assert "times need a GPU" in page
     assert "WRONG" not in page
     assert capsys.readouterr().out == ""
+
+
+def test_a_kernel_is_measured_again_where_only_what_stands_beside_it_was_right(bench, tmp_path, monkeypatch):
+    from shadowkv.kernels import twins
+
+    argv = [*bench, "--out", str(tmp_path), "--quiet"]
+    few = [item for item in items(_workload(), twins) if item.kernel == "fill_values"]
+    monkeypatch.setattr("evals.bench.kernel_subjects.items", lambda *_: few)
+    good = twins.fill_values
+    monkeypatch.setattr(twins, "fill_values", lambda *args, **named: None)  # writes nothing
+    assert main(argv) == 1
+    found = {record.way: record.status for record in read_records(tmp_path, KernelRecord)[1]}
+    assert found == {"interpreter": "wrong", "staged copy": "ok"}
+    monkeypatch.setattr(twins, "fill_values", good)
+    assert main(argv) == 0
+    assert {record.status for record in read_records(tmp_path, KernelRecord)[1]} == {"ok"}
 
 
 def test_a_dry_run_computes_nothing(capsys, bench, monkeypatch):
@@ -193,9 +210,15 @@ def _bench(timer):
 
 def _subject(answer):
     wanted = torch.arange(4.0)
-    other = Beside("by hand", lambda: wanted, False)
+    other = Way("by hand", lambda: [lambda: wanted], False)
     return Subject(
-        (lambda: wanted + answer,), (lambda: wanted,), 1e-3, moved_bytes=2000, over_link=True, flop=8000, beside=other
+        (lambda: wanted + answer,),
+        (lambda: wanted,),
+        1e-3,
+        moved_bytes=2000,
+        over_link=True,
+        flop=8000,
+        besides=(other,),
     )
 
 
@@ -207,7 +230,23 @@ def test_rates_are_shares_of_those_of_the_machine():
     assert kernel.share_of_bytes == pytest.approx(1.0)  # of the link
     assert kernel.share_of_flop == pytest.approx(0.5)
     table = kernel_table("t", found)
-    assert [line[-1] for line in table.rows] == ["2.50", "–"]  # 5 ms over 2 ms
+    assert [line[-1] for line in table.rows] == ["–", "2.50"]  # 5 ms over 2 ms
+
+
+def test_other_ways_stand_beside_their_own_kernel_and_the_fastest_is_named():
+    right, wrong = _subject(0.0), _subject(1.0)
+    besides = (*right.besides, Way("by machine", right.besides[0].make, False))
+    found = _bench(_Timer()).measure(Item("some", "", lambda: replace(right, besides=besides)))
+    found += _bench(_Timer()).measure(Item("other", "", lambda: replace(wrong, besides=besides)))
+    found = [replace(record, ms=[1.0]) if record.way == "by machine" else record for record in found]
+    model = {"name": "m", "dtype": "float32", "device": "cpu", "dummy": False}
+    report = report_of(Manifest("kernels", {}, {}, {}, model, {}, []), found, [])
+    # Nothing is held against a kernel that is wrong.
+    assert [line[-1] for line in report.tables[0].rows] == ["–", "2.50", "0.50", "–", "–", "–"]
+    assert [note for note in report.notes if "fastest" in note] == [
+        "some: by machine is the fastest way",
+        "other: by machine is the fastest way",
+    ]
 
 
 def test_a_report_says_the_rates_that_shares_are_of(capsys, bench, monkeypatch):
@@ -237,6 +276,36 @@ def test_a_failure_is_a_record_of_its_own():
 
     (record,) = _bench(_Timer()).measure(Item("some", "", fails))
     assert (record.status, record.ms, record.relative_error) == ("oom", [], None)
+
+
+def _fails():
+    raise RuntimeError("no compiler")
+
+
+@pytest.mark.parametrize("at", ["making it", "calling it"])
+def test_what_fails_beside_a_kernel_is_one_line_and_takes_nothing_else_down(at):
+    other = Way("compiled", _fails if at == "making it" else lambda: [_fails], True)
+    subject = _subject(0.0)
+    with_both = replace(subject, besides=(other, *subject.besides))
+    kernel, failed, beside = _bench(_Timer()).measure(Item("some", "", lambda: with_both))
+    assert (failed.way, failed.status, failed.error, failed.ms) == ("compiled", "error", "no compiler", [])
+    assert (failed.relative_error, failed.bytes_per_s) == (None, None)
+    assert [record.status for record in (kernel, beside)] == ["ok", "ok"]
+
+
+def test_a_kernel_that_fails_leaves_what_stands_beside_it():
+    timer = _Timer()
+    kernel, beside = _bench(timer).measure(Item("some", "", lambda: replace(_subject(0.0), calls=(_fails,))))
+    assert (kernel.status, beside.status) == ("error", "ok")
+    assert timer.asked == ["waited"]
+
+
+def test_what_is_wrong_beside_a_kernel_gets_no_speed():
+    timer, subject = _Timer(), _subject(0.0)
+    wrong = Way("by heart", lambda: [lambda: torch.ones(4)], False)
+    _, beside = _bench(timer).measure(Item("some", "", lambda: replace(subject, besides=(wrong,))))
+    assert (beside.status, beside.ms, beside.share_of_bytes) == ("wrong", [], None)
+    assert timer.asked == ["graph"]
 
 
 @pytest.mark.parametrize(
