@@ -7,13 +7,16 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
+import torch._inductor.config
 from test_cli import mistake
 
 from cli.main import main
-from evals.bench.kernel_cases import Case, llama_rotary
+from evals.bench.flex_attention import whole_context
+from evals.bench.kernel_cases import Case, attention_inputs, llama_rotary
 from evals.bench.kernel_report import kernel_table, report_of
 from evals.bench.kernel_subjects import Item, Subject, Way, Workload, items
 from evals.bench.kernels import KernelBench, KernelRecord, relative_error
@@ -43,6 +46,10 @@ def _workload():
     return Workload(case, Regions(64, 16, 50), case.chunks, 3, ("native",), ("native",))
 
 
+def _ways(rows, variant):
+    return [row["way"] for row in rows if row["variant"] == variant]
+
+
 def told(capsys, argv, code=0):
     """The JSON that a command prints."""
     assert main([*argv, "--json"]) == code
@@ -55,6 +62,7 @@ def test_every_kernel_is_checked_and_none_is_timed_on_a_cpu(capsys, bench):
     fills = {(row["variant"].partition(",")[0], row["way"]) for row in found["rows"] if row["kernel"] == "fill_values"}
     codings, ways = ("native", "bf16", "int8", "fp8", "int4"), ("interpreter", "staged copy")
     assert fills == {(coding, way) for coding in codings for way in ways}
+    assert _ways(found["rows"], "whole context") == ["interpreter", "torch sdpa", "torch flex, eager"]
     for row in found["rows"]:
         assert row["status"] == "ok", row
         assert row["relative_error"] <= row["bound"]
@@ -164,6 +172,7 @@ def _command(folder, *argv):
     env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, "-c", code, *whole], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    assert "Warning" not in done.stderr
     return json.loads(done.stdout)
 
 
@@ -182,6 +191,7 @@ def test_a_cpu_interprets_and_compiles_for_a_gpu_that_is_not_here(tiny_folder, t
 def test_a_gpu_times_everything(tiny_folder, tmp_path):
     rows = _command(tiny_folder, "--device", "cuda", "--steps", "5", "--out", str(tmp_path))["rows"]
     assert {row["kernel"] for row in rows} == KERNELS
+    assert _ways(rows, "whole context") == ["triton", "torch sdpa", "torch flex"]
     for row in rows:
         assert row["status"] == "ok", row
         assert row["times_ms"]["p50"] > 0
@@ -298,6 +308,60 @@ def test_a_kernel_that_fails_leaves_what_stands_beside_it():
     kernel, beside = _bench(timer).measure(Item("some", "", lambda: replace(_subject(0.0), calls=(_fails,))))
     assert (kernel.status, beside.status) == ("error", "ok")
     assert timer.asked == ["waited"]
+
+
+def _flex(compiled, case):
+    """An item whose only other way to all of a context is FlexAttention, by a scale that is nobody's default."""
+
+    def make():
+        inputs = attention_inputs(case, Regions(0, 0, case.tokens), [[0, 0, 0, case.tokens]] * case.batch)
+        inputs["scaling"] = 0.3
+        q, k, v, scaling = (inputs[name] for name in ("q", "k", "v", "scaling"))
+        twin = partial(slots.attend_resident, **inputs)
+        way = Way("torch flex", lambda: [whole_context(q, k, v, scaling, compiled)], True)
+        return Subject((twin,), (twin,), 2e-5, besides=(way,))
+
+    return Item("attend_resident", "", make)
+
+
+def test_a_compiler_that_is_missing_costs_flex_attention_its_time_and_nothing_else():
+    timer = _Timer()
+    with torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",)}):
+        kernel, flex = _bench(timer).measure(_flex(True, Case(chunks=41)))
+    assert (kernel.status, flex.status, flex.ms) == ("ok", "error", [])
+    assert "No working C++ compiler" in flex.error
+    assert "\n" not in flex.error
+    assert timer.asked == ["graph"]
+
+
+# Compiled for a CPU it is another template than for a GPU, given the same arguments.
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["eager", "compiled"])
+def test_flex_attention_gives_the_twins_result(compiled):
+    _, flex = _bench(_Timer()).measure(_flex(compiled, Case(chunks=43, group=4)))
+    assert (flex.status, flex.error) == ("ok", None)
+    assert flex.relative_error < flex.bound
+
+
+def test_flex_attention_is_the_compiled_one_where_times_are_taken():
+    from shadowkv.kernels import twins
+
+    work = _workload()
+    on_device = replace(work, case=replace(work.case, device="meta"))  # makes no inputs, so needs none
+    (whole,) = [item.make() for item in items(on_device, twins) if item.variant == "whole context"]
+    assert [way.name for way in whole.besides] == ["torch sdpa", "torch flex"]
+
+
+def test_what_compiles_when_first_called_has_done_so_before_any_time_is_taken():
+    timer, subject = _Timer(), _subject(0.0)
+    answer = subject.twins[0]
+
+    def compiles():
+        timer.asked.append("called")
+        return answer()
+
+    way = Way("compiled", lambda: [compiles], True)
+    _bench(timer).measure(Item("some", "", lambda: replace(subject, besides=(way,))))
+    assert timer.asked == ["graph", "called", "graph"]
 
 
 def test_what_is_wrong_beside_a_kernel_gets_no_speed():

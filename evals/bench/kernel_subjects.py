@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from evals.bench import flex_attention
 from evals.bench.kernel_cases import (
     Case,
     attention_inputs,
@@ -219,7 +220,14 @@ def _dense(work: Workload, kernels: Any) -> Subject:
     q, k, v, scaling = (inputs[name] for name in ("q", "k", "v", "scaling"))
     attend = torch.nn.functional.scaled_dot_product_attention
     sdpa = partial(attend, q, k, v, scale=scaling, enable_gqa=True)
-    return replace(subject, besides=(Way("torch sdpa", lambda: [sdpa], True),))
+    # On a CPU compiling takes a minute and a C++ compiler, for what is not timed.
+    compiled = work.case.device != "cpu"
+    flex = Way(
+        "torch flex" if compiled else "torch flex, eager",
+        lambda: [flex_attention.whole_context(q, k, v, scaling, compiled)],
+        True,
+    )
+    return replace(subject, besides=(Way("torch sdpa", lambda: [sdpa], True), flex))
 
 
 def _attending(case: Case, kernels: Any, regions: Regions, span: list[int]) -> tuple[Subject, dict[str, Any]]:
