@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from evals.bench import flex_attention
+from evals.bench import flashinfer_decode, flex_attention
 from evals.bench.kernel_cases import (
     Case,
     attention_inputs,
@@ -221,13 +221,18 @@ def _dense(work: Workload, kernels: Any) -> Subject:
     attend = torch.nn.functional.scaled_dot_product_attention
     sdpa = partial(attend, q, k, v, scale=scaling, enable_gqa=True)
     # On a CPU compiling takes a minute and a C++ compiler, for what is not timed.
-    compiled = work.case.device != "cpu"
-    flex = Way(
-        "torch flex" if compiled else "torch flex, eager",
-        lambda: [flex_attention.whole_context(q, k, v, scaling, compiled)],
-        True,
-    )
-    return replace(subject, besides=(Way("torch sdpa", lambda: [sdpa], True), flex))
+    case, compiled = work.case, work.case.device != "cpu"
+    besides = [
+        Way("torch sdpa", lambda: [sdpa], True),
+        Way(
+            "torch flex" if compiled else "torch flex, eager",
+            lambda: [flex_attention.whole_context(q, k, v, scaling, compiled)],
+            True,
+        ),
+    ]
+    if flashinfer_decode.serves(case.device, case.dtype, case.head_dim):
+        besides.append(Way("flashinfer, untried", lambda: [flashinfer_decode.whole_context(q, k, v, scaling)], True))
+    return replace(subject, besides=tuple(besides))
 
 
 def _attending(case: Case, kernels: Any, regions: Regions, span: list[int]) -> tuple[Subject, dict[str, Any]]:
