@@ -92,7 +92,8 @@ def _run_into(out: Path, asked: AskedKernels) -> int:
 
     bench = _bench(asked)
     with open_records(out, asked.manifest, KernelRecord) as folder:
-        done = {(r.kernel, r.variant) for r in folder.records.values() if r.final}
+        found = folder.records.values()
+        done = {(r.kernel, r.variant) for r in found} - {(r.kernel, r.variant) for r in found if not r.final}
         for record in _measured(asked, bench, done):
             if not folder.has(record.key):
                 folder.append(record)

@@ -22,7 +22,18 @@ if TYPE_CHECKING:
     from shadowkv.method import Setting
 
 SCHEMA = 1
-_PACKAGES = ("skv", "torch", "transformers", "tokenizers", "safetensors", "numpy", "pandas", "matplotlib", "triton")
+_PACKAGES = (
+    "skv",
+    "torch",
+    "transformers",
+    "tokenizers",
+    "safetensors",
+    "numpy",
+    "pandas",
+    "matplotlib",
+    "triton",
+    "flashinfer-python",
+)
 
 
 class SchemaError(SkvError):

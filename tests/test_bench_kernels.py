@@ -7,17 +7,21 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
+import torch._inductor.config
 from test_cli import mistake
 
 from cli.main import main
-from evals.bench.kernel_cases import Case, llama_rotary
-from evals.bench.kernel_report import kernel_table
-from evals.bench.kernel_subjects import Beside, Item, Subject, Workload, items
+from evals.bench.flex_attention import whole_context
+from evals.bench.kernel_cases import Case, attention_inputs, llama_rotary
+from evals.bench.kernel_report import kernel_table, report_of
+from evals.bench.kernel_subjects import Item, Subject, Way, Workload, items
 from evals.bench.kernels import KernelBench, KernelRecord, relative_error
 from evals.bench.staged_copy import staged_copy
+from evals.manifest import Manifest
 from evals.results import read_records
 from shadowkv import slots
 from shadowkv.gpus import Rates
@@ -42,6 +46,10 @@ def _workload():
     return Workload(case, Regions(64, 16, 50), case.chunks, 3, ("native",), ("native",))
 
 
+def _ways(rows, variant):
+    return [row["way"] for row in rows if row["variant"] == variant]
+
+
 def told(capsys, argv, code=0):
     """The JSON that a command prints."""
     assert main([*argv, "--json"]) == code
@@ -54,6 +62,7 @@ def test_every_kernel_is_checked_and_none_is_timed_on_a_cpu(capsys, bench):
     fills = {(row["variant"].partition(",")[0], row["way"]) for row in found["rows"] if row["kernel"] == "fill_values"}
     codings, ways = ("native", "bf16", "int8", "fp8", "int4"), ("interpreter", "staged copy")
     assert fills == {(coding, way) for coding in codings for way in ways}
+    assert _ways(found["rows"], "whole context") == ["interpreter", "torch sdpa", "torch flex, eager"]
     for row in found["rows"]:
         assert row["status"] == "ok", row
         assert row["relative_error"] <= row["bound"]
@@ -102,6 +111,22 @@ def test_a_run_folder_says_everything_and_goes_on(capsys, bench, tmp_path, monke
     assert capsys.readouterr().out == ""
 
 
+def test_a_kernel_is_measured_again_where_only_what_stands_beside_it_was_right(bench, tmp_path, monkeypatch):
+    from shadowkv.kernels import twins
+
+    argv = [*bench, "--out", str(tmp_path), "--quiet"]
+    few = [item for item in items(_workload(), twins) if item.kernel == "fill_values"]
+    monkeypatch.setattr("evals.bench.kernel_subjects.items", lambda *_: few)
+    good = twins.fill_values
+    monkeypatch.setattr(twins, "fill_values", lambda *args, **named: None)  # writes nothing
+    assert main(argv) == 1
+    found = {record.way: record.status for record in read_records(tmp_path, KernelRecord)[1]}
+    assert found == {"interpreter": "wrong", "staged copy": "ok"}
+    monkeypatch.setattr(twins, "fill_values", good)
+    assert main(argv) == 0
+    assert {record.status for record in read_records(tmp_path, KernelRecord)[1]} == {"ok"}
+
+
 def test_a_dry_run_computes_nothing(capsys, bench, monkeypatch):
     monkeypatch.setattr(KernelBench, "measure", lambda *_: pytest.fail("measured"))
     assert {row["kernel"] for row in told(capsys, [*bench, "--dry-run"])["rows"]} == KERNELS
@@ -147,6 +172,7 @@ def _command(folder, *argv):
     env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     done = subprocess.run([sys.executable, "-c", code, *whole], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    assert "Warning" not in done.stderr
     return json.loads(done.stdout)
 
 
@@ -165,6 +191,7 @@ def test_a_cpu_interprets_and_compiles_for_a_gpu_that_is_not_here(tiny_folder, t
 def test_a_gpu_times_everything(tiny_folder, tmp_path):
     rows = _command(tiny_folder, "--device", "cuda", "--steps", "5", "--out", str(tmp_path))["rows"]
     assert {row["kernel"] for row in rows} == KERNELS
+    assert _ways(rows, "whole context") == ["triton", "torch sdpa", "torch flex"]
     for row in rows:
         assert row["status"] == "ok", row
         assert row["times_ms"]["p50"] > 0
@@ -193,9 +220,15 @@ def _bench(timer):
 
 def _subject(answer):
     wanted = torch.arange(4.0)
-    other = Beside("by hand", lambda: wanted, False)
+    other = Way("by hand", lambda: [lambda: wanted], False)
     return Subject(
-        (lambda: wanted + answer,), (lambda: wanted,), 1e-3, moved_bytes=2000, over_link=True, flop=8000, beside=other
+        (lambda: wanted + answer,),
+        (lambda: wanted,),
+        1e-3,
+        moved_bytes=2000,
+        over_link=True,
+        flop=8000,
+        besides=(other,),
     )
 
 
@@ -207,7 +240,23 @@ def test_rates_are_shares_of_those_of_the_machine():
     assert kernel.share_of_bytes == pytest.approx(1.0)  # of the link
     assert kernel.share_of_flop == pytest.approx(0.5)
     table = kernel_table("t", found)
-    assert [line[-1] for line in table.rows] == ["2.50", "–"]  # 5 ms over 2 ms
+    assert [line[-1] for line in table.rows] == ["–", "2.50"]  # 5 ms over 2 ms
+
+
+def test_other_ways_stand_beside_their_own_kernel_and_the_fastest_is_named():
+    right, wrong = _subject(0.0), _subject(1.0)
+    besides = (*right.besides, Way("by machine", right.besides[0].make, False))
+    found = _bench(_Timer()).measure(Item("some", "", lambda: replace(right, besides=besides)))
+    found += _bench(_Timer()).measure(Item("other", "", lambda: replace(wrong, besides=besides)))
+    found = [replace(record, ms=[1.0]) if record.way == "by machine" else record for record in found]
+    model = {"name": "m", "dtype": "float32", "device": "cpu", "dummy": False}
+    report = report_of(Manifest("kernels", {}, {}, {}, model, {}, []), found, [])
+    # Nothing is held against a kernel that is wrong.
+    assert [line[-1] for line in report.tables[0].rows] == ["–", "2.50", "0.50", "–", "–", "–"]
+    assert [note for note in report.notes if "fastest" in note] == [
+        "some: by machine is the fastest way",
+        "other: by machine is the fastest way",
+    ]
 
 
 def test_a_report_says_the_rates_that_shares_are_of(capsys, bench, monkeypatch):
@@ -237,6 +286,90 @@ def test_a_failure_is_a_record_of_its_own():
 
     (record,) = _bench(_Timer()).measure(Item("some", "", fails))
     assert (record.status, record.ms, record.relative_error) == ("oom", [], None)
+
+
+def _fails():
+    raise RuntimeError("no compiler")
+
+
+@pytest.mark.parametrize("at", ["making it", "calling it"])
+def test_what_fails_beside_a_kernel_is_one_line_and_takes_nothing_else_down(at):
+    other = Way("compiled", _fails if at == "making it" else lambda: [_fails], True)
+    subject = _subject(0.0)
+    with_both = replace(subject, besides=(other, *subject.besides))
+    kernel, failed, beside = _bench(_Timer()).measure(Item("some", "", lambda: with_both))
+    assert (failed.way, failed.status, failed.error, failed.ms) == ("compiled", "error", "no compiler", [])
+    assert (failed.relative_error, failed.bytes_per_s) == (None, None)
+    assert [record.status for record in (kernel, beside)] == ["ok", "ok"]
+
+
+def test_a_kernel_that_fails_leaves_what_stands_beside_it():
+    timer = _Timer()
+    kernel, beside = _bench(timer).measure(Item("some", "", lambda: replace(_subject(0.0), calls=(_fails,))))
+    assert (kernel.status, beside.status) == ("error", "ok")
+    assert timer.asked == ["waited"]
+
+
+def _flex(compiled, case):
+    """An item whose only other way to all of a context is FlexAttention, by a scale that is nobody's default."""
+
+    def make():
+        inputs = attention_inputs(case, Regions(0, 0, case.tokens), [[0, 0, 0, case.tokens]] * case.batch)
+        inputs["scaling"] = 0.3
+        q, k, v, scaling = (inputs[name] for name in ("q", "k", "v", "scaling"))
+        twin = partial(slots.attend_resident, **inputs)
+        way = Way("torch flex", lambda: [whole_context(q, k, v, scaling, compiled)], True)
+        return Subject((twin,), (twin,), 2e-5, besides=(way,))
+
+    return Item("attend_resident", "", make)
+
+
+def test_a_compiler_that_is_missing_costs_flex_attention_its_time_and_nothing_else():
+    timer = _Timer()
+    with torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",)}):
+        kernel, flex = _bench(timer).measure(_flex(True, Case(chunks=41)))
+    assert (kernel.status, flex.status, flex.ms) == ("ok", "error", [])
+    assert "No working C++ compiler" in flex.error
+    assert "\n" not in flex.error
+    assert timer.asked == ["graph"]
+
+
+# Compiled for a CPU it is another template than for a GPU, given the same arguments.
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["eager", "compiled"])
+def test_flex_attention_gives_the_twins_result(compiled):
+    _, flex = _bench(_Timer()).measure(_flex(compiled, Case(chunks=43, group=4)))
+    assert (flex.status, flex.error) == ("ok", None)
+    assert flex.relative_error < flex.bound
+
+
+def test_flex_attention_is_the_compiled_one_where_times_are_taken():
+    from shadowkv.kernels import twins
+
+    work = _workload()
+    on_device = replace(work, case=replace(work.case, device="meta"))  # makes no inputs, so needs none
+    (whole,) = [item.make() for item in items(on_device, twins) if item.variant == "whole context"]
+    assert [way.name for way in whole.besides] == ["torch sdpa", "torch flex"]
+
+
+def test_what_compiles_when_first_called_has_done_so_before_any_time_is_taken():
+    timer, subject = _Timer(), _subject(0.0)
+    answer = subject.twins[0]
+
+    def compiles():
+        timer.asked.append("called")
+        return answer()
+
+    way = Way("compiled", lambda: [compiles], True)
+    _bench(timer).measure(Item("some", "", lambda: replace(subject, besides=(way,))))
+    assert timer.asked == ["graph", "called", "graph"]
+
+
+def test_what_is_wrong_beside_a_kernel_gets_no_speed():
+    timer, subject = _Timer(), _subject(0.0)
+    wrong = Way("by heart", lambda: [lambda: torch.ones(4)], False)
+    _, beside = _bench(timer).measure(Item("some", "", lambda: replace(subject, besides=(wrong,))))
+    assert (beside.status, beside.ms, beside.share_of_bytes) == ("wrong", [], None)
+    assert timer.asked == ["graph"]
 
 
 @pytest.mark.parametrize(

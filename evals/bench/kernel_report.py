@@ -24,8 +24,8 @@ _TIMED = (
     "Times: by the GPU's clock, as a CUDA graph, the cache flushed before each; of a staged copy, low_rank.fit and "
     "torch.linalg.svd, which wait for the device or the host, by the host's clock. GB/s: of the fewest bytes that the "
     "result can be had with, as a share of a copy on the device or, from host memory, of one from pinned memory. "
-    "TFLOP/s: as a share of a square product in the same type. All rates are of the same run. x beside: time of the "
-    "other way over the kernel's."
+    "TFLOP/s: as a share of a square product in the same type. All rates are of the same run. x kernel: time of "
+    "another way over the kernel's."
 )
 _NO_TIMES = "No times: they need a GPU."
 
@@ -92,19 +92,18 @@ def kernel_table(title: str, records: Sequence[KernelRecord]) -> Table:
     lines = [[column.cell(record) for column in columns] for record in records]
     heads = [column.head for column in columns]
     if timed:
-        heads.append("x beside")
+        heads.append("x kernel")
         for line, record in zip(lines, records, strict=True):
-            line.append(number(_gain(record, records), ".2f"))
+            line.append(number(_of_kernel(record, records), ".2f"))
     return Table(title, heads, lines, f"{_CHECKED} {_TIMED if timed else _NO_TIMES}", names=4)
 
 
-def _gain(record: KernelRecord, records: Sequence[KernelRecord]) -> float | None:
-    """How many times the kernel's time the other way to its result takes; None of all others."""
-    same = [r for r in records if (r.kernel, r.variant) == (record.kernel, record.variant)]
-    if len(same) < 2 or same[0] is not record or not all(r.times for r in same):
+def _of_kernel(record: KernelRecord, records: Sequence[KernelRecord]) -> float | None:
+    """How many times the kernel's time another way to its result takes; None of kernels."""
+    kernel = next(r for r in records if (r.kernel, r.variant) == (record.kernel, record.variant))
+    if kernel is record or not (kernel.times and record.times):
         return None
-    first, other = (r.times.p50 for r in same[:2] if r.times)
-    return other / first
+    return record.times.p50 / kernel.times.p50
 
 
 def compiled_table(compiled: Sequence[CompiledKernel]) -> Table:
@@ -122,7 +121,7 @@ def report_of(manifest: Manifest, found: Iterable[KernelRecord], compiled: Seque
     """Tables and notes of what was found."""
     records, said = list(found), list(manifest.notes)
     said += [f"{r.status}: {' '.join(filter(None, r.key))}: {r.error}" for r in records if r.status != "ok"]
-    said += [_faster(r, records) for r in records if r.kernel == "fill_values" and _gain(r, records) is not None]
+    said += _fastest(records)
     timed = [r for r in records if r.ms]
     if timed:
         said.append(f"reached here: {_reached(timed)}")
@@ -148,9 +147,14 @@ def _range(values: Sequence[float]) -> str:
     return low if low == high else f"{low} to {high}"
 
 
-def _faster(record: KernelRecord, records: Sequence[KernelRecord]) -> str:
-    gain = _gain(record, records) or 0.0
-    return f"{record.kernel}, {record.variant}: {'the kernel' if gain >= 1 else 'the staged copy'} is the faster one"
+def _fastest(records: Sequence[KernelRecord]) -> list[str]:
+    """Which way to each result won, where several were timed."""
+    ways: dict[str, list[tuple[float, str]]] = {}
+    for record in records:
+        if record.times:
+            subject = ", ".join(filter(None, (record.kernel, record.variant)))
+            ways.setdefault(subject, []).append((record.times.p50, record.way))
+    return [f"{subject}: {min(timed)[1]} is the fastest way" for subject, timed in ways.items() if len(timed) > 1]
 
 
 def read_compiled(folder: Path) -> list[CompiledKernel]:

@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from evals.bench import flashinfer_decode, flex_attention
 from evals.bench.kernel_cases import (
     Case,
     attention_inputs,
@@ -74,11 +75,11 @@ class Workload:
         return replace(self, case=small, regions=regions, landmarks=min(self.landmarks, 38), misses=misses)
 
 
-class Beside(NamedTuple):
-    """Another way to the same result, not as a CUDA graph if it asks the host."""
+class Way(NamedTuple):
+    """A way to a result, made when its turn comes; not as a CUDA graph if it asks the host."""
 
-    way: str
-    call: Call
+    name: str
+    make: Callable[[], Sequence[Call]]
     capturable: bool
 
 
@@ -93,7 +94,7 @@ class Subject:
     moved_bytes: int = 0
     over_link: bool = False
     flop: int = 0
-    beside: Beside | None = None
+    besides: tuple[Way, ...] = ()  # other ways to the same result
     capturable: bool = True
     error: Callable[[Sequence[Tensor], Sequence[Tensor]], float] | None = None  # in place of `relative_error`
 
@@ -176,7 +177,7 @@ def _values(work: Workload, kernels: Any, coding: str) -> Subject:
         changed=(_blank(work, case),),
         moved_bytes=sum(missed * part.shape[-1] * part.itemsize for part in stored.parts),
         over_link=True,
-        beside=Beside("staged copy", partial(staged_copy(stored, missed), *plan.values()), False),
+        besides=(Way("staged copy", lambda: [partial(staged_copy(stored, missed), *plan.values())], False),),
     )
 
 
@@ -219,7 +220,19 @@ def _dense(work: Workload, kernels: Any) -> Subject:
     q, k, v, scaling = (inputs[name] for name in ("q", "k", "v", "scaling"))
     attend = torch.nn.functional.scaled_dot_product_attention
     sdpa = partial(attend, q, k, v, scale=scaling, enable_gqa=True)
-    return replace(subject, beside=Beside("torch sdpa", sdpa, True))
+    # On a CPU compiling takes a minute and a C++ compiler, for what is not timed.
+    case, compiled = work.case, work.case.device != "cpu"
+    besides = [
+        Way("torch sdpa", lambda: [sdpa], True),
+        Way(
+            "torch flex" if compiled else "torch flex, eager",
+            lambda: [flex_attention.whole_context(q, k, v, scaling, compiled)],
+            True,
+        ),
+    ]
+    if flashinfer_decode.serves(case.device, case.dtype, case.head_dim):
+        besides.append(Way("flashinfer, untried", lambda: [flashinfer_decode.whole_context(q, k, v, scaling)], True))
+    return replace(subject, besides=tuple(besides))
 
 
 def _attending(case: Case, kernels: Any, regions: Regions, span: list[int]) -> tuple[Subject, dict[str, Any]]:
@@ -296,7 +309,7 @@ def _factorisation(case: Case) -> Subject:
         (lambda: low_rank.fit(x.split(low_rank.BLOCK_TOKENS, dim=1), rank).vectors[0],),
         (by_svd,),
         _EXCESS_BOUND,
-        beside=Beside("torch.linalg.svd", by_svd, False),
+        besides=(Way("torch.linalg.svd", lambda: [by_svd], False),),
         capturable=False,
         error=partial(_excess_error, centred),
     )

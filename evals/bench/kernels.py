@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any, ClassVar, NamedTuple
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from evals.bench.conditions import conditions
 from evals.bench.gpu_timing import GpuTimer
-from evals.bench.kernel_subjects import Call, Item, Subject
+from evals.bench.kernel_subjects import Call, Item, Subject, Way
 from evals.bench.memory import release
 from evals.bench.timing import Distribution, distribution
 from evals.failures import FAILURES, status_of
@@ -121,48 +121,49 @@ class KernelBench:
     rates: Rates | None = None
 
     def measure(self, item: Item) -> list[KernelRecord]:
-        """The record of a kernel, and that of what is measured beside it. It takes no run down."""
+        """The record of a kernel, and those of what is measured beside it. None takes down another, or the run."""
         release(self.device)
         before = {"before": conditions(self.device)}
         started = datetime.now(UTC).isoformat(timespec="seconds")
+        own = item.way or self.way
+        blank = KernelRecord(item.kernel, item.variant, own, "ok", None, self.machine, started, conditions=before)
         try:
             torch.manual_seed(0)
-            return self._measured(item, item.make(), started, before)
+            subject = item.make()
+            wanted = _results(subject.twins, subject.changed)
         except FAILURES as failure:
-            status, said = status_of(failure), one_line(failure)
-        return [KernelRecord(item.kernel, item.variant, item.way or self.way, status, said, self.machine, started)]
+            return [_failed(blank, failure)]
+        kernel = Way(own, lambda: subject.calls, subject.capturable)
+        return [self._tried(replace(blank, way=way.name), subject, way, wanted) for way in (kernel, *subject.besides)]
 
-    def _measured(self, item: Item, subject: Subject, started: str, before: dict[str, Any]) -> list[KernelRecord]:
-        wanted = _results(subject.twins, subject.changed)
-        ways: list[tuple[str, Sequence[Call], bool]] = [(item.way or self.way, subject.calls, subject.capturable)]
-        if subject.beside:
-            ways.append((subject.beside.way, (subject.beside.call,), subject.beside.capturable))
-        found = []
-        for way, calls, capturable in ways:
-            error = (subject.error or relative_error)(_results(calls, subject.changed), wanted)
-            agrees = error <= subject.bound
-            rates = self.rates if agrees else None
-            found.append(
-                KernelRecord(
-                    item.kernel,
-                    item.variant,
-                    way,
-                    status="ok" if agrees else "wrong",
-                    error=None if agrees else "does not give what its plain-torch twin gives",
-                    machine=self.machine,
-                    started=started,
-                    relative_error=error if math.isfinite(error) else None,
-                    bound=subject.bound,
-                    ms=[round(ms, 5) for ms in self._times(subject, calls, capturable)] if agrees else [],
-                    moved_bytes=subject.moved_bytes,
-                    over_link=subject.over_link,
-                    flop=subject.flop,
-                    peak_bytes_per_s=None if rates is None else _path(rates, subject),
-                    peak_flop_per_s=None if rates is None else rates.flop,
-                    conditions=before,
-                )
-            )
-        return found
+    def _tried(self, blank: KernelRecord, subject: Subject, way: Way, wanted: Sequence[Tensor]) -> KernelRecord:
+        try:
+            return self._measured(blank, subject, way, wanted)
+        except FAILURES as failure:
+            failed = _failed(blank, failure)
+        # Only here has the exception gone, and with its frames the tensors that they held.
+        release(self.device)
+        return failed
+
+    def _measured(self, blank: KernelRecord, subject: Subject, way: Way, wanted: Sequence[Tensor]) -> KernelRecord:
+        calls = way.make()
+        # What compiles does so in this first call: no time holds it.
+        error = (subject.error or relative_error)(_results(calls, subject.changed), wanted)
+        agrees = error <= subject.bound
+        rates = self.rates if agrees else None
+        return replace(
+            blank,
+            status="ok" if agrees else "wrong",
+            error=None if agrees else "does not give what its plain-torch twin gives",
+            relative_error=error if math.isfinite(error) else None,
+            bound=subject.bound,
+            ms=[round(ms, 5) for ms in self._times(subject, calls, way.capturable)] if agrees else [],
+            moved_bytes=subject.moved_bytes,
+            over_link=subject.over_link,
+            flop=subject.flop,
+            peak_bytes_per_s=None if rates is None else _path(rates, subject),
+            peak_flop_per_s=None if rates is None else rates.flop,
+        )
 
     def _times(self, subject: Subject, calls: Sequence[Call], capturable: bool) -> list[float]:
         if self.timer is None:
@@ -172,6 +173,10 @@ class KernelBench:
         if capturable:
             return self.timer.replayed(bound)
         return self.timer.waited(bound[0], None if subject.capturable else _SLOW_STEPS)
+
+
+def _failed(blank: KernelRecord, failure: BaseException) -> KernelRecord:
+    return replace(blank, status=status_of(failure), error=one_line(failure))
 
 
 def _path(rates: Rates, subject: Subject) -> float:

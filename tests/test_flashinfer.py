@@ -1,0 +1,122 @@
+"""The adapter to FlashInfer against a stand-in that follows its documentation.
+
+FlashInfer itself is not there: these tests say nothing about whether its calls are still these, or fast.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+
+from evals.bench.flashinfer_decode import serves, whole_context
+from evals.bench.kernel_cases import Case, attention_inputs
+from evals.bench.kernel_subjects import Item, Subject, Way, Workload, items
+from evals.bench.kernels import KernelBench
+from shadowkv import slots
+from shadowkv.slots import Regions
+
+
+class Decode:
+    """`BatchDecodeWithPagedKVCacheWrapper`, as far as its documentation says and in plain torch."""
+
+    def __init__(self, workspace, kv_layout, use_cuda_graph, use_tensor_cores, **buffers):
+        assert workspace.dtype == torch.uint8
+        assert not workspace.any()
+        assert (kv_layout, use_cuda_graph) == ("HND", True)
+        self.tensor_cores = use_tensor_cores
+        names = ("paged_kv_indptr_buffer", "paged_kv_indices_buffer", "paged_kv_last_page_len_buffer")
+        self.buffers = [buffers.pop(name) for name in names]
+        assert not buffers
+
+    def plan(self, indptr, indices, last, heads, kv_heads, head_dim, page, *, q_data_type, kv_data_type, sm_scale):
+        for given, buffer in zip((indptr, indices, last), self.buffers, strict=True):
+            assert given.dtype == torch.int32
+            assert given.shape == buffer.shape
+            assert given.data_ptr() != buffer.data_ptr()
+        self.indptr, self.indices, self.last, self.scale = indptr.tolist(), indices, last.tolist(), sm_scale
+        self.q_shape, self.page_shape = (len(last), heads, head_dim), (kv_heads, page, head_dim)
+        self.types = [q_data_type, kv_data_type, kv_data_type]
+
+    def run(self, q, pages):
+        assert q.shape == self.q_shape
+        assert [x.dtype for x in (q, *pages)] == self.types
+        assert all(x.shape[1:] == self.page_shape and x.is_contiguous() for x in pages)
+        rows = []
+        for row, tokens in enumerate(self.last):
+            mine = self.indices[self.indptr[row] : self.indptr[row + 1]]
+            held = (len(mine) - 1) * self.page_shape[1] + tokens
+            k, v = (x[mine].transpose(0, 1).flatten(1, 2)[None, :, :held] for x in pages)
+            attend = torch.nn.functional.scaled_dot_product_attention
+            rows.append(attend(q[row][None, :, None], k, v, scale=self.scale, enable_gqa=True)[0, :, 0])
+        return torch.stack(rows)
+
+
+@pytest.fixture
+def stand_in(monkeypatch):
+    module = ModuleType("flashinfer")
+    module.__spec__ = SimpleNamespace(name="flashinfer")
+    module.BatchDecodeWithPagedKVCacheWrapper = Decode
+    monkeypatch.setitem(sys.modules, "flashinfer", module)
+    monkeypatch.setattr("evals.bench.flashinfer_decode._WORKSPACE_BYTES", 16)
+    return module
+
+
+def _records(case):
+    """Of the twin, and of FlashInfer beside it, by a scale that is nobody's default."""
+
+    def make():
+        inputs = attention_inputs(case, Regions(0, 0, case.tokens), [[0, 0, 0, case.tokens]] * case.batch)
+        inputs["scaling"] = 0.3
+        q, k, v = (inputs[name] for name in ("q", "k", "v"))
+
+        def twin():
+            return slots.attend_resident(**inputs)
+
+        way = Way("flashinfer", lambda: [whole_context(q, k, v, 0.3)], True)
+        return Subject((twin,), (twin,), 2e-2, besides=(way,))
+
+    return KernelBench(torch.device("cpu"), "here", "twin").measure(Item("attend_resident", "", make))
+
+
+@pytest.mark.parametrize("group", [1, 4])
+@pytest.mark.parametrize("chunks", [6, 5], ids=["16 a page", "8 a page"])
+def test_pages_hold_what_the_twin_attends_to(stand_in, chunks, group):
+    _, found = _records(Case(batch=3, group=group, chunks=chunks, dtype=torch.bfloat16))
+    assert (found.status, found.error) == ("ok", None)
+    assert found.relative_error < found.bound
+
+
+def test_a_package_that_fails_is_one_line(stand_in, monkeypatch):
+    def run(*_):
+        raise ValueError("Unsupported\nhead_dim")
+
+    monkeypatch.setattr(Decode, "run", run)
+    kernel, found = _records(Case(dtype=torch.bfloat16))
+    assert kernel.status == "ok"
+    assert (found.status, found.error) == ("error", "flashinfer: ValueError: Unsupported head_dim")
+
+
+def _ways(**changes):
+    """What stands beside full attention on a device that holds nothing."""
+    pytest.importorskip("triton", reason="kernels need Triton")
+    from shadowkv.kernels import twins
+
+    case = replace(Case(batch=1, dtype=torch.bfloat16, device="meta"), **changes)
+    work = Workload(case, Regions(64, 16, 50), case.chunks, 3, ("native",), ("native",))
+    (whole,) = [item.make() for item in items(work, twins) if item.variant == "whole context"]
+    return [way.name for way in whole.besides]
+
+
+def test_it_stands_beside_full_attention_where_it_is_installed_and_has_kernels(stand_in, interpreter):
+    assert "flashinfer, untried" in _ways()
+    for without in ({"dtype": torch.float32}, {"head_dim": 96}, {"device": "cpu"}):
+        assert "flashinfer, untried" not in _ways(**without)
+
+
+def test_it_is_left_out_where_it_is_not_installed(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert not serves("cuda", torch.bfloat16, 128)
