@@ -131,6 +131,10 @@ class MethodCache(Cache):
         dense = sum(x.nbytes for layer in windows for x in (layer.keys, layer.values))
         return total + Bytes(dense, 0)
 
+    def resident_chunks(self) -> list[Tensor]:
+        """See `DecodeCache.resident_chunks`."""
+        return [numbers for share in self._shares for numbers in share.cache.resident_chunks()]
+
     def close(self) -> None:
         """Let go of everything held; the cache cannot be used afterwards."""
         for share in self._shares:

@@ -29,6 +29,11 @@ class LayerState(Stackable, ABC):
     @abstractmethod
     def nbytes(self) -> Bytes: ...
 
+    @property
+    def resident_chunks(self) -> Tensor | None:
+        """See `DecodeCache.resident_chunks`; None where there is no larger store."""
+        return None
+
 
 class StepwiseState(LayerState):
     """A layer in which every new token changes what is kept or read: T tokens at once are T steps."""
@@ -99,6 +104,10 @@ class LayeredCache(DecodeCache):
 
     def run(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
         return cast("SteadyState", self.layers[layer]).run(q, k, v, scaling)
+
+    def resident_chunks(self) -> Sequence[Tensor]:
+        found = [state.resident_chunks for state in self.layers.values()]
+        return [numbers for numbers in found if numbers is not None]
 
     def nbytes(self) -> Bytes:
         return sum((state.nbytes() for state in self.layers.values()), Bytes(0, 0))

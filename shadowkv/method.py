@@ -130,6 +130,10 @@ class DecodeCache(ABC):
     def nbytes(self) -> Bytes:
         """Bytes of every tensor this cache keeps alive, exactly (shared views of the prefill included)."""
 
+    def resident_chunks(self) -> Sequence[Tensor]:
+        """Chunks of a larger store that a step finds on the device, by layer: numbers by slot, -1 for none, [B,H,S]."""
+        return ()
+
     @classmethod
     def join(cls, rows: list[Self]) -> Sequence[DecodeCache]:
         """Caches of one row each, in as few caches as can hold them, in order. `rows` cannot be used afterwards.

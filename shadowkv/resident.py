@@ -168,6 +168,10 @@ class ResidentLayer(SteadyState):
         self._counts[rows] = after.landmarks
         return any(moved)
 
+    @property
+    def resident_chunks(self) -> Tensor:
+        return self._held
+
     def nbytes(self) -> Bytes:
         buffers = (*self._coefficients, self._means, self._numbers)
         tensors = (self._k, self._v, self._held, self._spans, self._counts)

@@ -23,7 +23,8 @@ from evals.bench.measuring import Bench
 from evals.bench.memory import MemoryShortError, Room
 from evals.bench.prompts import RealPrompts, SyntheticPrompts
 from evals.bench.records import BenchRecord, Cell
-from evals.bench.report import notes_of, write_bench_reports
+from evals.bench.report import notes_of, throughput_table, write_bench_reports
+from evals.bench.reuse import hit_rate
 from evals.bench.summary import gains, summarise_bench
 from evals.bench.sweep import Plan, doublings, ladder_cells, largest_fitting, run_sweep
 from evals.bench.timing import distribution, paired_ratios, spread, step_times
@@ -374,6 +375,36 @@ def test_prompts_that_the_host_cannot_keep_go_straight_into_caches(engine, promp
         assert straight.nbytes() == before.nbytes()
     notes = notes_of(MANIFEST, [replace(record("full", 2, 0, 1.0), streamed_rows=2)], [])
     assert any("straight into caches" in note and "1k x 2" in note for note in notes)
+
+
+def test_hits_are_chunks_that_were_chosen_before(engine, prompts):
+    decoding = SkvContender(engine, prompts, parse_method("shadowkv:rank=8,budget=64,engine=fast")).start(CONTEXT, 2)
+    chosen = []
+
+    def step():
+        decoding.step()
+        chosen.append([{(row, head, int(n)) for (row, head, _), n in np.ndenumerate(held)} for held in resident()])
+
+    def resident():
+        return [held.numpy() for held in decoding.resident_chunks()]
+
+    step()
+    found = hit_rate(step, decoding.resident_chunks, 6)
+    same = sum(len(now & was) for a, b in pairwise(chosen) for was, now in zip(a, b, strict=True))
+    assert found == same / sum(len(layer) for step in chosen[1:] for layer in step)
+    assert 0 < found < 1
+    assert hit_rate(lambda: pytest.fail("nothing to count"), lambda: [], 6) is None
+
+
+def test_a_sweep_shows_hits_where_chunks_stay(engine, prompts, tmp_path):
+    specs = ["full", "shadowkv:rank=8,budget=64", "shadowkv:rank=8,budget=64,engine=fast"]
+    plan = Plan((CONTEXT,), (1,), 1, 8)
+    records, _ = sweep(tmp_path / "fast", bench(engine), contenders(engine, prompts, specs), plan)
+    assert [r.hit_rate is not None for r in records] == [False, False, True]
+    heads = [throughput_table("t", summarise_bench(found)).columns for found in (records, records[:2])]
+    assert ["hits\n%" in columns for columns in heads] == [True, False]
+    decoded = {r.tokens_sha256 for r in records[1:]}
+    assert len(decoded) == 1, "steps that only count are not among those compared"
 
 
 def test_short_prompts_are_computed_together(engine, prompts, monkeypatch):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,6 +54,10 @@ class Decoding(ABC):
     @abstractmethod
     def nbytes(self) -> Bytes:
         """Keys and values held."""
+
+    def resident_chunks(self) -> Sequence[Tensor]:
+        """See `shadowkv.method.DecodeCache.resident_chunks`."""
+        return ()
 
     @abstractmethod
     def close(self) -> None:
@@ -128,6 +132,9 @@ class _SkvDecoding(Decoding):
 
     def nbytes(self) -> Bytes:
         return self._cache.nbytes()
+
+    def resident_chunks(self) -> Sequence[Tensor]:
+        return self._cache.resident_chunks()
 
     def close(self) -> None:
         self._cache.close()

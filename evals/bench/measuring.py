@@ -9,11 +9,14 @@ from evals.bench.conditions import conditions
 from evals.bench.engines import Contender
 from evals.bench.memory import Room, peak_bytes, release
 from evals.bench.records import BenchRecord, Cell
+from evals.bench.reuse import hit_rate
 from evals.bench.timing import Clock, step_times
 from evals.failures import FAILURES, status_of
 from shadowkv.engine import Engine
 from shadowkv.planner import demand_of, step_bytes
 from shadowkv.wording import one_line
+
+_STEPS_OF_HITS = 8  # not among those timed: counting waits for the device
 
 
 @dataclass(frozen=True)
@@ -52,8 +55,9 @@ class Bench:
         decoding = contender.start(cell.context, cell.batch)
         try:
             step_ms = step_times(decoding.step, self.warmup_steps, self.steps, Clock(device))
-            held, began = decoding.nbytes(), decoding.began
+            held, began, tokens_sha256 = decoding.nbytes(), decoding.began, decoding.tokens_sha256()
             on_device, on_host = peak_bytes(device)
+            hits = hit_rate(decoding.step, decoding.resident_chunks, _STEPS_OF_HITS)
             return BenchRecord(
                 *cell,
                 status="ok",
@@ -74,7 +78,8 @@ class Bench:
                 peak_host_bytes=on_host,
                 bus_bytes=cell.batch * demand.bus_bytes,
                 read_bytes=step_bytes(demand, model, cell.context, cell.batch),
-                tokens_sha256=decoding.tokens_sha256(),
+                hit_rate=hits,
+                tokens_sha256=tokens_sha256,
                 conditions={"before": before, "after": conditions(device)},
             )
         finally:

@@ -58,6 +58,7 @@ class BenchRecord(Measurement):
     peak_host_bytes: int | None = None  # of the process; None where the system does not tell
     bus_bytes: int = 0  # per step, between host and device, as planned
     read_bytes: int = 0  # per step, of device memory, as planned
+    hit_rate: float | None = None  # share of the chunks a step chose that were on the device already, in later steps
     tokens_sha256: str | None = None  # of all rows' tokens
     conditions: dict[str, Any] = field(default_factory=dict)  # load, clocks, other processes
 

@@ -17,7 +17,7 @@ from evals.manifest import Manifest
 from evals.page import page
 from evals.results import read_records
 from evals.summary import REFERENCE, grouped
-from evals.tables import Table, latex, mib, number, tokens
+from evals.tables import Table, latex, mib, number, percent, tokens
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -26,7 +26,8 @@ _CAPTION = (
     "Tokens/s: of all rows while decoding, prefill excluded; median over repeats, and half of what lies between the "
     "lowest and the highest. x full: to full attention at the same batch, measured side by side in every repeat, "
     "(lowest-highest). TTFT: of a prompt that waits for no other, timed once for all methods; of full@hf, of the whole "
-    "batch. Bus: between host and device per step; read: what a step has to read of the device's memory; both as skv "
+    "batch. Hits: of the chunks that a step chose, those there since the step before, over 8 steps beyond those "
+    "timed. Bus: between host and device per step; read: what a step has to read of the device's memory; both as skv "
     "plan counted them when they were recorded, over the median step. Peak: of the device's allocator, on a CPU of the "
     "whole process."
 )
@@ -47,6 +48,7 @@ class _Column(NamedTuple):
     head: str
     cell: Callable[[BenchRow], str]
     dense: bool | None = None  # shown only where space is scarce (True) or plenty (False)
+    shown: Callable[[Sequence[BenchRow]], bool] = lambda rows: True
 
 
 def _rate(row: BenchRow) -> str:
@@ -67,6 +69,10 @@ def _gb_per_s(value: float | None) -> str:
     return "–" if not value else f"{value / 1e9:.2f}"
 
 
+def _any_hits(rows: Sequence[BenchRow]) -> bool:
+    return any(row.hit_rate is not None for row in rows)
+
+
 _COLUMNS = (
     _Column("context", lambda row: tokens(row.context)),
     _Column("method", lambda row: row.method),
@@ -81,6 +87,7 @@ _COLUMNS = (
     _Column("device\nKV MiB", lambda row: mib(row.kv_device_bytes)),
     _Column("host\nKV MiB", lambda row: mib(row.kv_host_bytes)),
     _Column("peak MiB", lambda row: mib(row.peak_device_bytes or row.peak_host_bytes), dense=False),
+    _Column("hits\n%", lambda row: percent(row.hit_rate), shown=_any_hits),
     _Column("bus MiB\n/step", lambda row: mib(row.bus_bytes), dense=False),
     _Column("bus\nGB/s", lambda row: _gb_per_s(row.bus_bytes_per_s), dense=False),
     _Column("read\nGB/s", lambda row: _gb_per_s(row.read_bytes_per_s), dense=False),
@@ -89,7 +96,7 @@ _COLUMNS = (
 
 def throughput_table(title: str, rows: Sequence[BenchRow], *, dense: bool = False) -> Table:
     """One line per method, context and batch; the dense one has fewer columns."""
-    shown = [column for column in _COLUMNS if column.dense in (None, dense)]
+    shown = [column for column in _COLUMNS if column.dense in (None, dense) and column.shown(rows)]
     lines = [[column.cell(row) for column in shown] for row in rows]
     return Table(title, [column.head for column in shown], lines, _CAPTION, names=2)
 

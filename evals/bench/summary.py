@@ -43,6 +43,7 @@ class BenchRow:
     bus_bytes: int | None  # per step
     read_bytes: int | None  # per step
     stacked: bool | None
+    hit_rate: float | None  # median over repeats
 
     @property
     def bus_bytes_per_s(self) -> float | None:
@@ -174,6 +175,7 @@ def _row(records: list[BenchRecord], full: Rates) -> BenchRow:
         bus_bytes=None if first is None else first.bus_bytes,
         read_bytes=None if first is None else first.read_bytes,
         stacked=None if first is None else first.stacked,
+        hit_rate=_middle([r.hit_rate for r in good]),
     )
 
 
