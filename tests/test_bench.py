@@ -403,6 +403,8 @@ def test_a_sweep_shows_hits_where_chunks_stay(engine, prompts, tmp_path):
     assert [r.hit_rate is not None for r in records] == [False, False, True]
     heads = [throughput_table("t", summarise_bench(found)).columns for found in (records, records[:2])]
     assert ["hits\n%" in columns for columns in heads] == [True, False]
+    notes = notes_of(MANIFEST, records, summarise_bench(records))
+    assert any("say nothing of the kernels: shadowkv:budget=64,engine=fast,rank=8" in note for note in notes)
     decoded = {r.tokens_sha256 for r in records[1:]}
     assert len(decoded) == 1, "steps that only count are not among those compared"
 

@@ -137,6 +137,9 @@ def notes_of(manifest: Manifest, records: Sequence[BenchRecord], rows: Sequence[
     apart = list(dict.fromkeys(row.method for row in rows if row.stacked is False))
     if apart:
         notes.append(f"rows run one after the other: {', '.join(apart)}")
+    twins = list(dict.fromkeys(row.method for row in rows if "engine=fast" in row.method))
+    if twins and manifest.model.get("device") == "cpu":
+        notes.append(f"in plain torch, on a CPU, so that times say nothing of the kernels: {', '.join(twins)}")
     streamed = list(dict.fromkeys(f"{tokens(r.context)} x {r.batch}" for r in records if r.streamed_rows))
     if streamed:
         notes.append(
