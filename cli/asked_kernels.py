@@ -37,7 +37,7 @@ class KernelSettings(ModelOptions):
     compile_for: Annotated[
         str | None, typer.Option("--compile", help="Also compile for these GPUs, which need not be here: sm_80,sm_90.")
     ] = None
-    out: Annotated[Path | None, typer.Option(help="Folder for run.json, kernels.jsonl and kernels.md.")] = None
+    out: Annotated[Path | None, typer.Option(help="Folder for run.json, kernels.jsonl and tables (summary.md).")] = None
     as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON on stdout and nothing else.")] = (
         False
     )

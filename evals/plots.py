@@ -33,7 +33,8 @@ def new_figure(width: float, height: float, title: str) -> Figure:
 
 
 def save(figure: Figure, path: Path) -> Path:
-    """Write the figure as a PNG and, beside it, as an SVG; return the PNG's path."""
+    """Write the figure as a PNG and, beside it, as an SVG, into a folder that may be missing; return the PNG's path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     for axis in figure.axes:
         tidy(axis)
     for legend in figure.findobj(Legend):

@@ -41,8 +41,7 @@ class Section:
 
 
 def section_of(run: Run, plots: Path) -> Section:
-    """Sum a run up and draw its plots into a folder."""
-    plots.mkdir(parents=True, exist_ok=True)
+    """Sum a run up and draw its plots, if it has any, into a folder."""
     build = _accuracy if run.is_accuracy else _BUILDERS[run.manifest.benchmark]
     made = build(run, plots)
     marks = "".join(f" {mark}" for mark in run.manifest.marks)
@@ -157,6 +156,7 @@ def _kernels(run: Run, plots: Path) -> Section:
     from evals.bench.kernel_report import read_compiled, report_of
 
     report = report_of(run.manifest, run.records, read_compiled(run.path))
+    rows = [{name: value for name, value in asdict(r).items() if name != "conditions"} for r in run.records]
     good = sum(r.status == "ok" for r in run.records)
     return Section(
         run,
@@ -167,7 +167,7 @@ def _kernels(run: Run, plots: Path) -> Section:
             "machine": ", ".join(dict.fromkeys(r.machine for r in run.records)),
         },
         report.tables,
-        {"summary.csv": _frame([{k: v for k, v in asdict(r).items() if k != "conditions"} for r in run.records], [])},
+        {"summary.csv": _frame(rows, run.manifest.notes)},
         [],
         [note for note in report.notes if note not in run.manifest.notes],
     )
