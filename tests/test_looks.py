@@ -8,8 +8,8 @@ from dataclasses import replace
 import pytest
 from run_folders import answer, measurements
 
-from evals.bench.plots import write_throughput
-from evals.bench.summary import summarise_bench
+from evals.bench.plots import write_gain_bars, write_throughput
+from evals.bench.summary import gains, summarise_bench
 from evals.curves import curves
 from evals.looks import looks
 from evals.plots import write_score_by_bytes
@@ -104,3 +104,28 @@ def test_score_against_bytes_joins_no_settings_of_different_kind(tmp_path):
     drawn = write_score_by_bytes(tmp_path / "score_by_bytes.png", rows, "t").with_suffix(".svg").read_text()
     assert ">infinigen by budget<" in drawn
     assert ">infinigen:alpha=inf by budget<" in drawn
+
+
+@pytest.mark.parametrize(("ms_of_full_at_2", "bars"), [(10.0, 1), (100.0, 2)])
+def test_a_gain_at_the_batch_of_full_attention_is_drawn_once(tmp_path, ms_of_full_at_2, bars):
+    """Quest is fastest at a batch of 2. Where full attention is, too, both of its gains are the same number."""
+    records = [
+        replace(r, step_ms=[ms_of_full_at_2 if (r.method, r.batch) == ("full", 2) else 9.0] * 2) for r in measurements()
+    ]
+    (quest,) = [gain for gain in gains(records) if gain.method != "full"]
+    assert quest.batch == 2
+    drawn = write_gain_bars(tmp_path / "gain.png", gains(records), "t").with_suffix(".svg").read_text()
+    assert drawn.count(">quest:budget=64") == bars  # in the legend
+    whiskers = re.findall(r'<g id="LineCollection_\d+">', drawn)
+    assert len(whiskers) == bars
+
+
+def test_every_bar_of_a_gain_is_named(tmp_path):
+    """Where a method is fastest at full attention's batch in the first context and elsewhere in the second."""
+    first = [replace(r, step_ms=[9.0] * 2) for r in measurements()]
+    second = [
+        replace(r, context=2048, step_ms=[100.0 if (r.method, r.batch) == ("full", 2) else 9.0] * 2) for r in first
+    ]
+    drawn = write_gain_bars(tmp_path / "gain.png", gains([*first, *second]), "t").with_suffix(".svg").read_text()
+    assert ">quest:budget=64, own best batch<" in drawn
+    assert ">quest:budget=64, batch of full<" in drawn
