@@ -13,7 +13,7 @@ import typer
 from cli.options import ModelOptions
 
 if TYPE_CHECKING:
-    from evals.bench.kernel_subjects import Item, Workload
+    from evals.bench.kernel_items import Item, Workload
     from evals.manifest import Manifest
     from shadowkv.methods.shadowkv import ShadowKV
 
@@ -104,7 +104,7 @@ class AskedKernels:
         import torch
 
         from evals.bench.kernel_cases import Case
-        from evals.bench.kernel_subjects import Workload
+        from evals.bench.kernel_items import Workload
         from shadowkv.stored import CODINGS
 
         method, dims = self.method, self.dims

@@ -17,8 +17,9 @@ from test_cli import mistake
 from cli.main import main
 from evals.bench.flex_attention import whole_context
 from evals.bench.kernel_cases import Case, attention_inputs, llama_rotary
+from evals.bench.kernel_items import Item, Subject, Way, Workload
 from evals.bench.kernel_report import kernel_table, report_of
-from evals.bench.kernel_subjects import Item, Subject, Way, Workload, items
+from evals.bench.kernel_subjects import items
 from evals.bench.kernels import KernelBench, KernelRecord, relative_error
 from evals.bench.staged_copy import staged_copy
 from evals.manifest import Manifest
