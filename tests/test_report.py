@@ -19,8 +19,7 @@ from test_cli import mistake
 from cli.main import main
 from evals.bench.kernels import KernelRecord
 from evals.bench.latency import LatencyRecord
-from evals.bench.report import write_bench_reports
-from evals.report import write_reports
+from evals.reporting.files import write_run as end_run
 from evals.reporting.folders import find_runs
 from evals.reporting.page import drawing
 from evals.reporting.samples import PREDICTION_CHARS, first_difference, samples_of
@@ -341,15 +340,13 @@ def test_plots_that_a_run_has_outgrown_go_and_those_of_others_stay(tmp_path):
 
 def test_a_report_has_the_lines_that_the_run_ended_with(tmp_path):
     sweep = manifest("throughput", config={"machine": "here", "synthetic_kv": True})
-    for write, records, described in (
-        (write_bench_reports, measurements(), sweep),
-        (write_reports, grid(), dummy()),
-    ):
+    for records, described in ((measurements(), sweep), (grid(), dummy())):
         run = write_run(tmp_path / described.benchmark, records, described)
-        write(run)
-        ended = (run / "summary.csv").read_text()
+        end_run(run)
+        ended = {path: path.read_text() for path in run.glob("*.*") if path.name != "report.html"}
+        assert {path.name for path in ended} >= {"summary.csv", "summary.md", "summary.tex"}
         assert main(["report", str(run)]) == 0
-        assert (run / "summary.csv").read_text() == ended
+        assert {path: path.read_text() for path in ended} == ended
 
 
 def test_plots_are_readable_on_a_dark_page_and_labels_are_no_formulas(tmp_path):

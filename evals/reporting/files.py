@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from evals.page import code, listed, markdown
 from evals.reporting.folders import Found, find_runs, make_folder
 from evals.reporting.page import render_report
 from evals.reporting.samples import samples_of
@@ -36,8 +35,9 @@ def write_run(folder: Path) -> tuple[Section, list[Path]]:
 
 
 def _write_tables(sections: Sequence[Section], left_out: Mapping[str, str], out: Path) -> list[Path]:
+    several = len(sections) > 1
     texts = {
-        "summary.md": "\n".join([*_left_out(left_out), *(_markdown(section) for section in sections)]),
+        "summary.md": "\n".join([*_left_out(left_out), *(_markdown(each, several=several) for each in sections)]),
         "summary.tex": "\n".join(_tex(section) for section in sections),
     }
     for name, text in texts.items():
@@ -49,12 +49,18 @@ def _left_out(left_out: Mapping[str, str]) -> list[str]:
     return [f"**{name} is left out: {why}**\n" for name, why in left_out.items()]
 
 
-def _markdown(section: Section) -> str:
+def _markdown(section: Section, *, several: bool) -> str:
     run = section.run
-    facts = [f"{name}: {text}" for name, text in environment(run).items()]
-    made = [*code(run.manifest.commands), *listed(facts)]
-    notes = [*section.notes, *run.problems]
-    return markdown(f"{run.name}: {section.title}", notes, section.tables, section.remarks, made)
+    parts = [f"# {run.name}: {section.title}" if several else f"# {section.title}"]
+    parts += [f"**{note}**" for note in (*section.notes, *run.problems)]
+    parts += [*(table.markdown() for table in section.tables), _listed(section.remarks)]
+    parts += [f"`{command}`" for command in run.manifest.commands]
+    parts.append(_listed([f"{name}: {text}" for name, text in environment(run).items()]))
+    return "\n\n".join(part.rstrip("\n") for part in parts if part) + "\n"
+
+
+def _listed(items: Sequence[str]) -> str:
+    return "\n".join(f"- {item}" for item in items)
 
 
 def _tex(section: Section) -> str:
