@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,12 +16,13 @@ from cli.asked import AskedModel
 from cli.options import Settings
 
 if TYPE_CHECKING:
-    from evals.manifest import Manifest
-    from evals.results import Record
+    from evals.manifest import Circumstances, Manifest
+    from evals.results import Record, RunFolder
+    from evals.runner import Run, Step
     from evals.task import Question, Task
-    from shadowkv.loading import LoadedModel
     from shadowkv.method import Method
 
+    Answer = Callable[[RunFolder[Record], Callable[[Step], None]], None]
     # The model's context in tokens -> the task, or an error about a length beyond it.
     MakeTask = Callable[[int], Task]
 
@@ -38,6 +41,7 @@ class _Prepared(AskedModel):
         if settings.stream and settings.diagnostics:
             raise SkvError("--diagnostics compares layers of a prompt that is kept, and --stream keeps none")
         super().__init__(settings, dummy=settings.dummy)
+        _check_workers(settings.workers, self.device)
         self.settings = settings
         self.task = make_task(self.context_tokens)
         if settings.kv_bytes is not None:
@@ -83,25 +87,17 @@ def _run(ready: _Prepared, questions: Sequence[Question]) -> list[Record]:
     from cli.render import print_summary, progress
     from evals.reporting.files import write_run
     from evals.results import open_run
-    from evals.runner import Run, run_accuracy
-    from shadowkv.engine import Engine
 
     settings = ready.settings
-    loaded = ready.load()
-    engine = Engine(
-        loaded.model,
-        prefill_chunk_tokens=settings.prefill_chunk_tokens,
-        reuse_prefix=settings.reuse_prefix,
-        record_queries=ready.records_queries,
-    )
-    manifest = _manifest(ready, engine.prefill_chunk_tokens, loaded)
-    path = settings.out or Path("results") / manifest.folder_name
-    with open_run(path, manifest) as folder:
+    with ExitStack() as held:
+        told, answer = held.enter_context(_answering(ready, questions))
+        manifest = _manifest(ready, told)
+        path = settings.out or Path("results") / manifest.folder_name
+        folder = held.enter_context(open_run(path, manifest))
         if folder.repaired_lines and not settings.quiet:
             print(f"skv: repaired an unfinished last line of {path / 'samples.jsonl'}", file=sys.stderr)
-        run = Run(engine, loaded, ready.task, diagnostics=settings.diagnostics, streamed=settings.stream)
         with progress(shown=not (settings.quiet or settings.as_json)) as on_step:
-            run_accuracy(run, questions, ready.methods, folder, on_step)
+            answer(folder, on_step)
         section, files = write_run(path)
         unscored = _unscored(list(folder.records.values()), questions, ready.methods)
     if settings.as_json:
@@ -120,6 +116,47 @@ def _run(ready: _Prepared, questions: Sequence[Question]) -> list[Record]:
         names = [str(file.relative_to(path)) for file in files]
         print(f"{path}: run.json samples.jsonl {' '.join(names)}")
     return unscored
+
+
+@contextmanager
+def _answering(ready: _Prepared, questions: Sequence[Question]) -> Iterator[tuple[Circumstances, Answer]]:
+    """What answers the questions into a run folder: this process, or several others."""
+    from evals.runner import run_accuracy
+    from evals.workers import started
+
+    begin = partial(_begin, ready.settings, ready.task, ready.records_queries)
+    count = min(ready.settings.workers, len(questions))
+    if count == 1:
+        run, told = begin(0, 1)
+        yield told, partial(run_accuracy, run, questions, ready.methods)
+        return
+    with started(count, begin, ready.methods) as workers:
+        yield workers.told, partial(workers.run_accuracy, ready.task, questions, ready.methods)
+
+
+def _begin(settings: Settings, task: Task, record_queries: bool, place: int, count: int) -> tuple[Run, Circumstances]:
+    """Load the model in the process that answers, `place` of `count`."""
+    import torch
+
+    from evals.manifest import Circumstances, model_entry, this_session
+    from evals.runner import Run
+    from shadowkv.engine import Engine
+
+    asked = AskedModel(settings, dummy=settings.dummy)
+    if count > 1 and asked.device == "cpu":
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // count))
+    elif count > 1:
+        asked.device = f"cuda:{place}"
+    loaded = asked.load()
+    engine = Engine(
+        loaded.model,
+        prefill_chunk_tokens=settings.prefill_chunk_tokens,
+        reuse_prefix=settings.reuse_prefix,
+        record_queries=record_queries,
+    )
+    run = Run(engine, loaded, task, diagnostics=settings.diagnostics, streamed=settings.stream)
+    session = this_session(["skv", *sys.argv[1:]], loaded.device)
+    return run, Circumstances(model_entry(loaded), engine.prefill_chunk_tokens, session)
 
 
 def _plan(ready: _Prepared) -> int:
@@ -178,6 +215,20 @@ def _plan(ready: _Prepared) -> int:
     return 0
 
 
+def _check_workers(count: int, device: str) -> None:
+    """Refuse more processes than there are GPUs for."""
+    import torch
+
+    from shadowkv.errors import SkvError
+
+    if count < 1:
+        raise SkvError(f"--workers must be at least 1, got {count}")
+    if count > 1 and ":" in device:
+        raise SkvError(f"--workers gives each process a GPU of its own; leave out --device {device}")
+    if count > 1 and device == "cuda" and torch.cuda.device_count() < count:
+        raise SkvError(f"--workers {count} needs as many GPUs, and {torch.cuda.device_count()} are here")
+
+
 def tell_left_out(left_out: dict[str, str]) -> None:
     """Name the tasks that cannot be run here, those of one reason together."""
     from shadowkv.wording import plain_line
@@ -194,28 +245,30 @@ def _left_out_lines(left_out: dict[str, str]) -> list[str]:
     return [f"left out: {', '.join(names)}: {reason}" for reason, names in by_reason.items()]
 
 
-def _manifest(ready: _Prepared, prefill_chunk_tokens: int, loaded: LoadedModel) -> Manifest:
+def _manifest(ready: _Prepared, told: Circumstances) -> Manifest:
     from cli.choosing import untouched_note
-    from evals.manifest import Manifest, described, model_entry, plain, this_session
+    from evals.manifest import Manifest, described, plain
 
     task = ready.task
     streamed = {"streamed": True} if ready.settings.stream else {}
-    notes = ["dummy weights: scores mean nothing, only times and bytes do"] if loaded.dummy else []
+    notes = ["dummy weights: scores mean nothing, only times and bytes do"] if told.model["dummy"] else []
     if ready.settings.stream:
         notes.append("prompts were computed for each method anew, and caches built meanwhile: prefill is both")
+    if ready.settings.workers > 1:
+        notes.append(f"answered by {ready.settings.workers} processes side by side: times are of a shared machine")
     notes += task.notes()
     notes += _left_out_lines(ready.left_out)
     notes += [f"unsupported: {label}: {why}" for label, why in ready.unsupported.items()]
     notes += untouched_note(ready.chosen, ready.settings)
     return Manifest(
         benchmark=task.benchmark,
-        config=plain({**task.config(), "prefill_chunk_tokens": prefill_chunk_tokens, **streamed}),
+        config=plain({**task.config(), "prefill_chunk_tokens": told.prefill_chunk_tokens, **streamed}),
         methods={method.label: plain(described(method)) for method in ready.methods},
         selection=plain(task.selection()),
-        model=model_entry(loaded),
+        model=told.model,
         sources=task.sources(),
         notes=notes,
-        sessions=[this_session(["skv", *sys.argv[1:]], loaded.device)],
+        sessions=[told.session],
     )
 
 

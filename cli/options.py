@@ -73,6 +73,10 @@ class Settings(RunOptions):
     reuse_prefix: Annotated[
         bool, typer.Option("--prefix-reuse/--no-prefix-reuse", help="Compute what prompts share once.")
     ] = True
+    workers: Annotated[
+        int,
+        typer.Option(help="Processes that share the prompts: each with a GPU, or a part of the CPU, of its own."),
+    ] = 1
     stream: Annotated[
         bool,
         typer.Option("--stream", help="Compute prompts anew per method, layer by layer: dense KV need not fit."),

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from shadowkv.errors import SkvError
 
@@ -49,6 +49,14 @@ class Session:
     versions: dict[str, str]
     git: dict[str, Any] | None
     machine: dict[str, Any]
+
+
+class Circumstances(NamedTuple):
+    """What only a process that answers can tell of a run."""
+
+    model: dict[str, Any]
+    prefill_chunk_tokens: int
+    session: Session
 
 
 @dataclass(frozen=True)
@@ -157,8 +165,9 @@ def this_session(argv: Sequence[str], device: str) -> Session:
 
 
 def model_entry(loaded: LoadedModel) -> dict[str, Any]:
-    """What run.json says of the model."""
-    return {key: getattr(loaded, key) for key in ("name", "source", "weights_sha256", "dummy", "dtype", "device")}
+    """What run.json says of the model; which of several GPUs it was on makes no difference."""
+    said = {key: getattr(loaded, key) for key in ("name", "source", "weights_sha256", "dummy", "dtype", "device")}
+    return {**said, "device": loaded.device.partition(":")[0]}
 
 
 def described(method: Setting) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from evals.diagnostics import diagnose
 from evals.failures import FAILURES, status_of
-from evals.results import Key, Record, RunFolder
+from evals.results import Key, Record
 from evals.summary import grouped
 from evals.task import Example, Question, Task
 from shadowkv.cache import MethodCache
@@ -28,6 +28,16 @@ from shadowkv.wording import one_line
 
 T = TypeVar("T")
 _TAIL_TOKENS = 64  # kept of a prompt: enough for a question, too few to republish a data set's text
+
+
+class Answers(Protocol):
+    """Where answers go: a run folder, or what stands for one."""
+
+    def has(self, key: Key) -> bool:
+        """Whether this question is answered."""
+
+    def append(self, record: Record) -> None:
+        """Take one more."""
 
 
 class Step(NamedTuple):
@@ -63,11 +73,11 @@ def run_accuracy(
     run: Run,
     questions: Sequence[Question],
     methods: Sequence[Method],
-    folder: RunFolder[Record],
+    folder: Answers,
     on_step: Callable[[Step], None] = lambda _: None,
 ) -> None:
     """Answer every (question, method) pair that the folder does not hold yet."""
-    missing = {q: [m for m in methods if not folder.has(_key(run.task.benchmark, q, m))] for q in questions}
+    missing = {q: [m for m in methods if not folder.has(key_of(run.task.benchmark, q, m))] for q in questions}
     todo = [question for question in questions if missing[question]]
     total = len(questions) * len(methods)
     done = total - sum(map(len, missing.values()))
@@ -135,7 +145,8 @@ def _stream(run: Run, example: Example, method: Method) -> _Begun:
     return _Begun(cache, prompt.logits, ended - began, ended, None)
 
 
-def _key(benchmark: str, question: Question, method: Method) -> Key:
+def key_of(benchmark: str, question: Question, method: Method) -> Key:
+    """What the record of this answer is found by."""
     return Key(benchmark, *question, method.label)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
@@ -63,6 +63,10 @@ class Task(ABC):
 
         The same seed gives the same prompts, whichever subset is wanted.
         """
+
+    def prompt_of(self, question: Question) -> Hashable:
+        """The same for questions that one prompt answers."""
+        return question
 
     @abstractmethod
     def score(self, example: Example, prediction: str) -> float:

@@ -14,7 +14,7 @@ from shadowkv import ops
 from shadowkv.buffers import TokenBuffer
 from shadowkv.method import Bytes, DecodeCache, Dims, LayerKV, Method, largest_within
 from shadowkv.rope import Rope
-from shadowkv.stacking import Stackable, can_stack, pick, stack
+from shadowkv.stacking import Stackable, can_stack, owned, pick, stack
 
 
 class LayerState(Stackable, ABC):
@@ -125,7 +125,9 @@ class LayerwiseCache(LayeredCache):
         self._rope = rope
 
     def ingest(self, layer: int, kv: LayerKV) -> None:
-        self.layers[layer] = self._method.new_layer(layer, kv, self._rope)
+        state = self._method.new_layer(layer, kv, self._rope)
+        # A prompt that nobody else keeps must not be kept by a view of a few of its tokens.
+        self.layers[layer] = state if kv.shared else owned(state)
 
     @classmethod
     def join(cls, rows: list[Self]) -> Sequence[DecodeCache]:

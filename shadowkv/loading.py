@@ -79,7 +79,7 @@ def load_model(
     dummy: bool = False,
     trust_remote_code: bool = False,
 ) -> LoadedModel:
-    """Load weights, or make random ones if `dummy`, in eval mode on `device`.
+    """Load weights, or make random ones if `dummy`, in eval mode on `device`, which becomes the current one.
 
     dtype auto is fp32 on a CPU, where it is fastest, and bf16 on a GPU.
     """
@@ -91,6 +91,8 @@ def load_model(
     config = load_config(source, trust_remote_code=trust_remote_code)
     tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
     torch_dtype: torch.dtype = getattr(torch, dtype)
+    if device.startswith("cuda"):
+        torch.cuda.set_device(device)  # kernels are launched on the current one, whatever their tensors are on
     if dummy:
         _check_room(count_parameters(config, trust_remote_code=trust_remote_code).total, torch_dtype, device)
         torch.manual_seed(0)

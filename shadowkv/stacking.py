@@ -82,6 +82,40 @@ def _(thing: Stackable, rows: list[int]) -> Any:
     return thing.pick(rows)
 
 
+@singledispatch
+def owned(thing: Any) -> Any:
+    """The same without any view of a larger tensor, which it would keep alive: those are copied."""
+    return thing
+
+
+@owned.register
+def _(thing: Tensor) -> Tensor:
+    return joined_tensor([thing]) if thing.dim() and thing.untyped_storage().nbytes() > thing.nbytes else thing
+
+
+@owned.register
+def _(thing: tuple) -> Any:  # type: ignore[type-arg]
+    items = [owned(item) for item in thing]
+    return type(thing)(*items) if hasattr(thing, "_fields") else tuple(items)
+
+
+@owned.register
+def _(thing: list) -> Any:  # type: ignore[type-arg]
+    return [owned(item) for item in thing]
+
+
+@owned.register
+def _(thing: dict) -> Any:  # type: ignore[type-arg]
+    return {key: owned(item) for key, item in thing.items()}
+
+
+@owned.register
+def _(thing: Stackable) -> Any:
+    for name, value in vars(thing).items():
+        setattr(thing, name, owned(value))
+    return thing
+
+
 def joined_tensor(rows: list[Tensor]) -> Tensor:
     """Tensors one after the other along the first axis, in pinned memory if they are."""
     shape = (sum(row.shape[0] for row in rows), *rows[0].shape[1:])

@@ -12,7 +12,9 @@ from tiny_models import FAMILIES, random_prompt, tiny_model
 from shadowkv.engine import Engine
 from shadowkv.errors import SkvError
 from shadowkv.geometry import decoder_layers
+from shadowkv.method import DecodeCache
 from shadowkv.registry import parse_method
+from shadowkv.stacking import Stackable
 from shadowkv.streamed import StreamedPrompt
 
 TOKENS, STEPS = 300, 6
@@ -43,6 +45,30 @@ def test_a_streamed_prompt_is_that_of_a_prefill_to_the_bit(engine, spec):
     prefill = engine.prefill(ids, method.prefill)
     assert torch.equal(prompt.logits, prefill.logits)
     assert torch.equal(forced(engine, streamed), forced(engine, engine.replay(prefill, method)))
+
+
+def storages(thing, found):
+    """Bytes of every storage that is reachable from here, by address."""
+    if isinstance(thing, torch.Tensor):
+        found[thing.untyped_storage().data_ptr()] = thing.untyped_storage().nbytes()
+    elif isinstance(thing, dict):
+        for item in thing.values():
+            storages(item, found)
+    elif isinstance(thing, list | tuple):
+        for item in thing:
+            storages(item, found)
+    elif isinstance(thing, Stackable | DecodeCache):
+        storages(vars(thing), found)
+    return found
+
+
+@pytest.mark.parametrize("spec", CASES)
+def test_what_is_built_of_a_streamed_prompt_keeps_nothing_else_of_it(engine, spec):
+    cache = engine.adopt(engine.stream(random_prompt(TOKENS)), parse_method(spec))
+    for share in cache._shares:
+        held = storages(share.cache, {})
+        assert held
+        assert sum(held.values()) <= 1.01 * sum(share.cache.nbytes())
 
 
 @pytest.mark.parametrize("family", FAMILIES)

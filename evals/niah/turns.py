@@ -39,8 +39,10 @@ class MultiTurnNiah(Niah):
 
     def examples(self, tokenizer: Any, wanted: Collection[Question] | None = None) -> Iterator[Example]:
         asked = self.questions(tokenizer) if wanted is None else wanted
-        texts = {Question(q.task, q.length_tokens, q.sample.rpartition(",turn=")[0]) for q in asked}
-        return super().examples(tokenizer, texts)
+        return super().examples(tokenizer, {self.prompt_of(question) for question in asked})
+
+    def prompt_of(self, question: Question) -> Question:
+        return question._replace(sample=question.sample.rpartition(",turn=")[0])
 
     def _all_turns(self, text: Question) -> list[Question]:
         return [text._replace(sample=f"{text.sample},turn={turn}") for turn in range(1, self.turns + 1)]
