@@ -85,7 +85,7 @@ def run(make_task: MakeTask, settings: Settings) -> int:
 def _run(ready: _Prepared, questions: Sequence[Question]) -> list[Record]:
     """Answer what is open, report, and return the records of these questions that have no score."""
     from cli.render import print_summary, progress
-    from evals.report import write_reports
+    from evals.reporting.files import write_run
     from evals.results import open_run
 
     settings = ready.settings
@@ -98,22 +98,22 @@ def _run(ready: _Prepared, questions: Sequence[Question]) -> list[Record]:
             print(f"skv: repaired an unfinished last line of {path / 'samples.jsonl'}", file=sys.stderr)
         with progress(shown=not (settings.quiet or settings.as_json)) as on_step:
             answer(folder, on_step)
-        report = write_reports(path)
+        section, files = write_run(path)
         unscored = _unscored(list(folder.records.values()), questions, ready.methods)
     if settings.as_json:
         summary = {"folder": str(path), "benchmark": manifest.benchmark, "model": manifest.model}
         rest = {
             "notes": manifest.notes,
-            "rows": [asdict(row) for row in report.rows],
-            "tables": [asdict(table) for table in report.tables],
+            "rows": [asdict(row) for row in section.rows],
+            "tables": [asdict(table) for table in section.tables[1:]],
             "unscored": len(unscored),
             "left_out": ready.left_out,
             "unsupported": ready.unsupported,
         }
         print(json.dumps({**summary, **rest}, indent=1))
     elif not settings.quiet:
-        print_summary(manifest.title, report, manifest.notes)
-        names = [str(file.relative_to(path)) for file in report.files]
+        print_summary(section)
+        names = [str(file.relative_to(path)) for file in files]
         print(f"{path}: run.json samples.jsonl {' '.join(names)}")
     return unscored
 

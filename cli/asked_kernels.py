@@ -13,7 +13,7 @@ import typer
 from cli.options import ModelOptions
 
 if TYPE_CHECKING:
-    from evals.bench.kernel_subjects import Item, Workload
+    from evals.bench.kernel_items import Item, Workload
     from evals.manifest import Manifest
     from shadowkv.methods.shadowkv import ShadowKV
 
@@ -37,7 +37,7 @@ class KernelSettings(ModelOptions):
     compile_for: Annotated[
         str | None, typer.Option("--compile", help="Also compile for these GPUs, which need not be here: sm_80,sm_90.")
     ] = None
-    out: Annotated[Path | None, typer.Option(help="Folder for run.json, kernels.jsonl and kernels.md.")] = None
+    out: Annotated[Path | None, typer.Option(help="Folder for run.json, kernels.jsonl and tables (summary.md).")] = None
     as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON on stdout and nothing else.")] = (
         False
     )
@@ -104,7 +104,7 @@ class AskedKernels:
         import torch
 
         from evals.bench.kernel_cases import Case
-        from evals.bench.kernel_subjects import Workload
+        from evals.bench.kernel_items import Workload
         from shadowkv.stored import CODINGS
 
         method, dims = self.method, self.dims

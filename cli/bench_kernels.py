@@ -86,8 +86,9 @@ def _run(asked: AskedKernels) -> int:
 
 
 def _run_into(out: Path, asked: AskedKernels) -> int:
-    from evals.bench.kernel_report import read_compiled, report_of, write_kernel_report
+    from evals.bench.kernel_report import COMPILED_FILE, read_compiled, report_of, write_compiled
     from evals.bench.kernels import KernelRecord
+    from evals.reporting.files import write_run
     from evals.results import open_records
 
     bench = _bench(asked)
@@ -97,9 +98,12 @@ def _run_into(out: Path, asked: AskedKernels) -> int:
         for record in _measured(asked, bench, done):
             if not folder.has(record.key):
                 folder.append(record)
-        report = report_of(folder.manifest, list(folder.records.values()), _compiled(asked) or read_compiled(out))
-        files = write_kernel_report(out, folder.manifest, report)
-    return _tell(asked, report, f"{out}: run.json {' '.join(file.name for file in (folder.file, *files))}")
+        if asked.targets:
+            write_compiled(out, _compiled(asked))
+        compiled = read_compiled(out)
+        files = [folder.file, *([out / COMPILED_FILE] if compiled else []), *write_run(out)[1]]
+        report = report_of(folder.manifest, list(folder.records.values()), compiled)
+    return _tell(asked, report, f"{out}: run.json {' '.join(file.name for file in files)}")
 
 
 def _bench(asked: AskedKernels) -> KernelBench:

@@ -67,8 +67,9 @@ def _run(ready: Prepared, batches: tuple[int, ...], trace: Path | None) -> int:
     from cli.benching import folder_for, load, manifest_of
     from cli.render import print_notes, print_table, progress_bar
     from evals.bench.latency import LatencyRecord, measure_latency
-    from evals.bench.latency_report import write_latency_reports
+    from evals.bench.latency_report import latency_table
     from evals.bench.sweep import ladder_cells
+    from evals.reporting.files import write_run
     from evals.results import open_records
     from shadowkv.wording import plain_line
 
@@ -87,15 +88,16 @@ def _run(ready: Prepared, batches: tuple[int, ...], trace: Path | None) -> int:
                 elif trace is not None:
                     measure_latency(loaded.bench, contenders[cell.method], cell, trace)  # the record stays
             advance(len(cells), len(cells), "done")
-        report = write_latency_reports(path)
-    errors = [record for record in report.records if record.status == "error"]
+        section, files = write_run(path)
+    records, notes = section.rows, [*section.notes, *section.remarks]
+    errors = [record for record in records if record.status == "error"]
     if settings.as_json:
-        told: dict[str, Any] = {"folder": str(path), "model": manifest.model, "notes": report.notes}
-        print(json.dumps({**told, "rows": [asdict(record) for record in report.records]}, indent=1))
+        told: dict[str, Any] = {"folder": str(path), "model": manifest.model, "notes": notes}
+        print(json.dumps({**told, "rows": [asdict(record) for record in records]}, indent=1))
     elif not settings.quiet:
-        print_table(report.table)
-        print_notes(report.notes)
-        names = [str(file.relative_to(path)) for file in report.files]
+        print_table(latency_table(section.title, records))
+        print_notes(notes)
+        names = [str(file.relative_to(path)) for file in files]
         print(f"{path}: run.json {folder.file.name} {' '.join(names)}{f' · trace: {trace}' if trace else ''}")
     for record in errors:
         said = f"{record.method} @ {record.context} x {record.batch}: {record.error}"

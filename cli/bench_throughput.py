@@ -71,8 +71,10 @@ def _run(ready: Prepared, plan: Plan) -> int:
     from cli.benching import folder_for, load, manifest_of
     from cli.render import print_notes, print_table, progress_bar
     from evals.bench.records import BenchRecord
-    from evals.bench.report import throughput_table, write_bench_reports
+    from evals.bench.report import throughput_table
+    from evals.bench.summary import gains
     from evals.bench.sweep import run_sweep
+    from evals.reporting.files import write_run
     from evals.results import open_records
     from shadowkv.wording import plain_line
 
@@ -88,18 +90,19 @@ def _run(ready: Prepared, plan: Plan) -> int:
                 advance(step.done, step.total, _said(step.record))
 
             run_sweep(loaded.bench, loaded.contenders, plan, folder, on_step)
-        report = write_bench_reports(path)
+        section, files = write_run(path)
         errors = [r for r in folder.records.values() if r.status == "error"]
+    title, rows, notes = section.title, section.rows, [*section.notes, *section.remarks]
     if settings.as_json:
-        told: dict[str, Any] = {"folder": str(path), "model": manifest.model, "notes": report.notes}
-        told |= {"rows": [asdict(row) for row in report.rows], "gains": [gain.flat() for gain in report.gains]}
+        told: dict[str, Any] = {"folder": str(path), "model": manifest.model, "notes": notes}
+        told |= {"rows": [asdict(row) for row in rows]}
+        told |= {"gains": [gain.flat() for gain in gains(section.run.records)]}
         print(json.dumps(told, indent=1))
     elif not settings.quiet:
-        title = manifest.title
-        print_table(report.tables[0], narrow=throughput_table(title, report.rows, dense=True))
-        print_table(report.tables[1])
-        print_notes(report.notes)
-        print(f"{path}: run.json {folder.file.name} {' '.join(str(file.relative_to(path)) for file in report.files)}")
+        print_table(throughput_table(title, rows), narrow=throughput_table(title, rows, dense=True))
+        print_table(section.tables[1])
+        print_notes(notes)
+        print(f"{path}: run.json {folder.file.name} {' '.join(str(file.relative_to(path)) for file in files)}")
     for record in errors if not settings.quiet else []:
         said = f"{record.method} @ {record.context} x {record.batch}: {record.error}"
         print(f"skv: failed: {plain_line(said)}", file=sys.stderr)

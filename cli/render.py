@@ -16,8 +16,8 @@ from evals.costs import cost_table
 from shadowkv.wording import plain_line
 
 if TYPE_CHECKING:
-    from evals.report import Report
     from evals.reporting.folders import Found
+    from evals.reporting.sections import Section
     from evals.runner import Step
     from evals.tables import Table as Figures
 
@@ -45,12 +45,13 @@ def quieten_libraries() -> None:
     logging.disable_progress_bar()
 
 
-def print_summary(title: str, report: Report, notes: Sequence[str]) -> None:
+def print_summary(section: Section) -> None:
     """The benchmark's own tables, then methods x lengths with what they cost, then what a reader must know."""
-    for table in report.tables:
+    for table in section.tables[1:]:
         print_table(table)
-    print_table(cost_table(title, report.rows), narrow=cost_table(title, report.rows, dense=True))
-    print_notes(notes)
+    title, rows = section.title, section.rows
+    print_table(cost_table(title, rows), narrow=cost_table(title, rows, dense=True))
+    print_notes(section.notes)
 
 
 def print_notes(notes: Sequence[str]) -> None:

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.legend import Legend
 from matplotlib.text import Text
 
+from evals.curves import curves
 from evals.looks import looks
 from evals.results import Record
 from evals.statistics import interval_95, mean_of_means
@@ -33,7 +34,8 @@ def new_figure(width: float, height: float, title: str) -> Figure:
 
 
 def save(figure: Figure, path: Path) -> Path:
-    """Write the figure as a PNG and, beside it, as an SVG; return the PNG's path."""
+    """Write the figure as a PNG and, beside it, as an SVG, into a folder that may be missing; return the PNG's path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     for axis in figure.axes:
         tidy(axis)
     for legend in figure.findobj(Legend):
@@ -86,13 +88,11 @@ def write_score_by_group(
 def write_score_by_bytes(path: Path, rows: Sequence[Row], title: str) -> Path:
     """Score against device KV bytes per prompt token at the longest length, one point per setting of a method.
 
-    Settings of one method share a colour and are joined; whiskers are 95 % bootstrap intervals over samples.
+    Settings that differ in one size only are joined; whiskers are 95 % bootstrap intervals over samples.
     """
     longest = max(row.length for row in rows)
-    points: dict[str, list[Row]] = {}
-    for row in rows:
-        if row.length == longest and row.score is not None and row.device_bytes:
-            points.setdefault(_family(row.method), []).append(row)
+    known = {row.method: row for row in rows if row.length == longest and row.score is not None and row.device_bytes}
+    points = {name: [known[label] for label in joined] for name, joined in curves(list(known)).items()}
     figure = new_figure(6.2, 3.9, title)
     axis = figure.subplots()
     for name, look in looks(list(points)).items():
@@ -109,12 +109,6 @@ def write_score_by_bytes(path: Path, rows: Sequence[Row], title: str) -> Path:
     _finish(figure, axis)
     axis.set_ylim(-4, 104)  # a marker at 0 or 100 is seen whole
     return save(figure, path)
-
-
-def _family(label: str) -> str:
-    """A method's name, with its prefill where that is not the dense one."""
-    method, _, prefill = label.partition("+")
-    return method.partition(":")[0] + (f"+{prefill.partition(':')[0]}" if prefill else "")
 
 
 def write_score_dots(path: Path, rows: Sequence[Row], title: str) -> Path:

@@ -1,22 +1,20 @@
-"""Tables and pictures of a run folder, always rebuildable from run.json and samples.jsonl."""
+"""Tables and plots of accuracy runs, those of all benchmarks and those of each."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
-from evals.costs import cost_table
 from evals.longbench.report import longbench_tables, v2_tables, write_longbench_plots, write_v2_plots
 from evals.manifest import Manifest
 from evals.niah.report import niah_tables, write_niah_plots
-from evals.page import page
 from evals.plots import write_score_by_bytes, write_score_by_length, write_score_dots
 from evals.quality import quality_tables, write_quality_by_layer
-from evals.results import Record, read_run
+from evals.results import Record
 from evals.ruler.report import ruler_tables, write_ruler_plots
-from evals.summary import Row, summarise, task_scores
+from evals.summary import Row
 from evals.tables import Table
 
 
@@ -32,15 +30,6 @@ class Presentation:
 _OUTGROWN = ("scores", "score_by_length", "tasks_*")  # plots that are of one length only, or of few methods
 
 
-@dataclass(frozen=True)
-class Report:
-    """What was made of a run folder."""
-
-    rows: list[Row]
-    tables: list[Table]
-    files: list[Path]
-
-
 PRESENTATIONS: Mapping[str, Presentation] = MappingProxyType(
     {
         "niah": Presentation(niah_tables, write_niah_plots, ("depth",)),
@@ -49,21 +38,6 @@ PRESENTATIONS: Mapping[str, Presentation] = MappingProxyType(
         "longbench-v2": Presentation(v2_tables, write_v2_plots, ("difficulty", "length")),
     }
 )
-
-
-def write_reports(folder: Path) -> Report:
-    """Write summary.csv, tasks.csv, summary.md and plots/ of a run folder."""
-    import pandas as pd
-
-    manifest, records = read_run(folder)
-    rows, tables = summarise(records), accuracy_tables(manifest, records)
-    notes = {"notes": "; ".join(manifest.notes)}
-    pd.DataFrame([asdict(row) | notes for row in rows]).to_csv(folder / "summary.csv", index=False)
-    pd.DataFrame([asdict(cell) | notes for cell in task_scores(records)]).to_csv(folder / "tasks.csv", index=False)
-    (folder / "summary.md").write_text(page(manifest, [cost_table("Score and cost", rows), *tables]), encoding="utf-8")
-    (folder / "plots").mkdir(exist_ok=True)
-    plots = write_accuracy_plots(folder / "plots", manifest, records, rows)
-    return Report(rows, tables, [folder / name for name in ("summary.csv", "tasks.csv", "summary.md")] + plots)
 
 
 def accuracy_tables(manifest: Manifest, records: Sequence[Record]) -> list[Table]:

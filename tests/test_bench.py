@@ -17,17 +17,17 @@ from tiny_models import tiny_model
 from evals.bench.conditions import conditions, noise_note
 from evals.bench.engines import SkvContender, TransformersContender
 from evals.bench.latency import PARTS, LatencyRecord, measure_latency, parts_of
-from evals.bench.latency_report import write_latency_reports
 from evals.bench.lists import parse_batches
 from evals.bench.measuring import Bench
 from evals.bench.memory import MemoryShortError, Room
 from evals.bench.prompts import RealPrompts, SyntheticPrompts
 from evals.bench.records import BenchRecord, Cell
-from evals.bench.report import notes_of, throughput_table, write_bench_reports
+from evals.bench.report import notes_of, throughput_table
 from evals.bench.reuse import hit_rate
 from evals.bench.summary import gains, summarise_bench
 from evals.bench.sweep import Plan, doublings, ladder_cells, largest_fitting, run_sweep
 from evals.bench.timing import distribution, paired_ratios, spread, step_times
+from evals.reporting.files import write_run
 from evals.results import open_records, read_records
 from evals.sources import haystack
 from evals.tables import Table, latex
@@ -523,8 +523,8 @@ def test_reports_say_what_was_not_real(engine, prompts, tmp_path):
     with (tmp_path / "throughput.jsonl").open("a") as file:
         elsewhere = record("quest", 1, 0, 5.0, machine="elsewhere", context=CONTEXT)
         file.write(json.dumps(vars(elsewhere)) + "\n")
-    report = write_bench_reports(tmp_path)
-    assert {p.name for p in report.files} == {
+    section, files = write_run(tmp_path)
+    assert {p.name for p in files} == {
         "summary.csv", "summary.md", "summary.tex", "throughput.png", "gain.png", "memory.png",
     }  # fmt: skip
     for name in ("summary.csv", "summary.md", "summary.tex"):
@@ -532,7 +532,7 @@ def test_reports_say_what_was_not_real(engine, prompts, tmp_path):
         assert "synthetic KV: made up" in said
         assert "rows run one after the other: duo" in said
         assert "here; elsewhere" in said
-    assert "[dummy weights] [synthetic KV]" in report.tables[0].title
+    assert "[dummy weights] [synthetic KV]" in section.tables[0].title
     assert "[dummy weights] [synthetic KV]" in (tmp_path / "summary.tex").read_text().replace("\\_", "_")
 
 
@@ -603,10 +603,9 @@ def test_latency_finds_the_parts_of_a_step(engine, prompts, tmp_path, spec):
     names = {event.get("name") for event in json.loads((tmp_path / "trace.json").read_text())["traceEvents"]}
     assert {"skv::step", "skv::attention", "skv::mlp"} <= names
     assert not engine.model.get_output_embeddings()._forward_hooks, "hooks are gone"
-    with open_records(tmp_path / "run", MANIFEST, LatencyRecord) as folder:
+    with open_records(tmp_path / "run", replace(MANIFEST, benchmark="latency"), LatencyRecord) as folder:
         folder.append(found)
-    report = write_latency_reports(tmp_path / "run")
-    assert any(file.name == "latency.png" for file in report.files)
+    assert any(file.name == "latency.png" for file in write_run(tmp_path / "run")[1])
 
 
 def event(name, cpu, kernels, *children):

@@ -17,8 +17,9 @@ from test_cli import mistake
 from cli.main import main
 from evals.bench.flex_attention import whole_context
 from evals.bench.kernel_cases import Case, attention_inputs, llama_rotary
+from evals.bench.kernel_items import Item, Subject, Way, Workload
 from evals.bench.kernel_report import kernel_table, report_of
-from evals.bench.kernel_subjects import Item, Subject, Way, Workload, items
+from evals.bench.kernel_subjects import items
 from evals.bench.kernels import KernelBench, KernelRecord, relative_error
 from evals.bench.staged_copy import staged_copy
 from evals.manifest import Manifest
@@ -95,7 +96,7 @@ def test_a_run_folder_says_everything_and_goes_on(capsys, bench, tmp_path, monke
     good = twins.fill_keys
     monkeypatch.setattr(twins, "fill_keys", lambda *args, **named: None)  # writes nothing
     assert main(argv) == 1
-    assert "WRONG" in (out / "kernels.md").read_text()
+    assert "WRONG" in (out / "summary.md").read_text()
     monkeypatch.setattr(twins, "fill_keys", good)
     # Only what was wrong is measured again.
     monkeypatch.setattr(twins, "attend_resident", lambda *args, **named: pytest.fail("was settled"))
@@ -104,11 +105,15 @@ def test_a_run_folder_says_everything_and_goes_on(capsys, bench, tmp_path, monke
     assert {record.status for record in records} == {"ok"}
     assert manifest.benchmark == "kernels"
     assert len(manifest.sessions) == 2
-    page = (out / "kernels.md").read_text()
+    made = {path: path.read_text() for path in out.glob("summary.*")}
+    assert {path.suffix for path in made} == {".csv", ".md", ".tex"}
+    assert all("times need a GPU" in text for text in made.values())
+    page = made[out / "summary.md"]
     assert "[synthetic KV]" in page
-    assert "times need a GPU" in page
     assert "WRONG" not in page
     assert capsys.readouterr().out == ""
+    assert main(["report", str(out)]) == 0
+    assert {path: path.read_text() for path in out.glob("summary.*")} == made
 
 
 def test_a_kernel_is_measured_again_where_only_what_stands_beside_it_was_right(bench, tmp_path, monkeypatch):
@@ -184,7 +189,7 @@ def test_a_cpu_interprets_and_compiles_for_a_gpu_that_is_not_here(tiny_folder, t
     assert all(0 < each["registers"] <= 255 for each in found["compiled"])
     kept = [CompiledKernel(**json.loads(line)) for line in (tmp_path / "compiled.jsonl").read_text().splitlines()]
     assert [vars(each) for each in kept] == found["compiled"]
-    assert "Compiled, not run." in (tmp_path / "kernels.md").read_text()
+    assert "Compiled, not run." in (tmp_path / "summary.md").read_text()
 
 
 @pytest.mark.gpu
@@ -196,7 +201,7 @@ def test_a_gpu_times_everything(tiny_folder, tmp_path):
         assert row["status"] == "ok", row
         assert row["times_ms"]["p50"] > 0
         assert row["kernel"] == "low_rank.fit" or row["share_of_bytes"] > 0
-    assert "staged copy" in (tmp_path / "kernels.md").read_text()
+    assert "staged copy" in (tmp_path / "summary.md").read_text()
 
 
 class _Timer:

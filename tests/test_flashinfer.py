@@ -14,7 +14,8 @@ import torch
 
 from evals.bench.flashinfer_decode import serves, whole_context
 from evals.bench.kernel_cases import Case, attention_inputs
-from evals.bench.kernel_subjects import Item, Subject, Way, Workload, items
+from evals.bench.kernel_items import Item, Subject, Way, Workload
+from evals.bench.kernel_subjects import items
 from evals.bench.kernels import KernelBench
 from shadowkv import slots
 from shadowkv.slots import Regions

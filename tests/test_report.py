@@ -7,6 +7,7 @@ import csv
 import hashlib
 import json
 import re
+import shutil
 from dataclasses import asdict, replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -16,19 +17,20 @@ from run_folders import METHODS, NOTE, answer, dummy, grid, manifest, measuremen
 from test_cli import mistake
 
 from cli.main import main
+from evals.bench.kernels import KernelRecord
 from evals.bench.latency import LatencyRecord
-from evals.bench.report import write_bench_reports
-from evals.report import write_reports
+from evals.reporting.files import write_run as end_run
 from evals.reporting.folders import find_runs
 from evals.reporting.page import drawing
 from evals.reporting.samples import PREDICTION_CHARS, first_difference, samples_of
 from evals.reporting.visible import visible
-from evals.results import read_run
+from evals.results import read_records, read_run
 from evals.summary import summarise
 
 BASELINES = sorted(
     path.parent for path in (Path(__file__).parent.parent / "results" / "baselines").glob("*/summary.md")
 )
+KERNELS = Path(__file__).parent.parent / "results" / "baselines" / "kernels-compiled"
 FILES = ("report.html", "summary.md", "summary.csv", "tasks.csv", "summary.tex")
 
 
@@ -338,15 +340,13 @@ def test_plots_that_a_run_has_outgrown_go_and_those_of_others_stay(tmp_path):
 
 def test_a_report_has_the_lines_that_the_run_ended_with(tmp_path):
     sweep = manifest("throughput", config={"machine": "here", "synthetic_kv": True})
-    for write, records, described in (
-        (write_bench_reports, measurements(), sweep),
-        (write_reports, grid(), dummy()),
-    ):
+    for records, described in ((measurements(), sweep), (grid(), dummy())):
         run = write_run(tmp_path / described.benchmark, records, described)
-        write(run)
-        ended = (run / "summary.csv").read_text()
+        end_run(run)
+        ended = {path: path.read_text() for path in run.glob("*.*") if path.name != "report.html"}
+        assert {path.name for path in ended} >= {"summary.csv", "summary.md", "summary.tex"}
         assert main(["report", str(run)]) == 0
-        assert (run / "summary.csv").read_text() == ended
+        assert {path: path.read_text() for path in ended} == ended
 
 
 def test_plots_are_readable_on_a_dark_page_and_labels_are_no_formulas(tmp_path):
@@ -397,12 +397,23 @@ def test_a_profile_of_decode_steps_is_reported(tmp_path):
 
 
 def test_kernels_are_reported_with_what_they_take_of_a_gpu(tmp_path):
-    folder = Path(__file__).parent.parent / "results" / "baselines" / "kernels-compiled"
-    assert main(["report", str(folder), "--out", str(tmp_path / "out")]) == 0
+    assert main(["report", str(KERNELS), "--out", str(tmp_path / "out")]) == 0
     page = (tmp_path / "out" / "report.html").read_text()
     assert "Compiled kernels" in page
     assert "rebuild_chunks" in page
     assert "sm_90" in page
+    notes = read_records(KERNELS, KernelRecord)[0].notes
+    with (tmp_path / "out" / "summary.csv").open() as file:
+        assert {line["notes"] for line in csv.DictReader(file)} == {"; ".join(notes)}
+
+
+def test_a_folder_of_kernels_is_made_anew_whole(tmp_path):
+    run = shutil.copytree(KERNELS, tmp_path / "run")
+    for page in run.glob("*.md"):
+        page.write_text("of an older run")
+    assert main(["report", str(run)]) == 0
+    assert all("of an older run" not in page.read_text() for page in run.glob("*.md"))
+    assert not (run / "plots").exists(), "nothing was drawn"
 
 
 @pytest.mark.parametrize("run", BASELINES, ids=lambda run: run.name)
@@ -416,7 +427,7 @@ def test_committed_tables_and_plots_are_those_of_the_committed_records(run, tmp_
         return [line for line in lines if line.startswith("|")]
 
     def drawn(folder):
-        return {path.name for path in (folder / "plots").iterdir()}
+        return {path.name for path in folder.glob("plots/*")}
 
     assert tables(run) == tables(made)
     assert drawn(run) == drawn(made)

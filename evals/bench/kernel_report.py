@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 from evals.bench.conditions import noise_note
 from evals.bench.kernels import KernelRecord
 from evals.manifest import Manifest
-from evals.page import page
 from evals.tables import Table, number, percent
 from shadowkv.kernels import CompiledKernel
 
@@ -164,12 +163,7 @@ def read_compiled(folder: Path) -> list[CompiledKernel]:
     return [CompiledKernel(**json.loads(line)) for line in lines]
 
 
-def write_kernel_report(folder: Path, manifest: Manifest, report: KernelReport) -> list[Path]:
-    """Write compiled.jsonl, if anything was compiled, and kernels.md into a run folder."""
-    files = [folder / "kernels.md"]
-    if report.compiled:
-        files.append(folder / COMPILED_FILE)
-        lines = "".join(json.dumps(asdict(each)) + "\n" for each in report.compiled)
-        files[-1].write_text(lines, encoding="utf-8")
-    files[0].write_text(page(manifest, report.tables, report.notes[len(manifest.notes) :]), encoding="utf-8")
-    return files
+def write_compiled(folder: Path, compiled: Sequence[CompiledKernel]) -> None:
+    """In place of what an earlier command compiled."""
+    lines = "".join(json.dumps(asdict(each)) + "\n" for each in compiled)
+    (folder / COMPILED_FILE).write_text(lines, encoding="utf-8")

@@ -16,10 +16,10 @@ parts. Of what it reads by index they are the rows that are asked for, those tha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,74 +38,15 @@ from evals.bench.kernel_cases import (
     scores_inputs,
     stored_values,
 )
+from evals.bench.kernel_fit import factorisation
+from evals.bench.kernel_items import Item, Subject, Way, Workload
 from evals.bench.staged_copy import staged_copy
-from shadowkv import low_rank, slots
+from shadowkv import slots
 from shadowkv.slots import Regions
 from shadowkv.stored import Stored, to_host
 
-Call = Callable[..., Any]  # takes the tensors that it changes, returns a tensor, tensors or nothing
 _BOUNDS = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 _SCORES_BOUND = 1e-4  # fp32 whatever the inputs are, whose products are exact
-_EXCESS_BOUND = 1e-3  # of the error that the best factors of that rank leave
-
-
-@dataclass(frozen=True)
-class Workload:
-    """A decode step of one layer."""
-
-    case: Case
-    regions: Regions
-    landmarks: int
-    misses: int  # slots that every head has to fill
-    values: tuple[str, ...]  # codings
-    factors: tuple[str, ...]
-
-    def shrunk(self) -> Workload:
-        """Few enough tokens, heads and rows for Triton's interpreter; head size, group, chunk and rank as they are."""
-        case, chunk = self.case, self.case.chunk
-        small = replace(
-            case,
-            batch=min(case.batch, 2),
-            heads=min(case.heads, 2),
-            chunks=min(case.chunks, 40),
-            slots=min(case.slots, 8),
-        )
-        regions = Regions(small.slots * chunk, min(self.regions.outliers, 2 * chunk), min(self.regions.ring, 50))
-        misses = max(1, round(self.misses / case.slots * small.slots))
-        return replace(self, case=small, regions=regions, landmarks=min(self.landmarks, 38), misses=misses)
-
-
-class Way(NamedTuple):
-    """A way to a result, made when its turn comes; not as a CUDA graph if it asks the host."""
-
-    name: str
-    make: Callable[[], Sequence[Call]]
-    capturable: bool
-
-
-@dataclass(frozen=True)
-class Subject:
-    """A kernel with its inputs. Several calls take turns; each is given `changed`, which it may write to."""
-
-    calls: tuple[Call, ...]
-    twins: tuple[Call, ...]
-    bound: float
-    changed: tuple[Tensor, ...] = ()
-    moved_bytes: int = 0
-    over_link: bool = False
-    flop: int = 0
-    besides: tuple[Way, ...] = ()  # other ways to the same result
-    capturable: bool = True
-    error: Callable[[Sequence[Tensor], Sequence[Tensor]], float] | None = None  # in place of `relative_error`
-
-
-class Item(NamedTuple):
-    """A subject by name, made when its turn comes."""
-
-    kernel: str
-    variant: str
-    make: Callable[[], Subject]
-    way: str | None = None  # where it is no kernel
 
 
 def items(work: Workload, kernels: Any) -> Iterator[Item]:
@@ -121,7 +62,7 @@ def items(work: Workload, kernels: Any) -> Iterator[Item]:
     yield Item("attend_resident", "whole context", partial(_dense, work, kernels))
     yield Item("page_bounds", "Quest's pages", partial(_bounds, work, kernels))
     yield Item("attend_pages", "Quest's pages", partial(_pages, work, kernels))
-    yield Item("low_rank.fit", "one row's keys", partial(_factorisation, work.case), "Gram, fp64")
+    yield Item("low_rank.fit", "one row's keys", partial(factorisation, work.case), "Gram, fp64")
 
 
 def _scores(work: Workload, kernels: Any) -> Subject:
@@ -292,31 +233,3 @@ def _error_of_finite(got: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
     if not torch.equal(left[~finite], right[~finite]):
         return float("inf")
     return float((left[finite] - right[finite]).abs().max() / right[finite].abs().max())
-
-
-def _factorisation(case: Case) -> Subject:
-    decay = torch.arange(1, case.width + 1, device=case.device) ** -0.5
-    mixing = torch.linalg.qr(torch.randn(case.width, case.width, device=case.device)).Q
-    x = (torch.randn(1, case.tokens, case.width, device=case.device) * decay) @ mixing
-    rank = min(case.rank, case.width)
-    centred = (x - x.mean(dim=1, keepdim=True))[0]
-
-    def by_svd() -> Tensor:
-        directions: Tensor = torch.linalg.svd(centred, full_matrices=False).Vh
-        return directions[:rank]
-
-    return Subject(
-        (lambda: low_rank.fit(x.split(low_rank.BLOCK_TOKENS, dim=1), rank).vectors[0],),
-        (by_svd,),
-        _EXCESS_BOUND,
-        besides=(Way("torch.linalg.svd", lambda: [by_svd], False),),
-        capturable=False,
-        error=partial(_excess_error, centred),
-    )
-
-
-def _excess_error(x: Tensor, got: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
-    """By which share `got` leaves more of x than `wanted` does. x [n,W], directions [r,W]."""
-    floor = 1e-5 * float(x.double().norm())  # below it there is rounding only
-    left = [max(float((x - (x @ basis.mT) @ basis).double().norm()), floor) for basis in (*got, *wanted)]
-    return left[0] / left[1] - 1

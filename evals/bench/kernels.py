@@ -13,7 +13,7 @@ from torch import Tensor
 
 from evals.bench.conditions import conditions
 from evals.bench.gpu_timing import GpuTimer
-from evals.bench.kernel_subjects import Call, Item, Subject, Way
+from evals.bench.kernel_items import Call, Item, Subject, Way
 from evals.bench.memory import release
 from evals.bench.timing import Distribution, distribution
 from evals.failures import FAILURES, status_of

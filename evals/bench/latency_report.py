@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +11,9 @@ from evals.bench.conditions import noise_note
 from evals.bench.latency import PARTS, LatencyRecord
 from evals.looks import COLOURS
 from evals.manifest import Manifest
-from evals.page import page
 from evals.plots import new_figure, save, wrapped
-from evals.results import read_records
 from evals.summary import grouped
-from evals.tables import Table, latex, number, tokens
+from evals.tables import Table, number, tokens
 
 _NAMES = {"fetch": "value fetch", "rebuild": "key rebuild", "mlp": "MLP", "head": "LM head"}
 _CAPTION = (
@@ -25,16 +22,6 @@ _CAPTION = (
     "tokens, embeddings, the interpreter. Plain: the median step without a profiler, which slows a step down by as "
     "much as stated."
 )
-
-
-@dataclass(frozen=True)
-class LatencyReport:
-    """What was made of a folder."""
-
-    records: list[LatencyRecord]
-    table: Table
-    notes: list[str]
-    files: list[Path]
 
 
 def latency_table(title: str, records: Sequence[LatencyRecord]) -> Table:
@@ -52,30 +39,6 @@ def latency_table(title: str, records: Sequence[LatencyRecord]) -> Table:
         lines.append([*cells, number(r.profiled_ms, ".2f"), number(r.plain_ms, ".2f"), slowed])
     clock = " and ".join({"cpu": "the CPU", "device": "the GPU's kernels"}[clock] for clock in sorted(clocks))
     return Table(title, columns, lines, _CAPTION.format(clock=clock), names=2)
-
-
-def write_latency_reports(folder: Path) -> LatencyReport:
-    """Write summary.csv, summary.md, summary.tex and plots/latency.png of a folder."""
-    import pandas as pd
-
-    manifest, found = read_records(folder, LatencyRecord)
-    order = list(dict.fromkeys(record.method for record in found))
-    records = sorted(found, key=lambda r: (r.context, r.batch, order.index(r.method)))
-    notes, title = latency_notes(manifest, records), manifest.title
-    table = latency_table(title, records)
-    flat = [
-        {**asdict(r), **{f"{part}_ms": ms for part, ms in r.parts_ms.items()}, "notes": "; ".join(notes)}
-        for r in records
-    ]
-    pd.DataFrame(flat).drop(columns=["parts_ms", "conditions"]).to_csv(folder / "summary.csv", index=False)
-    (folder / "summary.md").write_text(page(manifest, [table], notes[len(manifest.notes) :]), encoding="utf-8")
-    (folder / "summary.tex").write_text(latex(table, manifest.notes, notes), encoding="utf-8")
-    files = [folder / name for name in ("summary.csv", "summary.md", "summary.tex")]
-    good = [record for record in records if record.status == "ok"]
-    if good:
-        (folder / "plots").mkdir(exist_ok=True)
-        files.append(write_latency_bars(folder / "plots" / "latency.png", good, title))
-    return LatencyReport(records, table, notes, files)
 
 
 def latency_notes(manifest: Manifest, records: Sequence[LatencyRecord]) -> list[str]:

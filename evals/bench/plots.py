@@ -9,12 +9,15 @@ import numpy as np
 from matplotlib.ticker import LogLocator
 
 from evals.bench.summary import BenchRow, Gain
+from evals.bench.timing import Spread
 from evals.looks import looks
 from evals.plots import new_figure, save, wrapped
 from evals.summary import REFERENCE, grouped
 from evals.tables import tokens
 
 _APART = 0.06  # octaves of batch between two methods, whose points would hide each other
+_OWN, _OF_FULL = "own best batch", "batch of full"
+_HATCHES = {_OWN: "", _OF_FULL: "///"}
 _PARTS = (("weights", "0.75"), ("KV on the device", "#0072B2"), ("KV on the host", "#E69F00"))
 
 
@@ -63,31 +66,36 @@ def _legend(panels: Sequence[object]) -> tuple[list[object], list[str]]:
 
 
 def write_gain_bars(path: Path, found: Sequence[Gain], title: str) -> Path:
-    """Throughput over full attention's, by context: each at its own best batch, and hatched at full attention's."""
+    """Throughput over full attention's, by context: each at its own best batch and, hatched, at full attention's.
+
+    One bar where these are the same batch.
+    """
     others = [gain for gain in found if gain.method != REFERENCE]
     contexts = list(dict.fromkeys(gain.context for gain in found))
     labels = list(dict.fromkeys(gain.method for gain in others))
     drawn = looks([REFERENCE, *labels])
-    figure = new_figure(max(5.6, 1.6 + 0.9 * len(contexts) * max(len(labels), 1)), 3.8, title)
+    most = max((len(_ratios(gain)) for gain in others), default=1)
+    figure = new_figure(max(5.6, 1.6 + 0.45 * most * len(contexts) * max(len(labels), 1)), 3.8, title)
     axis = figure.subplots()
-    width = 0.8 / max(2 * len(labels), 1)
-    for place, label in enumerate(labels):
-        look = drawn[label]
-        for kind, (hatch, own) in enumerate((("", True), ("///", False))):
-            for gain in (gain for gain in others if gain.method == label):
-                ratio = gain.gain if own else gain.gain_equal
-                x = contexts.index(gain.context) + (2 * place + kind - len(labels) + 0.5) * width
-                if ratio is None:
-                    axis.text(x, 0.02, "–", ha="center", fontsize=7, color=look.colour)
-                    continue
-                around = [[ratio.median - ratio.low], [ratio.high - ratio.median]]
-                first = gain.context == contexts[0]
-                name = f"{label}, {'own best batch' if own else 'batch of full'}" if first else None
-                axis.bar(x, ratio.median, width, yerr=around, color=look.colour, hatch=look.hatch + hatch, label=name,
-                         ecolor="0.3", error_kw={"lw": 0.9}, edgecolor="white")  # fmt: skip
-                if own:
-                    said = f"{ratio.median:.2f}x\n({gain.batch})"
-                    axis.text(x, ratio.high, said, ha="center", va="bottom", fontsize=6)
+    width = 0.8 / max(most * len(labels), 1)
+    named = set[str]()
+    for gain in others:
+        look, ratios = drawn[gain.method], _ratios(gain)
+        middle = contexts.index(gain.context) + (labels.index(gain.method) + 0.5 - len(labels) / 2) * most * width
+        for place, (batch, ratio) in enumerate(ratios.items()):
+            x = middle + (place + 0.5 - len(ratios) / 2) * width
+            if ratio is None:
+                axis.text(x, 0.02, "–", ha="center", fontsize=7, color=look.colour)
+                continue
+            around = [[ratio.median - ratio.low], [ratio.high - ratio.median]]
+            name = f"{gain.method}, {batch}"
+            axis.bar(x, ratio.median, width, yerr=around, color=look.colour, hatch=look.hatch + _HATCHES[batch],
+                     label=None if name in named else name, ecolor="0.3", error_kw={"lw": 0.9},
+                     edgecolor="white")  # fmt: skip
+            named.add(name)
+            if batch == _OWN:
+                said = f"{ratio.median:.2f}x\n({gain.batch})"
+                axis.text(x, ratio.high, said, ha="center", va="bottom", fontsize=6)
     axis.axhline(1, color="black", lw=0.8)
     axis.margins(y=0.15)
     full = {gain.context: gain for gain in found if gain.method == REFERENCE}
@@ -100,6 +108,12 @@ def write_gain_bars(path: Path, found: Sequence[Gain], title: str) -> Path:
     if labels:
         figure.legend(fontsize=6, loc="outside right center")
     return save(figure, path)
+
+
+def _ratios(gain: Gain) -> dict[str, Spread | None]:
+    """Those that differ, by the batch that they are at."""
+    own = {_OWN: gain.gain}
+    return own if gain.full_batch in (None, gain.batch) else {**own, _OF_FULL: gain.gain_equal}
 
 
 def write_memory_bars(path: Path, rows: Sequence[BenchRow], found: Sequence[Gain], title: str) -> Path:

@@ -1,23 +1,21 @@
-"""Tables and pictures of a sweep, always rebuildable from run.json and throughput.jsonl."""
+"""Tables and plots of a sweep, and what a reader must know beside them."""
 
 from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from evals.bench.conditions import noise_note
 from evals.bench.plots import write_gain_bars, write_memory_bars, write_throughput
 from evals.bench.records import BenchRecord
-from evals.bench.summary import BenchRow, Gain, gains, summarise_bench
+from evals.bench.summary import BenchRow, Gain
 from evals.bench.timing import Spread
 from evals.manifest import Manifest
-from evals.page import page
-from evals.results import read_records
 from evals.summary import REFERENCE, grouped
-from evals.tables import Table, latex, mib, number, percent, tokens
+from evals.tables import Table, mib, number, percent, tokens
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -31,17 +29,6 @@ _CAPTION = (
     "plan counted them when they were recorded, over the median step. Peak: of the device's allocator, on a CPU of the "
     "whole process."
 )
-
-
-@dataclass(frozen=True)
-class BenchReport:
-    """What was made of a sweep's folder."""
-
-    rows: list[BenchRow]
-    gains: list[Gain]
-    tables: list[Table]
-    notes: list[str]
-    files: list[Path]
 
 
 class _Column(NamedTuple):
@@ -172,22 +159,6 @@ def _of_other_commands(manifest: Manifest, records: Sequence[BenchRecord]) -> li
     return list(
         dict.fromkeys(key[1] for key, commands in by.items() if commands != by.get((key[0], REFERENCE), commands))
     )
-
-
-def write_bench_reports(folder: Path) -> BenchReport:
-    """Write summary.csv, summary.md, summary.tex and plots/ of a sweep's folder."""
-    manifest, records = read_records(folder, BenchRecord)
-    rows, found = summarise_bench(records), gains(records)
-    notes, title = notes_of(manifest, records, rows), manifest.title
-    tables = [throughput_table(title, rows), gain_table(found)]
-    bench_frame(manifest, rows, notes).to_csv(folder / "summary.csv", index=False)
-    (folder / "summary.md").write_text(page(manifest, tables, notes[len(manifest.notes) :]), encoding="utf-8")
-    tex = "\n".join(latex(table, manifest.notes, notes) for table in tables)
-    (folder / "summary.tex").write_text(tex, encoding="utf-8")
-    (folder / "plots").mkdir(exist_ok=True)
-    plots = write_bench_plots(folder / "plots", rows, found, title)
-    names = ("summary.csv", "summary.md", "summary.tex")
-    return BenchReport(rows, found, tables, notes, [*(folder / name for name in names), *plots])
 
 
 def bench_frame(manifest: Manifest, rows: Sequence[BenchRow], notes: Sequence[str]) -> pd.DataFrame:

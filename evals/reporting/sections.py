@@ -25,6 +25,7 @@ class Section:
 
     run: Run
     facts: Mapping[str, str]  # a few numbers that say how large the run is
+    rows: Sequence[Any]  # of the headline; their class is that of the kind of run
     tables: Sequence[Table]  # the first is the headline
     data: Mapping[str, pd.DataFrame]  # by file name: what the tables show, unrounded, with the notes in every line
     plots: Sequence[Path]  # PNGs, each with an SVG beside it
@@ -41,8 +42,7 @@ class Section:
 
 
 def section_of(run: Run, plots: Path) -> Section:
-    """Sum a run up and draw its plots into a folder."""
-    plots.mkdir(parents=True, exist_ok=True)
+    """Sum a run up and draw its plots, if it has any, into a folder."""
     build = _accuracy if run.is_accuracy else _BUILDERS[run.manifest.benchmark]
     made = build(run, plots)
     marks = "".join(f" {mark}" for mark in run.manifest.marks)
@@ -106,6 +106,7 @@ def _accuracy(run: Run, plots: Path) -> Section:
     return Section(
         run,
         facts,
+        rows,
         [cost_table("Score and cost", rows), *accuracy_tables(manifest, records)],
         {
             "summary.csv": _frame([asdict(row) for row in rows], manifest.notes),
@@ -126,6 +127,7 @@ def _throughput(run: Run, plots: Path) -> Section:
     return Section(
         run,
         _measured(run),
+        rows,
         [throughput_table("Throughput, latency and memory", rows), gain_table(found)],
         {"summary.csv": bench_frame(manifest, rows, notes)},
         write_bench_plots(plots, rows, found, manifest.title),
@@ -146,6 +148,7 @@ def _latency(run: Run, plots: Path) -> Section:
     return Section(
         run,
         _measured(run),
+        records,
         [latency_table("Decode step by part", records)],
         {"summary.csv": _frame(flat, notes)},
         [write_latency_bars(plots / "latency.png", good, run.manifest.title)] if good else [],
@@ -157,6 +160,7 @@ def _kernels(run: Run, plots: Path) -> Section:
     from evals.bench.kernel_report import read_compiled, report_of
 
     report = report_of(run.manifest, run.records, read_compiled(run.path))
+    rows = [{name: value for name, value in asdict(r).items() if name != "conditions"} for r in run.records]
     good = sum(r.status == "ok" for r in run.records)
     return Section(
         run,
@@ -166,8 +170,9 @@ def _kernels(run: Run, plots: Path) -> Section:
             "compiled": str(len(report.compiled)),
             "machine": ", ".join(dict.fromkeys(r.machine for r in run.records)),
         },
+        report.records,
         report.tables,
-        {"summary.csv": _frame([{k: v for k, v in asdict(r).items() if k != "conditions"} for r in run.records], [])},
+        {"summary.csv": _frame(rows, run.manifest.notes)},
         [],
         [note for note in report.notes if note not in run.manifest.notes],
     )
