@@ -12,8 +12,9 @@ from tiny_models import FAMILIES, random_prompt, tiny_model
 from shadowkv.engine import Engine
 from shadowkv.errors import SkvError
 from shadowkv.geometry import decoder_layers
+from shadowkv.methods.full import Full
 from shadowkv.registry import parse_method
-from shadowkv.streamed import StreamedPrompt
+from shadowkv.streamed import StreamedPrompt, _Chunk
 
 TOKENS, STEPS = 300, 6
 
@@ -111,6 +112,32 @@ def test_a_prompt_that_is_done_or_given_up_leaves_nothing_on_the_model(engine):
     assert hooks(model) == 0
 
 
+def held_chunks():
+    gc.collect()
+    return sum(type(x) is _Chunk for x in gc.get_objects())
+
+
+@pytest.mark.parametrize("asked", [0, 1, 2])
+def test_a_prompt_that_is_given_up_lets_go_of_all_it_held(engine, asked):
+    prompt = engine.stream(random_prompt(TOKENS))
+    kept = [layer.layer_kv(None, 0) for layer in prompt.recorded[:asked]]
+    assert len(kept) == asked
+    assert held_chunks() == 5
+    del prompt
+    assert held_chunks() == 0
+
+
+def test_a_cache_that_cannot_be_built_takes_its_prompt_with_it(engine, monkeypatch):
+    def fails(self, layer, kv, rope):
+        raise torch.OutOfMemoryError("planted")
+
+    monkeypatch.setattr(Full, "new_layer", fails)
+    with pytest.raises(torch.OutOfMemoryError, match="planted"):
+        engine.adopt(engine.stream(random_prompt(TOKENS)), Full())
+    assert held_chunks() == 0
+    assert hooks(engine.model) == 0
+
+
 def test_a_failure_between_layers_ends_the_prompt(engine, monkeypatch):
     prompt = engine.stream(random_prompt(TOKENS))
     layers = prompt.recorded
@@ -126,6 +153,8 @@ def test_a_failure_between_layers_ends_the_prompt(engine, monkeypatch):
         with pytest.raises(torch.OutOfMemoryError, match="planted"):
             layers[2].layer_kv(None, 0)
     assert hooks(engine.model) == 0
+    with pytest.raises(ValueError, match="given up"):
+        layers[2].layer_kv(None, 0)
     method = parse_method("full")
     prompt = engine.stream(random_prompt(TOKENS))
     engine.adopt(prompt, method)
