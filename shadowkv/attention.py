@@ -52,6 +52,9 @@ def mask_of_chunk(
     None also for the chunk of a prompt, whose queries are the last T of n tokens: see `dense_attention`. A mask would
     take T * n bytes for as long as the chunk is under way.
     """
+    if allow_is_causal_skip and "q_offset" in kwargs:
+        # Not where a static cache has room behind the newest token. transformers 5.2 tells so itself.
+        allow_is_causal_skip = bool(kwargs["q_offset"] + kwargs["q_length"] == kv_offset + kv_length)
     causal = allow_is_causal_skip and local_size is None
     if causal and attention_mask is not None:
         causal = attention_mask.shape[-1] >= kv_offset + kv_length and bool(attention_mask.all())

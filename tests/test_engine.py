@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from tiny_models import FAMILIES, random_prompt
-from transformers.cache_utils import DynamicCache
+from transformers.cache_utils import DynamicCache, StaticCache
 
 from shadowkv.attention import attach, dense_attention
 from shadowkv.engine import Engine
@@ -130,6 +130,17 @@ def test_other_caches_can_be_given_a_prompt_in_chunks(tiny):
         whole = model(ids).logits
         parts = [model(part, past_key_values=cache).logits for part in ids.split(128, dim=1)]
     assert torch.allclose(torch.cat(parts, dim=1), whole, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "mistral-sliding"])
+def test_static_caches_have_room_that_no_query_sees(tiny, family):
+    model, ids = tiny(family), random_prompt(40)
+    options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
+    model.set_attn_implementation("sdpa")
+    expected = model.generate(ids, **options)
+    attach(model)
+    cache = StaticCache(config=model.config, max_cache_len=60)
+    assert torch.equal(model.generate(ids, past_key_values=cache, disable_compile=True, **options), expected)
 
 
 @pytest.mark.gpu
