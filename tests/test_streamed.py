@@ -73,6 +73,24 @@ def test_few_layers_are_held_at_a_time(tiny, ahead):
 
 
 @pytest.mark.parametrize("ahead", [0, 1])
+def test_whoever_takes_layers_holds_none_while_others_are_computed(engine, monkeypatch, ahead):
+    monkeypatch.setattr(Full, "new_layer", lambda self, layer, kv, rope: None)
+    prompt = StreamedPrompt(engine.model, random_prompt(TOKENS), [100, 200, TOKENS], ahead=ahead)
+    of_a_layer = 2 * TOKENS * 16 * 4  # KV heads, channels, bytes
+    dense = []
+
+    def count(*_):
+        stores = [x.untyped_storage() for x in gc.get_objects() if type(x) is torch.Tensor]
+        dense.append(len({store.data_ptr() for store in stores if store.nbytes() == of_a_layer}) / 2)
+
+    watched = [layer.mlp.register_forward_hook(count) for layer in decoder_layers(engine.model)]
+    engine.adopt(prompt, Full())
+    for hook in watched:
+        hook.remove()
+    assert max(dense) == 1 + ahead
+
+
+@pytest.mark.parametrize("ahead", [0, 1])
 def test_layers_under_way_change_nothing(engine, ahead):
     ids = random_prompt(TOKENS)
     prompt = StreamedPrompt(engine.model, ids, [64, 128, 192, 256, TOKENS], record_queries=True, ahead=ahead)
