@@ -8,11 +8,14 @@ import sys
 import time
 
 import pytest
+from tiny_models import tiny_model
 
 from cli.main import main
 from evals.results import read_run
-from shadowkv.presets import presets
+from shadowkv.loading import load_tokenizer
+from shadowkv.presets import find_preset, presets
 from shadowkv.registry import methods
+from shadowkv.resolving import ModelSource
 
 SMALL = ["--lengths", "512,768", "--depths", "3", "--haystack", "synthetic", "--max-new-tokens", "6"]
 METHODS = ["-m", "full", "-m", "shadowkv:rank=8,budget=64", "-m", "quest:budget=64"]
@@ -344,6 +347,17 @@ def test_streamed_prompts_give_the_same_answers_without_a_prefill(niah, tmp_path
     assert "computed for each method anew" in (streamed / "summary.md").read_text()
     assert main(["compare", str(kept), str(streamed)]) == 0
     assert "not compare" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("more", [[], ["--stream"]])
+def test_a_model_of_windows_alone_is_planned_as_it_is_run(tmp_path, capsys, more):
+    tokenizer = load_tokenizer(ModelSource("bytes", None, find_preset("llama3.1-8b"), "dummy"))
+    tiny_model("mistral-sliding", vocab_size=len(tokenizer)).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    asked = ["eval", "niah", "--model", str(tmp_path), "-m", "full", *SMALL, *more]
+    assert main([*asked, "--dry-run", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["weights_bytes"] > 0
+    assert main([*asked, "-q", "--out", str(tmp_path / "run")]) == 0
 
 
 def test_a_streamed_prompt_takes_two_layers(capsys, niah):
