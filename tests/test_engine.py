@@ -199,6 +199,15 @@ def test_a_growing_prompt_outgrows_the_reserved_buffers(tiny):
     assert torch.equal(mine, theirs)
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+@pytest.mark.parametrize("record_queries", [False, True])
+def test_the_bytes_of_a_snapshot_are_known_before_it_is_made(tiny, family, record_queries):
+    engine = Engine(tiny(family), record_queries=record_queries)
+    layers = [x.layer_kv(None, 0) for x in engine.prefill(random_prompt(100)).recording.recorded]
+    held = sum(x.nbytes for kv in layers for x in (kv.k, kv.v, kv.q_all) if x is not None)
+    assert engine.snapshot_bytes(100) == held
+
+
 def test_queries_are_recorded_only_on_request(tiny):
     prefill = Engine(tiny("llama")).prefill(random_prompt(100))
     assert all(layer.layer_kv(None, 0).q_all is None for layer in prefill.recording.recorded)

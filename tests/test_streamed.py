@@ -88,6 +88,7 @@ def test_whoever_takes_layers_holds_none_while_others_are_computed(engine, monke
     for hook in watched:
         hook.remove()
     assert max(dense) == 1 + ahead
+    assert dense[0] == 1, "there is room for all chunks from the first one on"
 
 
 @pytest.mark.parametrize("ahead", [0, 1])
