@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import json
 from dataclasses import replace
-from itertools import pairwise
+from itertools import count, pairwise
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,7 +15,7 @@ from test_results import manifest
 from tiny_models import tiny_model
 
 from evals.bench.conditions import conditions, noise_note
-from evals.bench.engines import SkvContender, TransformersContender
+from evals.bench.engines import Began, SkvContender, TransformersContender
 from evals.bench.latency import PARTS, LatencyRecord, measure_latency, parts_of
 from evals.bench.latency_report import write_latency_reports
 from evals.bench.lists import parse_batches
@@ -359,10 +359,12 @@ def test_prompts_are_computed_once_and_forgotten_with_their_context(engine, prom
 
 
 def test_prompts_that_the_host_cannot_keep_go_straight_into_caches(engine, prompts, monkeypatch):
-    kept = [SkvContender(engine, prompts, parse_method(spec)).start(CONTEXT, 3) for spec in SPECS]
+    specs = [*SPECS, "full+minference:vertical=8,slash=8"]
+    kept = [SkvContender(engine, prompts, parse_method(spec)).start(CONTEXT, 3) for spec in specs]
+    assert not torch.equal(kept[0]._tokens[0], kept[-1]._tokens[0]), "a sparse prompt is another one"
     prompts._kept.clear()
     monkeypatch.setattr("evals.bench.prompts.available_host_bytes", lambda: 0)
-    for before, spec in zip(kept, SPECS, strict=True):
+    for before, spec in zip(kept, specs, strict=True):
         straight = SkvContender(engine, prompts, parse_method(spec)).start(CONTEXT, 3)
         assert not prompts._kept
         assert (before.began.streamed_rows, straight.began.streamed_rows) == (0, 3)
@@ -415,8 +417,11 @@ def test_short_prompts_are_computed_together(engine, prompts, monkeypatch):
     computed = []
     real = engine.stream
     monkeypatch.setattr(engine, "stream", lambda ids, sparse=None: computed.append(len(ids)) or real(ids, sparse))
-    decoding = SkvContender(engine, prompts, parse_method("full")).start(60, 5)
+    contender = SkvContender(engine, prompts, parse_method("full"))
+    contender._clock = SimpleNamespace(now=count().__next__)
+    decoding = contender.start(60, 5)
     assert computed == [2, 2, 1], "the prefill's chunks hold 128 tokens"
+    assert decoding.began == Began(ttft_s=1, prefill_s=3, build_s=1, stacked=decoding.began.stacked, streamed_rows=5)
     for _ in range(3):
         decoding.step()
     monkeypatch.undo()
