@@ -398,6 +398,12 @@ def test_hits_are_chunks_that_were_chosen_before(engine, prompts):
     assert hit_rate(lambda: pytest.fail("nothing to count"), lambda: [], 6) is None
 
 
+def test_empty_slots_are_no_hits():
+    held = torch.tensor([[[3, 4, -1]]])
+    found = hit_rate(lambda: held.copy_(torch.tensor([[[3, 5, -1]]])), lambda: [held], 1)
+    assert found == 0.5
+
+
 def test_a_sweep_shows_hits_where_chunks_stay(engine, prompts, tmp_path):
     specs = ["full", "shadowkv:rank=8,budget=64", "shadowkv:rank=8,budget=64,engine=fast"]
     plan = Plan((CONTEXT,), (1,), 1, 8)
