@@ -203,7 +203,9 @@ def _manifest(ready: _Prepared, prefill_chunk_tokens: int, loaded: LoadedModel) 
     streamed = {"streamed": True} if ready.settings.stream else {}
     notes = ["dummy weights: scores mean nothing, only times and bytes do"] if loaded.dummy else []
     if ready.settings.stream:
-        notes.append("prompts were computed for each method anew, and caches built meanwhile: prefill is both")
+        notes.append(
+            "prompts were computed for each method anew, not once for all, and caches built meanwhile: prefill is both"
+        )
     notes += task.notes()
     notes += _left_out_lines(ready.left_out)
     notes += [f"unsupported: {label}: {why}" for label, why in ready.unsupported.items()]

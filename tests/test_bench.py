@@ -417,6 +417,17 @@ def test_a_sweep_shows_hits_where_chunks_stay(engine, prompts, tmp_path):
     assert len(decoded) == 1, "steps that only count are not among those compared"
 
 
+def test_room_is_left_for_a_prompt_and_the_queries_that_are_kept_of_it(engine):
+    dims, hidden = engine.dims, engine.model.config.hidden_size
+    asked = {"computes_prompts": False}, {}, {"records_queries": True}
+    without, dense, queries = (
+        room(engine, **changes).need(parse_method("full"), CONTEXT, 1, 5).device for changes in asked
+    )
+    of_a_layer = dims.full_bytes_per_token // dims.layers
+    assert dense - without == 2 * CONTEXT * (of_a_layer + hidden * dims.element_bytes)
+    assert queries - dense == 2 * CONTEXT * dims.query_bytes_per_token // dims.layers
+
+
 def test_short_prompts_are_computed_together(engine, prompts, monkeypatch):
     monkeypatch.setattr("evals.bench.prompts.available_host_bytes", lambda: 0)
     assert [len(list(prompts.ids(60, number))) for number in range(5)] == [1] * 5

@@ -332,7 +332,9 @@ def test_predictions_are_the_same_without_prefix_reuse(niah, tmp_path, capsys):
 
 
 def test_streamed_prompts_give_the_same_answers_without_a_prefill(niah, tmp_path, capsys, monkeypatch):
-    asked = [*niah[:-2], "-q", "--turns", "2", "-m", "h2o:budget=64", "-m", "xkv:rank_k=16,rank_v=16"]
+    asked = [*niah[:-2], "-q", "--turns", "2", "--first-query-in-prefill"]
+    for spec in ("h2o:budget=64", "xkv:rank_k=16,rank_v=16", "full+minference:vertical=8,slash=8"):
+        asked += ["-m", spec]
     kept, streamed = tmp_path / "kept", tmp_path / "streamed"
     assert main([*asked, "--out", str(kept)]) == 0
     with monkeypatch.context() as patched:
@@ -343,6 +345,7 @@ def test_streamed_prompts_give_the_same_answers_without_a_prefill(niah, tmp_path
     predictions = [{r.key: (r.tokens, r.score, r.device_bytes) for r in records} for records in (before, after)]
     assert predictions[0] == predictions[1]
     assert all(r.reused_tokens == 0 and r.prefill_s > 0 for r in after)
+    assert after[0].build_s < after[0].prefill_s / 10, "its cache was built while it was computed"
     assert manifest.config["streamed"] is True
     assert "computed for each method anew" in (streamed / "summary.md").read_text()
     assert main(["compare", str(kept), str(streamed)]) == 0
