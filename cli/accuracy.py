@@ -164,7 +164,7 @@ def _plan(ready: _Prepared) -> int:
     from cli.render import print_table, status
     from evals.summary import grouped
     from evals.tables import Table, mib, tokens
-    from shadowkv.model_size import model_size
+    from shadowkv.model_size import count_parameters, streamed_bytes
 
     settings = ready.settings
     prompts = []
@@ -176,13 +176,14 @@ def _plan(ready: _Prepared) -> int:
     longest = max(prompt["prompt_tokens"] for prompt in prompts)
     planned = {method.label: method.prompt_bytes(ready.dims, longest) for method in ready.methods}
     memory = {label: {"device_bytes": held.device, "host_bytes": held.host} for label, held in planned.items()}
-    size = model_size(ready.config, ready.dims.element_bytes, trust_remote_code=settings.trust_remote_code)
-    weights = size.weight_bytes
+    counted = count_parameters(ready.config, trust_remote_code=settings.trust_remote_code)
+    weights = counted.total * ready.dims.element_bytes
     snapshots = len({method.prefill for method in ready.methods})
     queries = ready.dims.query_bytes_per_token if ready.records_queries else 0
     prefill = (ready.dims.full_bytes_per_token + queries) * longest * snapshots
     if settings.stream:
-        prefill = size.streamed_bytes(longest, with_queries=ready.records_queries)
+        hidden = ready.config.get_text_config().hidden_size
+        prefill = streamed_bytes(ready.dims, hidden, longest, with_queries=ready.records_queries)
     if settings.as_json:
         told = {"model": ready.source.name, "source": ready.source.described, "examples": prompts, "methods": memory}
         costs = {"weights_bytes": weights, "prefill_kv_bytes": prefill, "answers": len(prompts) * len(memory)}
@@ -253,7 +254,9 @@ def _manifest(ready: _Prepared, told: Circumstances) -> Manifest:
     streamed = {"streamed": True} if ready.settings.stream else {}
     notes = ["dummy weights: scores mean nothing, only times and bytes do"] if told.model["dummy"] else []
     if ready.settings.stream:
-        notes.append("prompts were computed for each method anew, and caches built meanwhile: prefill is both")
+        notes.append(
+            "prompts were computed for each method anew, not once for all, and caches built meanwhile: prefill is both"
+        )
     if ready.settings.workers > 1:
         notes.append(f"answered by {ready.settings.workers} processes side by side: times are of a shared machine")
     notes += task.notes()

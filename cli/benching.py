@@ -118,7 +118,7 @@ def load(ready: Prepared, *, graphs: bool = True) -> Loaded:
     """Load the weights and line up what is measured. graphs: see `shadowkv.engine.Engine`."""
     from evals.bench.conditions import machine_name
     from evals.bench.engines import ENGINES, SkvContender
-    from evals.bench.measuring import Bench
+    from evals.bench.measuring import STEPS_OF_HITS, Bench
     from evals.bench.prompts import RealPrompts, SyntheticPrompts, warm_up
     from evals.bench.vllm_engine import VllmContender
     from evals.manifest import this_session
@@ -135,7 +135,7 @@ def load(ready: Prepared, *, graphs: bool = True) -> Loaded:
         graphs=graphs,
     )
     for context in ready.contexts:
-        engine.rope.check_span(context, settings.warmup + settings.steps)
+        engine.rope.check_span(context, settings.warmup + settings.steps + STEPS_OF_HITS)
     ready.room.hold_cap()
     prompts: Prompts = (
         SyntheticPrompts(engine, settings.seed, with_queries=ready.records_queries)

@@ -11,6 +11,7 @@ from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
+from torch.backends.cuda import SDPAParams, can_use_flash_attention
 from torch.nn import functional as F
 from torch.nn.attention.bias import causal_lower_right
 from transformers import AttentionInterface, PreTrainedModel
@@ -52,6 +53,9 @@ def mask_of_chunk(
     None also for the chunk of a prompt, whose queries are the last T of n tokens: see `dense_attention`. A mask would
     take T * n bytes for as long as the chunk is under way.
     """
+    if allow_is_causal_skip and "q_offset" in kwargs:
+        # Not where a static cache has room behind the newest token. transformers 5.2 tells so itself.
+        allow_is_causal_skip = bool(kwargs["q_offset"] + kwargs["q_length"] == kv_offset + kv_length)
     causal = allow_is_causal_skip and local_size is None
     if causal and attention_mask is not None:
         causal = attention_mask.shape[-1] >= kv_offset + kv_length and bool(attention_mask.all())
@@ -112,7 +116,7 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scalin
     queries, keys = q.shape[2], k.shape[2]
     if mask is None and queries in (1, keys):
         return F.scaled_dot_product_attention(q, k, v, is_causal=queries > 1, scale=scaling, enable_gqa=True)
-    if mask is None and q.device.type == "cuda" and q.dtype in (torch.bfloat16, torch.float16):
+    if mask is None and _has_flash(q, k, v):
         # A kernel that knows where the queries begin: with a mask there is none that runs in blocks.
         aligned = causal_lower_right(queries, keys)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=aligned, scale=scaling, enable_gqa=True)
@@ -122,3 +126,7 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scalin
     grouped = q.reshape(q.shape[0], k.shape[1], groups * queries, q.shape[3])
     out = F.scaled_dot_product_attention(grouped, k, v, attn_mask=mask.repeat(1, 1, groups, 1), scale=scaling)
     return out.view_as(q)
+
+
+def _has_flash(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    return q.device.type == "cuda" and bool(can_use_flash_attention(SDPAParams(q, k, v, None, 0.0, False, True)))

@@ -103,6 +103,7 @@ class MethodCache(Cache):
                 kv = recorded.layer_kv(row, pad)
                 cache.ingest(index, kv._replace(depth=depth, shared=shared))
                 batch, tokens = kv.k.shape[0], recorded.tokens
+                del kv  # or a layer would be held while the next one is computed
             layers.append(MethodLayer(index, self._shares, recorded.tokens))
         self._shares += [Share(cache, batch) for cache in caches]
         self.row_tokens = [tokens - pad for pad in padding for _ in range(batch)]

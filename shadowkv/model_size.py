@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from shadowkv.errors import SkvError
@@ -31,14 +31,15 @@ class ModelSize:
         held = sum(min(window - 1, tokens) for window in self.windows)
         return 2 * held * self.dims.width * self.dims.element_bytes
 
-    def streamed_bytes(self, tokens: int, *, with_queries: bool) -> int:
-        """Device memory of a prompt that is computed layer by layer (`shadowkv.streamed`).
 
-        Two layers of it, what enters the next one, and the embeddings.
-        """
-        dims = self.dims
-        layer = dims.full_bytes_per_token + (dims.query_bytes_per_token if with_queries else 0)
-        return 2 * tokens * (layer // dims.layers + self.hidden * dims.element_bytes)
+def streamed_bytes(dims: Dims, hidden: int, tokens: int, *, with_queries: bool) -> int:
+    """Device memory of a prompt that is computed layer by layer (`shadowkv.streamed`). hidden: see `ModelSize`.
+
+    Two layers of it, what enters the next one, and the embeddings.
+    """
+    layer = replace(dims, layers=1)
+    kept = layer.full_bytes_per_token + (layer.query_bytes_per_token if with_queries else 0)
+    return 2 * tokens * (kept + hidden * dims.element_bytes)
 
 
 class Parameters(NamedTuple):

@@ -59,8 +59,8 @@ class StreamedPrompt:
         self._hooks = [
             layer.register_forward_pre_hook(partial(_wait, self._chunks)) for layer in decoder_layers(model)[1:]
         ]
-        # A prompt that is given up takes its hooks with it.
-        weakref.finalize(self, _remove, self._hooks).atexit = False
+        # Chunks under way hold each other, and all that they computed, by their frames: nothing else would end them.
+        weakref.finalize(self, _end, self._chunks, self._hooks).atexit = False
 
     @property
     def recorded(self) -> Sequence[RecordedLayer]:
@@ -96,13 +96,12 @@ class StreamedPrompt:
 
     def close(self) -> None:
         """Give up what has not been computed."""
-        for chunk in self._chunks:
-            chunk.throw()
-        self._chunks.clear()
-        _remove(self._hooks)
+        _end(self._chunks, self._hooks)
 
     def _pass_layer(self) -> None:
         """Take every chunk through one more layer, on the stream on which this prompt was begun."""
+        if not self._chunks:
+            raise ValueError("this prompt was given up")
         with nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
             for chunk in self._chunks:
                 chunk.parent = getcurrent()
@@ -145,10 +144,14 @@ def _wait(chunks: list[_Chunk], *_: object) -> None:
         current.parent.switch()
 
 
-def _remove(hooks: list[Any]) -> None:
+def _end(chunks: list[_Chunk], hooks: list[Any]) -> None:
     for hook in hooks:
         hook.remove()
     hooks.clear()
+    for chunk in chunks:
+        chunk.parent = getcurrent()
+        chunk.throw()
+    chunks.clear()
 
 
 class _ChunkCache(Cache):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import json
 from dataclasses import replace
-from itertools import pairwise
+from itertools import count, pairwise
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,7 +15,7 @@ from test_results import manifest
 from tiny_models import tiny_model
 
 from evals.bench.conditions import conditions, noise_note
-from evals.bench.engines import SkvContender, TransformersContender
+from evals.bench.engines import Began, SkvContender, TransformersContender
 from evals.bench.latency import PARTS, LatencyRecord, measure_latency, parts_of
 from evals.bench.lists import parse_batches
 from evals.bench.measuring import Bench
@@ -359,10 +359,12 @@ def test_prompts_are_computed_once_and_forgotten_with_their_context(engine, prom
 
 
 def test_prompts_that_the_host_cannot_keep_go_straight_into_caches(engine, prompts, monkeypatch):
-    kept = [SkvContender(engine, prompts, parse_method(spec)).start(CONTEXT, 3) for spec in SPECS]
+    specs = [*SPECS, "full+minference:vertical=8,slash=8"]
+    kept = [SkvContender(engine, prompts, parse_method(spec)).start(CONTEXT, 3) for spec in specs]
+    assert not torch.equal(kept[0]._tokens[0], kept[-1]._tokens[0]), "a sparse prompt is another one"
     prompts._kept.clear()
     monkeypatch.setattr("evals.bench.prompts.available_host_bytes", lambda: 0)
-    for before, spec in zip(kept, SPECS, strict=True):
+    for before, spec in zip(kept, specs, strict=True):
         straight = SkvContender(engine, prompts, parse_method(spec)).start(CONTEXT, 3)
         assert not prompts._kept
         assert (before.began.streamed_rows, straight.began.streamed_rows) == (0, 3)
@@ -396,6 +398,12 @@ def test_hits_are_chunks_that_were_chosen_before(engine, prompts):
     assert hit_rate(lambda: pytest.fail("nothing to count"), lambda: [], 6) is None
 
 
+def test_empty_slots_are_no_hits():
+    held = torch.tensor([[[3, 4, -1]]])
+    found = hit_rate(lambda: held.copy_(torch.tensor([[[3, 5, -1]]])), lambda: [held], 1)
+    assert found == 0.5
+
+
 def test_a_sweep_shows_hits_where_chunks_stay(engine, prompts, tmp_path):
     specs = ["full", "shadowkv:rank=8,budget=64", "shadowkv:rank=8,budget=64,engine=fast"]
     plan = Plan((CONTEXT,), (1,), 1, 8)
@@ -409,14 +417,28 @@ def test_a_sweep_shows_hits_where_chunks_stay(engine, prompts, tmp_path):
     assert len(decoded) == 1, "steps that only count are not among those compared"
 
 
+def test_room_is_left_for_a_prompt_and_the_queries_that_are_kept_of_it(engine):
+    dims, hidden = engine.dims, engine.model.config.hidden_size
+    asked = {"computes_prompts": False}, {}, {"records_queries": True}
+    without, dense, queries = (
+        room(engine, **changes).need(parse_method("full"), CONTEXT, 1, 5).device for changes in asked
+    )
+    of_a_layer = dims.full_bytes_per_token // dims.layers
+    assert dense - without == 2 * CONTEXT * (of_a_layer + hidden * dims.element_bytes)
+    assert queries - dense == 2 * CONTEXT * dims.query_bytes_per_token // dims.layers
+
+
 def test_short_prompts_are_computed_together(engine, prompts, monkeypatch):
     monkeypatch.setattr("evals.bench.prompts.available_host_bytes", lambda: 0)
     assert [len(list(prompts.ids(60, number))) for number in range(5)] == [1] * 5
     computed = []
     real = engine.stream
     monkeypatch.setattr(engine, "stream", lambda ids, sparse=None: computed.append(len(ids)) or real(ids, sparse))
-    decoding = SkvContender(engine, prompts, parse_method("full")).start(60, 5)
+    contender = SkvContender(engine, prompts, parse_method("full"))
+    contender._clock = SimpleNamespace(now=count().__next__)
+    decoding = contender.start(60, 5)
     assert computed == [2, 2, 1], "the prefill's chunks hold 128 tokens"
+    assert decoding.began == Began(ttft_s=1, prefill_s=3, build_s=1, stacked=decoding.began.stacked, streamed_rows=5)
     for _ in range(3):
         decoding.step()
     monkeypatch.undo()

@@ -6,16 +6,18 @@ import json
 
 import pytest
 from test_cli import mistake
+from tiny_models import tiny_model
 
 from cli.main import main
 from evals.bench.latency import LatencyRecord
 from evals.bench.records import BenchRecord
 from evals.results import read_records
 from shadowkv.geometry import dims_of
-from shadowkv.loading import load_config
+from shadowkv.loading import load_config, load_tokenizer
 from shadowkv.model_size import count_parameters
+from shadowkv.presets import find_preset
 from shadowkv.registry import parse_method
-from shadowkv.resolving import resolve
+from shadowkv.resolving import ModelSource, resolve
 
 SMALL = ["--context", "256,512", "--steps", "3", "--warmup", "1", "--haystack", "synthetic"]
 METHODS = ["-m", "full", "-m", "shadowkv:rank=8,budget=64", "-m", "quest:budget=64"]
@@ -26,6 +28,18 @@ def throughput(tiny_folder, tmp_path):
     """Arguments of a sweep of seconds."""
     out = ["--out", str(tmp_path / "run")]
     return ["bench", "throughput", "--model", str(tiny_folder), *METHODS, *SMALL, *out]
+
+
+def test_no_step_crosses_a_change_of_frequencies(tmp_path, capsys):
+    """Also none of those that only count hits."""
+    tokenizer = load_tokenizer(ModelSource("bytes", None, find_preset("llama3.1-8b"), "dummy"))
+    tiny_model("phi3-longrope", vocab_size=len(tokenizer)).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    sweep = ["bench", "throughput", "--model", str(tmp_path), "-m", "full", "--batch", "1", "--haystack", "synthetic"]
+    sweep += ["--steps", "3", "--warmup", "1", "--repeats", "1", "--out", str(tmp_path / "run"), "-q"]
+    capsys.readouterr()  # of saving
+    assert "frequencies change beyond 256 tokens" in mistake(capsys, *sweep, "--context", "245")
+    assert main([*sweep, "--context", "244"]) == 0
 
 
 @pytest.mark.parametrize("command", ["throughput", "latency"])

@@ -8,11 +8,14 @@ import sys
 import time
 
 import pytest
+from tiny_models import tiny_model
 
 from cli.main import main
 from evals.results import read_run
-from shadowkv.presets import presets
+from shadowkv.loading import load_tokenizer
+from shadowkv.presets import find_preset, presets
 from shadowkv.registry import methods
+from shadowkv.resolving import ModelSource
 
 SMALL = ["--lengths", "512,768", "--depths", "3", "--haystack", "synthetic", "--max-new-tokens", "6"]
 METHODS = ["-m", "full", "-m", "shadowkv:rank=8,budget=64", "-m", "quest:budget=64"]
@@ -329,7 +332,9 @@ def test_predictions_are_the_same_without_prefix_reuse(niah, tmp_path, capsys):
 
 
 def test_streamed_prompts_give_the_same_answers_without_a_prefill(niah, tmp_path, capsys, monkeypatch):
-    asked = [*niah[:-2], "-q", "--turns", "2", "-m", "h2o:budget=64", "-m", "xkv:rank_k=16,rank_v=16"]
+    asked = [*niah[:-2], "-q", "--turns", "2", "--first-query-in-prefill"]
+    for spec in ("h2o:budget=64", "xkv:rank_k=16,rank_v=16", "full+minference:vertical=8,slash=8"):
+        asked += ["-m", spec]
     kept, streamed = tmp_path / "kept", tmp_path / "streamed"
     assert main([*asked, "--out", str(kept)]) == 0
     with monkeypatch.context() as patched:
@@ -340,10 +345,22 @@ def test_streamed_prompts_give_the_same_answers_without_a_prefill(niah, tmp_path
     predictions = [{r.key: (r.tokens, r.score, r.device_bytes) for r in records} for records in (before, after)]
     assert predictions[0] == predictions[1]
     assert all(r.reused_tokens == 0 and r.prefill_s > 0 for r in after)
+    assert after[0].build_s < after[0].prefill_s / 10, "its cache was built while it was computed"
     assert manifest.config["streamed"] is True
     assert "computed for each method anew" in (streamed / "summary.md").read_text()
     assert main(["compare", str(kept), str(streamed)]) == 0
     assert "not compare" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("more", [[], ["--stream"]])
+def test_a_model_of_windows_alone_is_planned_as_it_is_run(tmp_path, capsys, more):
+    tokenizer = load_tokenizer(ModelSource("bytes", None, find_preset("llama3.1-8b"), "dummy"))
+    tiny_model("mistral-sliding", vocab_size=len(tokenizer)).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    asked = ["eval", "niah", "--model", str(tmp_path), "-m", "full", *SMALL, *more]
+    assert main([*asked, "--dry-run", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["weights_bytes"] > 0
+    assert main([*asked, "-q", "--out", str(tmp_path / "run")]) == 0
 
 
 def test_a_streamed_prompt_takes_two_layers(capsys, niah):

@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from tiny_models import FAMILIES, random_prompt
-from transformers.cache_utils import DynamicCache
+from transformers.cache_utils import DynamicCache, StaticCache
 
 from shadowkv.attention import attach, dense_attention
 from shadowkv.engine import Engine
@@ -132,6 +132,17 @@ def test_other_caches_can_be_given_a_prompt_in_chunks(tiny):
     assert torch.allclose(torch.cat(parts, dim=1), whole, atol=1e-4)
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma3", "mistral-sliding"])
+def test_static_caches_have_room_that_no_query_sees(tiny, family):
+    model, ids = tiny(family), random_prompt(40)
+    options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
+    model.set_attn_implementation("sdpa")
+    expected = model.generate(ids, **options)
+    attach(model)
+    cache = StaticCache(config=model.config, max_cache_len=60)
+    assert torch.equal(model.generate(ids, past_key_values=cache, disable_compile=True, **options), expected)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.bfloat16, 2e-2), (torch.float16, 2e-3), (torch.float32, 1e-5)])
 @pytest.mark.parametrize("head_dim", [64, 80, 128, 256])
@@ -186,6 +197,15 @@ def test_a_growing_prompt_outgrows_the_reserved_buffers(tiny):
     mine, theirs = (x.recording.recorded[1].layer_kv(None, 0).q_all for x in (grown, alone))
     assert mine.shape[2] == 400
     assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+@pytest.mark.parametrize("record_queries", [False, True])
+def test_the_bytes_of_a_snapshot_are_known_before_it_is_made(tiny, family, record_queries):
+    engine = Engine(tiny(family), record_queries=record_queries)
+    layers = [x.layer_kv(None, 0) for x in engine.prefill(random_prompt(100)).recording.recorded]
+    held = sum(x.nbytes for kv in layers for x in (kv.k, kv.v, kv.q_all) if x is not None)
+    assert engine.snapshot_bytes(100) == held
 
 
 def test_queries_are_recorded_only_on_request(tiny):

@@ -39,6 +39,7 @@ class Decode:
             assert given.shape == buffer.shape
             assert given.data_ptr() != buffer.data_ptr()
         self.indptr, self.indices, self.last, self.scale = indptr.tolist(), indices, last.tolist(), sm_scale
+        assert self.tensor_cores == (heads // kv_heads >= 4), "as serving engines choose"
         self.q_shape, self.page_shape = (len(last), heads, head_dim), (kv_heads, page, head_dim)
         self.types = [q_data_type, kv_data_type, kv_data_type]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from tiny_models import random_prompt
@@ -10,7 +12,9 @@ from torch.utils._pytree import tree_leaves
 
 from shadowkv import ops
 from shadowkv.engine import Engine
+from shadowkv.landmarks import Landmarks
 from shadowkv.method import LayerKV
+from shadowkv.methods.full import Full
 from shadowkv.methods.shadowkv import ShadowKV
 from shadowkv.rope import Rope
 
@@ -111,6 +115,30 @@ def test_factors_of_later_tokens_are_as_good_as_those_of_the_prompt(factors):
     error = (held.rebuild(index)[:, 0] - x).norm(dim=-1) / x.norm(dim=-1)
     assert error[:, :300].mean() < 0.02
     assert error[:, 300:].mean() < 1.2 * error[:, :300].mean()
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3-longrope"])
+@pytest.mark.parametrize("engine", ["reference", "fast"])
+def test_blocks_of_a_prompt_make_up_the_whole(tiny, monkeypatch, family, engine):
+    """The first blocks end before the frequencies of longrope change, which their prompt does not."""
+    runs = Engine(tiny(family))
+    prefill = runs.prefill(random_prompt(300))
+    exact = replace(ShadowKV(engine=engine).lossless(runs.dims, 400), local=1)
+    stream = random_prompt(6, seed=7)
+    monkeypatch.setattr("shadowkv.low_rank.BLOCK_TOKENS", 64)
+    caches = [runs.replay(prefill, method) for method in (exact, Full())]
+    for token in stream.split(1, dim=1):
+        torch.testing.assert_close(*(runs.extend(cache, token) for cache in caches), rtol=1e-3, atol=1e-3)
+
+
+def test_landmarks_of_blocks_are_those_of_the_whole(kv, monkeypatch):
+    keys = kv.k[:, :, :264]
+    whole, worst = Landmarks.of(keys, 8, 5)
+    monkeypatch.setattr("shadowkv.landmarks._BLOCK_TOKENS", 64)
+    blocks, same = Landmarks.of(keys, 8, 5)
+    assert torch.equal(same, worst)
+    assert torch.equal(blocks.numbers.view, whole.numbers.view)
+    torch.testing.assert_close(blocks.means.view, whole.means.view)
 
 
 @pytest.mark.parametrize("engine", ["reference", "fast"])

@@ -13,9 +13,10 @@ from shadowkv.engine import Engine
 from shadowkv.errors import SkvError
 from shadowkv.geometry import decoder_layers
 from shadowkv.method import DecodeCache
+from shadowkv.methods.full import Full
 from shadowkv.registry import parse_method
 from shadowkv.stacking import Stackable
-from shadowkv.streamed import StreamedPrompt
+from shadowkv.streamed import StreamedPrompt, _Chunk
 
 TOKENS, STEPS = 300, 6
 
@@ -98,6 +99,25 @@ def test_few_layers_are_held_at_a_time(tiny, ahead):
 
 
 @pytest.mark.parametrize("ahead", [0, 1])
+def test_whoever_takes_layers_holds_none_while_others_are_computed(engine, monkeypatch, ahead):
+    monkeypatch.setattr(Full, "new_layer", lambda self, layer, kv, rope: None)
+    prompt = StreamedPrompt(engine.model, random_prompt(TOKENS), [100, 200, TOKENS], ahead=ahead)
+    of_a_layer = 2 * TOKENS * 16 * 4  # KV heads, channels, bytes
+    dense = []
+
+    def count(*_):
+        stores = [x.untyped_storage() for x in gc.get_objects() if type(x) is torch.Tensor]
+        dense.append(len({store.data_ptr() for store in stores if store.nbytes() == of_a_layer}) / 2)
+
+    watched = [layer.mlp.register_forward_hook(count) for layer in decoder_layers(engine.model)]
+    engine.adopt(prompt, Full())
+    for hook in watched:
+        hook.remove()
+    assert max(dense) == 1 + ahead
+    assert dense[0] == 1, "there is room for all chunks from the first one on"
+
+
+@pytest.mark.parametrize("ahead", [0, 1])
 def test_layers_under_way_change_nothing(engine, ahead):
     ids = random_prompt(TOKENS)
     prompt = StreamedPrompt(engine.model, ids, [64, 128, 192, 256, TOKENS], record_queries=True, ahead=ahead)
@@ -137,6 +157,32 @@ def test_a_prompt_that_is_done_or_given_up_leaves_nothing_on_the_model(engine):
     assert hooks(model) == 0
 
 
+def held_chunks():
+    gc.collect()
+    return sum(type(x) is _Chunk for x in gc.get_objects())
+
+
+@pytest.mark.parametrize("asked", [0, 1, 2])
+def test_a_prompt_that_is_given_up_lets_go_of_all_it_held(engine, asked):
+    prompt = engine.stream(random_prompt(TOKENS))
+    kept = [layer.layer_kv(None, 0) for layer in prompt.recorded[:asked]]
+    assert len(kept) == asked
+    assert held_chunks() == 5
+    del prompt
+    assert held_chunks() == 0
+
+
+def test_a_cache_that_cannot_be_built_takes_its_prompt_with_it(engine, monkeypatch):
+    def fails(self, layer, kv, rope):
+        raise torch.OutOfMemoryError("planted")
+
+    monkeypatch.setattr(Full, "new_layer", fails)
+    with pytest.raises(torch.OutOfMemoryError, match="planted"):
+        engine.adopt(engine.stream(random_prompt(TOKENS)), Full())
+    assert held_chunks() == 0
+    assert hooks(engine.model) == 0
+
+
 def test_a_failure_between_layers_ends_the_prompt(engine, monkeypatch):
     prompt = engine.stream(random_prompt(TOKENS))
     layers = prompt.recorded
@@ -152,6 +198,8 @@ def test_a_failure_between_layers_ends_the_prompt(engine, monkeypatch):
         with pytest.raises(torch.OutOfMemoryError, match="planted"):
             layers[2].layer_kv(None, 0)
     assert hooks(engine.model) == 0
+    with pytest.raises(ValueError, match="given up"):
+        layers[2].layer_kv(None, 0)
     method = parse_method("full")
     prompt = engine.stream(random_prompt(TOKENS))
     engine.adopt(prompt, method)

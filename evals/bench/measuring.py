@@ -16,7 +16,7 @@ from shadowkv.engine import Engine
 from shadowkv.planner import demand_of, step_bytes
 from shadowkv.wording import one_line
 
-_STEPS_OF_HITS = 8  # not among those timed: counting waits for the device
+STEPS_OF_HITS = 8  # not among those timed: counting waits for the device
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Bench:
             step_ms = step_times(decoding.step, self.warmup_steps, self.steps, Clock(device))
             held, began, tokens_sha256 = decoding.nbytes(), decoding.began, decoding.tokens_sha256()
             on_device, on_host = peak_bytes(device)
-            hits = hit_rate(decoding.step, decoding.resident_chunks, _STEPS_OF_HITS)
+            hits = hit_rate(decoding.step, decoding.resident_chunks, STEPS_OF_HITS)
             return BenchRecord(
                 *cell,
                 status="ok",

@@ -10,7 +10,7 @@ import torch
 
 from shadowkv.host_memory import HOST_RESERVE, available_host_bytes
 from shadowkv.method import Bytes, Method
-from shadowkv.model_size import ModelSize
+from shadowkv.model_size import ModelSize, streamed_bytes
 from shadowkv.planner import demand_of, sequence_parts
 
 _GROWTH_TOKENS = 256  # room that buffers make for new tokens at a time
@@ -44,7 +44,7 @@ class Room:
         growth = (new_tokens + _GROWTH_TOKENS) * dims.full_bytes_per_token
         prompt = 0
         if self.computes_prompts:
-            prompt = self.model.streamed_bytes(context, with_queries=self.records_queries)
+            prompt = streamed_bytes(dims, self.model.hidden, context, with_queries=self.records_queries)
         return Bytes(self.model.weight_bytes + batch * (one.device + growth) + prompt, batch * one.host)
 
     def check(self, method: Method, context: int, batch: int, new_tokens: int) -> None:

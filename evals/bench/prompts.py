@@ -119,6 +119,7 @@ class RealPrompts(Prompts):
             kv = layer.layer_kv(None, 0)
             prefill_s += self._clock.now() - began  # without the way to the host
             layers.append(_KeptLayer(layer.window, layer.tokens, _moved(kv, torch.device("cpu")), device))
+            del kv  # or it would be held while the next one is computed
         rows = Rows(layers, partial(list, _greedy(prompt)), prefill_s)
         self._kept[context, number, sparse] = rows
         return rows
