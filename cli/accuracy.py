@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cli.answering import answering, check_workers
 from cli.asked import AskedModel
 from cli.options import Settings
 
 if TYPE_CHECKING:
     from evals.manifest import Circumstances, Manifest
-    from evals.results import Record, RunFolder
-    from evals.runner import Run, Step
+    from evals.results import Record
     from evals.task import Question, Task
     from shadowkv.method import Method
 
-    Answer = Callable[[RunFolder[Record], Callable[[Step], None]], None]
     # The model's context in tokens -> the task, or an error about a length beyond it.
     MakeTask = Callable[[int], Task]
 
@@ -41,7 +39,7 @@ class _Prepared(AskedModel):
         if settings.stream and settings.diagnostics:
             raise SkvError("--diagnostics compares layers of a prompt that is kept, and --stream keeps none")
         super().__init__(settings, dummy=settings.dummy)
-        _check_workers(settings.workers, self.device)
+        check_workers(settings.workers, self.device)
         self.settings = settings
         self.task = make_task(self.context_tokens)
         if settings.kv_bytes is not None:
@@ -90,7 +88,7 @@ def _run(ready: _Prepared, questions: Sequence[Question]) -> list[Record]:
 
     settings = ready.settings
     with ExitStack() as held:
-        told, answer = held.enter_context(_answering(ready, questions))
+        told, answer = held.enter_context(answering(settings, ready.task, questions, ready.methods))
         manifest = _manifest(ready, told)
         path = settings.out or Path("results") / manifest.folder_name
         folder = held.enter_context(open_run(path, manifest))
@@ -116,47 +114,6 @@ def _run(ready: _Prepared, questions: Sequence[Question]) -> list[Record]:
         names = [str(file.relative_to(path)) for file in files]
         print(f"{path}: run.json samples.jsonl {' '.join(names)}")
     return unscored
-
-
-@contextmanager
-def _answering(ready: _Prepared, questions: Sequence[Question]) -> Iterator[tuple[Circumstances, Answer]]:
-    """What answers the questions into a run folder: this process, or several others."""
-    from evals.runner import run_accuracy
-    from evals.workers import started
-
-    begin = partial(_begin, ready.settings, ready.task, ready.records_queries)
-    count = min(ready.settings.workers, len(questions))
-    if count == 1:
-        run, told = begin(0, 1)
-        yield told, partial(run_accuracy, run, questions, ready.methods)
-        return
-    with started(count, begin, ready.methods) as workers:
-        yield workers.told, partial(workers.run_accuracy, ready.task, questions, ready.methods)
-
-
-def _begin(settings: Settings, task: Task, record_queries: bool, place: int, count: int) -> tuple[Run, Circumstances]:
-    """Load the model in the process that answers, `place` of `count`."""
-    import torch
-
-    from evals.manifest import Circumstances, model_entry, this_session
-    from evals.runner import Run
-    from shadowkv.engine import Engine
-
-    asked = AskedModel(settings, dummy=settings.dummy)
-    if count > 1 and asked.device == "cpu":
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // count))
-    elif count > 1:
-        asked.device = f"cuda:{place}"
-    loaded = asked.load()
-    engine = Engine(
-        loaded.model,
-        prefill_chunk_tokens=settings.prefill_chunk_tokens,
-        reuse_prefix=settings.reuse_prefix,
-        record_queries=record_queries,
-    )
-    run = Run(engine, loaded, task, diagnostics=settings.diagnostics, streamed=settings.stream)
-    session = this_session(["skv", *sys.argv[1:]], loaded.device)
-    return run, Circumstances(model_entry(loaded), engine.prefill_chunk_tokens, session)
 
 
 def _plan(ready: _Prepared) -> int:
@@ -214,20 +171,6 @@ def _plan(ready: _Prepared) -> int:
         beyond = f"beyond this model's context of {ready.context_tokens}"
         print(f"skv: note: prompts of {longest} tokens are {beyond} and cannot be run", file=sys.stderr)
     return 0
-
-
-def _check_workers(count: int, device: str) -> None:
-    """Refuse more processes than there are GPUs for."""
-    import torch
-
-    from shadowkv.errors import SkvError
-
-    if count < 1:
-        raise SkvError(f"--workers must be at least 1, got {count}")
-    if count > 1 and ":" in device:
-        raise SkvError(f"--workers gives each process a GPU of its own; leave out --device {device}")
-    if count > 1 and device == "cuda" and torch.cuda.device_count() < count:
-        raise SkvError(f"--workers {count} needs as many GPUs, and {torch.cuda.device_count()} are here")
 
 
 def tell_left_out(left_out: dict[str, str]) -> None:

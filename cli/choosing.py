@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from cli.options import RunOptions
-    from shadowkv.method import Dims, Method
+    from shadowkv.dims import Dims
+    from shadowkv.method import Method
     from shadowkv.resolving import ModelSource
 
 # What a name with @ stands for; `all` is every method there is.

@@ -69,7 +69,8 @@ def methods(
     model: Annotated[str, typer.Option(help="Preset whose geometry the bytes are for.")] = "llama3.1-8b",
 ) -> None:
     """List the methods with their parameters, defaults, paper and KV bytes per token."""
-    from shadowkv.method import Dims, format_value
+    from shadowkv.dims import Dims
+    from shadowkv.method import format_value
     from shadowkv.presets import find_preset
     from shadowkv.registry import methods as registered
 

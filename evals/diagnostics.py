@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from shadowkv import ops
+from shadowkv.dims import Bytes
 from shadowkv.engine import Engine, Prefill
 from shadowkv.layerwise import LayerwiseMethod
-from shadowkv.method import Bytes, DecodeCache, Guess, LayerKV, Method
+from shadowkv.method import DecodeCache, Guess, LayerKV, Method
 from shadowkv.methods.full import Full
 from shadowkv.prefills import WithPrefill
 from shadowkv.rope import Rope

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from evals.tables import Table, number, tokens
+from shadowkv.dims import Bytes, Dims
 from shadowkv.gpus import GPU
-from shadowkv.method import Bytes, Dims, Method
+from shadowkv.method import Method
 from shadowkv.methods.full import Full
 from shadowkv.methods.shadowkv import HIT_RATE, ShadowKV
 from shadowkv.model_size import ModelSize

@@ -5,19 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, NamedTuple, NoReturn, cast
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicSlidingWindowLayer
 
-from shadowkv.attention import attach, with_handle
+from shadowkv.attention import with_handle
+from shadowkv.dims import Bytes
 from shadowkv.errors import SkvError
 from shadowkv.foresight import Foresight
-from shadowkv.geometry import dims_of
-from shadowkv.method import Bytes, DecodeCache, Method, depth_of
-from shadowkv.recording import Recorded, RecordedLayer, Recording, count_queries
+from shadowkv.method import DecodeCache, Method, depth_of
+from shadowkv.recording import Recorded, RecordedLayer, count_queries
 from shadowkv.rope import Rope
 
 
@@ -242,43 +242,6 @@ class JoinedCache(MethodCache):
         kept.layers = [MethodLayer(index, kept._shares, columns) for index in range(len(self.layers))]
         self._shares, self.layers = [], []
         return kept
-
-
-class DropInCache(MethodCache):
-    """For plain `model.generate`: the first forward pass is recorded as the prompt, the second starts the method."""
-
-    def __init__(self, model: PreTrainedModel, method: Method) -> None:
-        method.check(dims_of(model.config, model.dtype.itemsize, model.device.type))
-        attach(model)
-        Cache.__init__(self, layers=[])
-        self._method, self._rope = method, Rope(model)
-        self._recording: Recording | None = Recording(model, method.prefill, method.needs_prompt_queries)
-        self._shares, self.row_tokens = [], []
-        self._foresight = Foresight(model, self) if method.speculates else None
-        self.layers = self._recording.layers
-
-    def nbytes(self) -> Bytes:
-        """What the method holds or, before it has started, the recorded prompt."""
-        if self._recording is None:
-            return super().nbytes()
-        return Bytes(sum(layer.nbytes() for layer in self._recording.recorded), 0)
-
-    def close(self) -> None:
-        self._recording = None
-        super().close()
-
-    def __bool__(self) -> bool:
-        # Phi-3's generate throws away any true cache before a prompt longer than its short-frequency range; an
-        # empty one has nothing that could have been rotated wrongly.
-        return bool(self.get_seq_length() > 0)
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        if self._recording is not None and layer_idx == 0 and self._recording.recorded[-1].tokens:
-            self.begin(self._recording, self._method, self._rope, self._recording.padding)
-            self._recording = None
-        return cast("tuple[Tensor, Tensor]", super().update(key_states, value_states, layer_idx, *args, **kwargs))
 
 
 def _joined(held: list[Share]) -> list[Share]:

@@ -6,8 +6,8 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
+from shadowkv.dims import Dims
 from shadowkv.errors import SkvError
-from shadowkv.method import Dims
 
 
 def sliding_windows(config: PreTrainedConfig) -> list[int | None]:

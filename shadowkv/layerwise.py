@@ -12,7 +12,8 @@ from torch import Tensor
 
 from shadowkv import ops
 from shadowkv.buffers import TokenBuffer
-from shadowkv.method import Bytes, DecodeCache, Dims, LayerKV, Method, largest_within
+from shadowkv.dims import Bytes, Dims
+from shadowkv.method import DecodeCache, LayerKV, Method, largest_within
 from shadowkv.rope import Rope
 from shadowkv.stacking import Stackable, can_stack, owned, pick, stack
 

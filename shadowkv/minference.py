@@ -26,8 +26,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from shadowkv import ops
+from shadowkv.dims import Dims
 from shadowkv.errors import SkvError
-from shadowkv.method import Dims, require
+from shadowkv.method import require
 from shadowkv.prefills import SparsePrefill
 
 _BLOCK_TOKENS = 64  # queries that share what they read; also the queries that estimates are made from

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
+from shadowkv.dims import Dims
 from shadowkv.errors import SkvError
-from shadowkv.method import Dims, require
+from shadowkv.method import require
 from shadowkv.wording import one_line
 
 

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from shadowkv import ops
+from shadowkv.dims import Bytes
 from shadowkv.kernels import operations
 from shadowkv.layerwise import SteadyState
-from shadowkv.method import Bytes, LayerKV
+from shadowkv.method import LayerKV
 from shadowkv.preallocated import ROOM_TOKENS
 from shadowkv.ragged import BatchLengths, RaggedBuffer
 

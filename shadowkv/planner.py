@@ -15,8 +15,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from shadowkv.dims import Bytes, Dims
 from shadowkv.gpus import GPU
-from shadowkv.method import Bytes, Dims, Method
+from shadowkv.method import Method
 from shadowkv.model_size import ModelSize
 
 _LOGIT_BYTES = 4  # fp32, beside those of the model's type

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from shadowkv import ops
+from shadowkv.dims import Bytes
 from shadowkv.kernels import operations
 from shadowkv.layerwise import SteadyState
-from shadowkv.method import Bytes
 from shadowkv.ragged import BatchLengths, RaggedBuffer
 from shadowkv.slots import Regions
 

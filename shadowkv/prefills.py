@@ -9,7 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
-from shadowkv.method import Dims, Method, Setting
+from shadowkv.dims import Dims
+from shadowkv.method import Method, Setting
 from shadowkv.wrapper import Wrapper
 
 

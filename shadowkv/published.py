@@ -12,8 +12,8 @@ shadowkv/methods/shadowkv.py:
 
 from __future__ import annotations
 
+from shadowkv.dims import Bytes, Dims
 from shadowkv.errors import SkvError
-from shadowkv.method import Bytes, Dims
 from shadowkv.methods.shadowkv import HIT_RATE, ShadowKV
 from shadowkv.planner import Demand
 

@@ -19,9 +19,11 @@ import torch
 from torch import Tensor
 
 from shadowkv import slots
+from shadowkv.dims import Bytes
+from shadowkv.divided import divide, pre_rope
 from shadowkv.kernels import operations
 from shadowkv.layerwise import SteadyState
-from shadowkv.method import Bytes, LayerKV
+from shadowkv.method import LayerKV
 from shadowkv.ragged import BatchLengths, RaggedBuffer, RowLengths, Rows
 from shadowkv.rope import Rope
 from shadowkv.rotary_table import RotaryTable, rotary_table
@@ -40,8 +42,6 @@ class ResidentLayer(SteadyState):
     """One layer of a batch whose rows may have prompts of different lengths."""
 
     def __init__(self, method: ShadowKV, layer: int, kv: LayerKV, rope: Rope) -> None:
-        from shadowkv.methods.shadowkv import divide
-
         self._method, self._layer, self._rope = method, layer, rope
         prompt = divide(method, layer, kv, rope, offload=False)  # values move once, to where there is room
         regions, chunk, room = method.regions, method.chunk, method.room_tokens(False)
@@ -143,8 +143,6 @@ class ResidentLayer(SteadyState):
 
     def _chunk_oldest(self, rows: Rows, of_row: RowLengths) -> bool:
         """Move the oldest chunk of these rows' tails, all at the same place, into the context."""
-        from shadowkv.methods.shadowkv import pre_rope
-
         method, regions, chunk = self._method, self._method.regions, self._method.chunk
         ring = torch.arange(of_row.ring_start, of_row.ring_start + chunk, device=self._k.device) % regions.ring
         keys, values = (x[:, :, regions.slots + regions.outliers + ring][rows] for x in (self._k, self._v))

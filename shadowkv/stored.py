@@ -11,7 +11,7 @@ from torch import Tensor
 
 from shadowkv import ops
 from shadowkv.buffers import TokenBuffer
-from shadowkv.method import Bytes
+from shadowkv.dims import Bytes
 from shadowkv.pinned import empty_pinned
 from shadowkv.quantise import pack, quantise, unpack
 from shadowkv.ranges import ranged

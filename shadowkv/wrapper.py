@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shadowkv.method import Bytes, DecodeCache, Dims, Method
+from shadowkv.dims import Bytes, Dims
+from shadowkv.method import DecodeCache, Method
 from shadowkv.rope import Rope
 
 if TYPE_CHECKING:

@@ -7,9 +7,9 @@ from test_methods import CASES
 from test_selection import _SMALL, DIM, HEADS, PROMPT, Spelled
 from tiny_models import geometry_model
 
+from shadowkv.dims import Dims
 from shadowkv.errors import SkvError
 from shadowkv.geometry import dims_of
-from shadowkv.method import Dims
 from shadowkv.registry import methods, parse_method
 from shadowkv.rope import Rope
 

@@ -8,10 +8,11 @@ import pytest
 import torch
 from tiny_models import random_prompt, tiny_model
 
+from shadowkv.dims import Dims
 from shadowkv.engine import Engine
 from shadowkv.errors import SkvError
 from shadowkv.layerwise import DenseLayer
-from shadowkv.method import Dims, LayerKV
+from shadowkv.method import LayerKV
 from shadowkv.methods.duo import Duo, far_mass
 
 HEADS, DIM, PROMPT, LAYERS = 2, 16, 90, 3

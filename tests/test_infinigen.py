@@ -10,10 +10,11 @@ import pytest
 import torch
 from tiny_models import FAMILIES, random_prompt, tiny_model
 
+from shadowkv.dims import Dims
 from shadowkv.engine import Engine
 from shadowkv.errors import SkvError
 from shadowkv.layerwise import LayerwiseCache
-from shadowkv.method import DecodeCache, Dims, LayerKV
+from shadowkv.method import DecodeCache, LayerKV
 from shadowkv.methods.full import Full
 from shadowkv.methods.infinigen import InfiniGen, rotation
 

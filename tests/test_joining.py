@@ -11,9 +11,9 @@ from test_methods import CASES
 from tiny_models import random_prompt, tiny_model
 
 from shadowkv.buffers import TokenBuffer
+from shadowkv.dims import Bytes
 from shadowkv.engine import Engine
 from shadowkv.errors import SkvError
-from shadowkv.method import Bytes
 from shadowkv.registry import parse_method
 from shadowkv.stacking import Stackable, can_stack, stack
 

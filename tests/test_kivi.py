@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from shadowkv.dims import Dims
 from shadowkv.errors import SkvError
-from shadowkv.method import Dims, LayerKV
+from shadowkv.method import LayerKV
 from shadowkv.methods.kivi import Kivi
 from shadowkv.quantise import QuantisedTokens, pack, quantise, unpack
 

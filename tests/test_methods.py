@@ -8,8 +8,9 @@ import pytest
 import torch
 from tiny_models import random_prompt
 
+from shadowkv.dims import Bytes
 from shadowkv.engine import Engine
-from shadowkv.method import Bytes, Method
+from shadowkv.method import Method
 from shadowkv.registry import methods, parse_method
 
 # Settings small enough to leave things out at 300 tokens. A method not listed is tested at its defaults.

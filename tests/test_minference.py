@@ -8,9 +8,9 @@ import pytest
 import torch
 from tiny_models import FAMILIES, random_prompt, tiny_model
 
+from shadowkv.dims import Dims
 from shadowkv.engine import Engine
 from shadowkv.errors import SkvError
-from shadowkv.method import Dims
 from shadowkv.methods.full import Full
 from shadowkv.minference import MInference
 from shadowkv.prefills import WithPrefill

@@ -14,11 +14,11 @@ from transformers import AutoConfig
 
 from evals.paper.published import ROWS
 from evals.planning import Setup, plan_all
+from shadowkv.dims import Bytes, Dims
 from shadowkv.engine import Engine
 from shadowkv.errors import SkvError
 from shadowkv.gpus import GPU, find_gpu, gpus
 from shadowkv.loading import load_config
-from shadowkv.method import Bytes, Dims
 from shadowkv.methods.full import Full
 from shadowkv.methods.shadowkv import ShadowKV
 from shadowkv.model_size import ModelSize, model_size

@@ -9,9 +9,10 @@ import torch
 from tiny_models import FAMILIES, random_prompt
 
 from shadowkv import ops
+from shadowkv.dims import Dims
 from shadowkv.engine import Engine
 from shadowkv.errors import SkvError
-from shadowkv.method import Dims, LayerKV
+from shadowkv.method import LayerKV
 from shadowkv.methods.quest import Quest
 from shadowkv.paged import PagedLayer, page_extremes
 

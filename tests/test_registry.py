@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 
+from shadowkv.dims import Dims
 from shadowkv.errors import SkvError
-from shadowkv.method import Dims
 from shadowkv.methods.shadowkv import ShadowKV
 from shadowkv.registry import methods, parse_method
 

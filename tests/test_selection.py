@@ -6,8 +6,9 @@ import pytest
 import torch
 from tiny_models import geometry_model
 
+from shadowkv.dims import Dims
 from shadowkv.errors import SkvError
-from shadowkv.method import Dims, LayerKV
+from shadowkv.method import LayerKV
 from shadowkv.methods.loki import Loki
 from shadowkv.methods.oracle import Oracle
 from shadowkv.registry import methods

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from shadowkv.method import Bytes
+from shadowkv.dims import Bytes
 from shadowkv.stored import CODINGS, CodedTokens
 
 # Half a step of the widest binade: int8 has 127 steps to its scale, e4m3 three bits of mantissa.

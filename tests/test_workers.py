@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 from run_folders import answer
 
-from cli.accuracy import _check_workers
+from cli.answering import check_workers
 from cli.main import main
 from evals.manifest import Circumstances, this_session
 from evals.results import read_run
@@ -118,5 +118,5 @@ def test_progress_counts_what_was_answered_before():
 )
 def test_impossible_numbers_of_workers_are_refused(count, device, says):
     with pytest.raises(SkvError, match=says):
-        _check_workers(count, device)
-    _check_workers(1, "cuda:1")
+        check_workers(count, device)
+    check_workers(1, "cuda:1")

@@ -7,9 +7,9 @@ import torch
 from tiny_models import random_prompt, tiny_model
 
 from shadowkv import ops
+from shadowkv.dims import Dims
 from shadowkv.engine import Engine
 from shadowkv.errors import SkvError
-from shadowkv.method import Dims
 from shadowkv.methods.shadowkv import ShadowKV
 from shadowkv.methods.xkv import XKV
 from shadowkv.rope import Rope

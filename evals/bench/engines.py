@@ -17,8 +17,9 @@ from evals.bench.prompts import Prompts
 from evals.bench.timing import Clock
 from shadowkv.attention import NAME
 from shadowkv.cache import MethodCache
+from shadowkv.dims import Bytes
 from shadowkv.engine import Engine
-from shadowkv.method import Bytes, Method
+from shadowkv.method import Method
 from shadowkv.methods.full import Full
 from shadowkv.ranges import ranged
 

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import torch
 
+from shadowkv.dims import Bytes
 from shadowkv.host_memory import HOST_RESERVE, available_host_bytes
-from shadowkv.method import Bytes, Method
+from shadowkv.method import Method
 from shadowkv.model_size import ModelSize, streamed_bytes
 from shadowkv.planner import demand_of, sequence_parts
 

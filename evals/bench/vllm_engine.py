@@ -14,8 +14,8 @@ from torch import Tensor
 from evals.bench.engines import Began, Contender, Decoding
 from evals.bench.prompts import Prompts
 from evals.bench.timing import Clock
+from shadowkv.dims import Bytes, Dims
 from shadowkv.errors import SkvError
-from shadowkv.method import Bytes, Dims
 from shadowkv.methods.full import Full
 
 UNTESTED = (

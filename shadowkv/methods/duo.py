@@ -22,9 +22,10 @@ from torch import Tensor
 
 from shadowkv import ops
 from shadowkv.buffers import TokenBuffer
+from shadowkv.dims import Bytes, Dims
 from shadowkv.errors import SkvError
 from shadowkv.layerwise import DenseLayer, LayeredCache, LayerState, StepwiseState
-from shadowkv.method import Bytes, DecodeCache, Dims, LayerKV, Method, largest_within, require
+from shadowkv.method import DecodeCache, LayerKV, Method, largest_within, require
 from shadowkv.rope import Rope
 
 

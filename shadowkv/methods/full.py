@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
+from shadowkv.dims import Bytes, Dims
 from shadowkv.engines import check_engine, means_fast, uses_fast
 from shadowkv.layerwise import DenseLayer, LayerState, LayerwiseMethod
-from shadowkv.method import Bytes, Dims, LayerKV, Method
+from shadowkv.method import LayerKV, Method
 from shadowkv.preallocated import ROOM_TOKENS, PreallocatedLayer
 from shadowkv.rope import Rope
 

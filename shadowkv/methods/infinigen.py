@@ -27,8 +27,9 @@ from torch import Tensor
 from shadowkv import ops
 from shadowkv.buffers import TokenBuffer
 from shadowkv.calibration import calibration_file, load_calibration
+from shadowkv.dims import Bytes, Dims
 from shadowkv.layerwise import DenseLayer
-from shadowkv.method import Bytes, DecodeCache, Dims, Guess, LayerKV, Method, require
+from shadowkv.method import DecodeCache, Guess, LayerKV, Method, require
 from shadowkv.ranges import ranged
 from shadowkv.rope import Rope
 from shadowkv.stored import CodedTokens

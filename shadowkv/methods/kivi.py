@@ -19,8 +19,9 @@ from torch import Tensor
 
 from shadowkv import ops
 from shadowkv.buffers import TokenBuffer
+from shadowkv.dims import Bytes, Dims
 from shadowkv.layerwise import LayerState, LayerwiseMethod, StepwiseState
-from shadowkv.method import Bytes, Dims, LayerKV, Method, largest_within, require
+from shadowkv.method import LayerKV, Method, largest_within, require
 from shadowkv.quantise import QuantisedTokens
 from shadowkv.rope import Rope
 

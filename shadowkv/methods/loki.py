@@ -19,8 +19,9 @@ from torch import Tensor
 
 from shadowkv import low_rank, ops
 from shadowkv.buffers import TokenBuffer
+from shadowkv.dims import Bytes, Dims
 from shadowkv.layerwise import LayerState, LayerwiseMethod, StepwiseState
-from shadowkv.method import Bytes, Dims, LayerKV, Method, require
+from shadowkv.method import LayerKV, Method, require
 from shadowkv.ranges import ranged
 from shadowkv.rope import Rope
 

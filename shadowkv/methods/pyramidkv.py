@@ -11,7 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from shadowkv.method import Bytes, Dims, depth_of, require
+from shadowkv.dims import Bytes, Dims
+from shadowkv.method import depth_of, require
 from shadowkv.methods.snapkv import SnapKV
 
 

@@ -18,9 +18,10 @@ from torch import Tensor
 
 from shadowkv import ops
 from shadowkv.buffers import TokenBuffer
+from shadowkv.dims import Bytes, Dims
 from shadowkv.engines import check_engine, means_fast, uses_fast
 from shadowkv.layerwise import DenseLayer, LayerState, LayerwiseMethod, StepwiseState
-from shadowkv.method import Bytes, Dims, LayerKV, Method, require
+from shadowkv.method import LayerKV, Method, require
 from shadowkv.paged import PagedLayer
 from shadowkv.preallocated import ROOM_TOKENS, PreallocatedLayer
 from shadowkv.rope import Rope

@@ -16,22 +16,24 @@ Paper: https://arxiv.org/abs/2410.21465. Known differences from the authors' cod
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
 from shadowkv import ops
 from shadowkv.buffers import TokenBuffer
+from shadowkv.dims import Bytes, Dims
+from shadowkv.divided import divide, pre_rope
 from shadowkv.engines import ENGINES, means_fast, uses_fast
-from shadowkv.key_factors import FACTOR_CODINGS, KeyFactors
-from shadowkv.landmarks import Landmarks, SelectsChunks
+from shadowkv.key_factors import FACTOR_CODINGS
+from shadowkv.landmarks import SelectsChunks
 from shadowkv.layerwise import LayerState, LayerwiseMethod, StepwiseState
-from shadowkv.method import Bytes, Dims, LayerKV, Method, largest_within, require
+from shadowkv.method import LayerKV, Method, largest_within, require
 from shadowkv.names import did_you_mean
+from shadowkv.resident import ResidentLayer
 from shadowkv.rope import Rope
 from shadowkv.slots import Regions
-from shadowkv.stored import CODINGS, CodedTokens
+from shadowkv.stored import CODINGS
 
 # Chunks of a step that the step before had chosen too, as the authors report it (paper, section 4.2): for planning the
 # fast engine, which does not fetch them again.
@@ -96,8 +98,6 @@ class ShadowKV(LayerwiseMethod, SelectsChunks):
 
     def new_layer(self, layer: int, kv: LayerKV, rope: Rope) -> LayerState:
         if uses_fast(self.engine, kv.k.device.type):
-            from shadowkv.resident import ResidentLayer
-
             return ResidentLayer(self, layer, kv, rope)
         return _ShadowLayer(self, layer, kv, rope)
 
@@ -205,49 +205,6 @@ class ShadowKV(LayerwiseMethod, SelectsChunks):
         budget = -(-tokens // self.chunk) * self.chunk
         exact: dict[str, Any] = {"energy": 0.0, "values": "native", "factors": "native"}
         return replace(self, rank=dims.width, budget=budget, outliers=2, window=16, **exact)
-
-
-class Prompt(NamedTuple):
-    """One layer of a prompt as ShadowKV sees it: tokens [0, context) are chunks, the rest is the exact tail."""
-
-    factors: KeyFactors
-    values: CodedTokens
-    landmarks: Landmarks
-    outlier_k: Tensor  # [B,H,o*c,D]
-    outlier_v: Tensor
-    tail_k: Tensor  # [B,H,n-context,D]
-    tail_v: Tensor
-
-
-def divide(method: ShadowKV, layer: int, kv: LayerKV, rope: Rope, *, offload: bool) -> Prompt:
-    """ShadowKV, algorithm 1: factors of the keys before RoPE, landmarks of those after it, outliers.
-
-    Values go to the host with `offload`, else they stay where they are.
-    """
-    tokens = kv.k.shape[2]
-    context = method.context_tokens(tokens)
-    keys, values = kv.k[:, :, :context], kv.v[:, :, :context]
-
-    def before(first: int, end: int) -> Tensor:
-        return pre_rope(rope, layer, kv.k[:, :, first:end], first, tokens)
-
-    factors = KeyFactors.of(before, tokens, context, method.rank, method.energy, method.factors, kv.k.dtype)
-    landmarks, outliers = Landmarks.of(keys, method.chunk, method.outlier_chunks)
-    return Prompt(
-        factors,
-        CodedTokens(values, method.values, offload),
-        landmarks,
-        ops.gather_tokens(keys, outliers),
-        ops.gather_tokens(values, outliers),
-        kv.k[:, :, context:],
-        kv.v[:, :, context:],
-    )
-
-
-def pre_rope(rope: Rope, layer: int, keys: Tensor, first: int, length: int) -> Tensor:
-    """Keys of consecutive positions from `first` on, before RoPE. [B,H,n,D] -> [B,n,W] fp32."""
-    positions = torch.arange(first, first + keys.shape[2], device=keys.device)
-    return rope.unrotate(layer, keys, positions, length).transpose(1, 2).flatten(2)
 
 
 class _ShadowLayer(StepwiseState):

@@ -19,8 +19,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from shadowkv import ops
+from shadowkv.dims import Dims
 from shadowkv.layerwise import DenseLayer, EvictingMethod, LayerState
-from shadowkv.method import OBSERVED_QUERIES, Dims, LayerKV, Method, require
+from shadowkv.method import OBSERVED_QUERIES, LayerKV, Method, require
 from shadowkv.rope import Rope
 
 # Scores [B,Hq,n] and a kernel -> each score with its neighbours, [B,Hq,n].

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from shadowkv import ops
 from shadowkv.buffers import TokenBuffer
+from shadowkv.dims import Bytes, Dims
 from shadowkv.layerwise import EvictingMethod, LayerState, StepwiseState
-from shadowkv.method import Bytes, Dims, LayerKV, Method, require
+from shadowkv.method import LayerKV, Method, require
 from shadowkv.rope import Rope
 
 

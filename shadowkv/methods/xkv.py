@@ -21,9 +21,10 @@ from torch import Tensor
 
 from shadowkv import low_rank, ops
 from shadowkv.buffers import TokenBuffer
+from shadowkv.dims import Bytes, Dims
 from shadowkv.landmarks import Landmarks, SelectsChunks
 from shadowkv.layerwise import LayeredCache, LayerState, StepwiseState
-from shadowkv.method import Bytes, DecodeCache, Dims, LayerKV, Method, largest_within, require
+from shadowkv.method import DecodeCache, LayerKV, Method, largest_within, require
 from shadowkv.rope import Rope
 
 
