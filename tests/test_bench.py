@@ -428,6 +428,27 @@ def test_room_is_left_for_a_prompt_and_the_queries_that_are_kept_of_it(engine):
     assert queries - dense == 2 * CONTEXT * dims.query_bytes_per_token // dims.layers
 
 
+def test_kept_prompts_make_way_for_what_is_measured(engine, prompts, monkeypatch):
+    """The host of a method that offloads its values must not be full of prompts."""
+    one, total = engine.snapshot_bytes(CONTEXT), 20 * engine.snapshot_bytes(CONTEXT)
+
+    def free():
+        return total - one * len(prompts._kept)
+
+    monkeypatch.setattr("evals.bench.prompts.available_host_bytes", free)
+    monkeypatch.setattr("evals.bench.memory.available_host_bytes", free)
+    method, held = parse_method("shadowkv:rank=8,budget=64"), []
+    for batch in (8, 1):
+        need = room(engine).host_need(method, CONTEXT, batch, 5)
+        bench(engine).check_room(SkvContender(engine, prompts, method), CONTEXT, batch, 5)
+        prompts.prepare(CONTEXT, 8, None)
+        held.append(len(prompts._kept))
+        assert held[-1] == max(0, int((total - need) / one / 4))
+    assert 0 < held[0] < held[1] < 8
+    prompts.leave_host(total)
+    assert not prompts._kept
+
+
 def test_short_prompts_are_computed_together(engine, prompts, monkeypatch):
     monkeypatch.setattr("evals.bench.prompts.available_host_bytes", lambda: 0)
     assert [len(list(prompts.ids(60, number))) for number in range(5)] == [1] * 5

@@ -80,6 +80,9 @@ class Contender(ABC):
     label: str
     method: Method  # what it keeps and reads, for planning
 
+    def leave_host(self, needed_bytes: int) -> None:  # noqa: B027 - most keep nothing
+        """See `Prompts.leave_host`."""
+
     @abstractmethod
     def start(self, context: int, batch: int) -> Decoding:
         """Bring `batch` prompts to their first token."""
@@ -92,6 +95,9 @@ class SkvContender(Contender):
         self.label, self.method = method.label, method
         self._engine, self._prompts = engine, prompts
         self._clock = Clock(engine.model.device)
+
+    def leave_host(self, needed_bytes: int) -> None:
+        self._prompts.leave_host(needed_bytes)
 
     def start(self, context: int, batch: int) -> Decoding:
         engine, sparse = self._engine, self.method.prefill
@@ -154,6 +160,9 @@ class TransformersContender(Contender):
     def __init__(self, engine: Engine, prompts: Prompts) -> None:
         self._engine, self._prompts = engine, prompts
         self._clock = Clock(engine.model.device)
+
+    def leave_host(self, needed_bytes: int) -> None:
+        self._prompts.leave_host(needed_bytes)
 
     @torch.inference_mode()
     def start(self, context: int, batch: int) -> Decoding:

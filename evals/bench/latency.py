@@ -52,7 +52,7 @@ def measure_latency(bench: Bench, contender: Contender, cell: Cell, trace: Path 
     release(device)
     before, started = conditions(device), datetime.now(UTC).isoformat(timespec="seconds")
     try:
-        bench.room.check(contender.method, cell.context, cell.batch, bench.new_tokens + bench.steps)
+        bench.check_room(contender, cell.context, cell.batch, bench.new_tokens + bench.steps)
         parts, plain = _profiled(bench, contender, cell, trace)
     except FAILURES as failure:
         status, said = status_of(failure), one_line(failure)

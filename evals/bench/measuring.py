@@ -40,7 +40,7 @@ class Bench:
         before = conditions(device)
         started = datetime.now(UTC).isoformat(timespec="seconds")
         try:
-            self.room.check(contender.method, cell.context, cell.batch, self.new_tokens)
+            self.check_room(contender, cell.context, cell.batch, self.new_tokens)
             return self._measured(contender, cell, started, before)
         except FAILURES as failure:
             status, said = status_of(failure), one_line(failure)
@@ -48,6 +48,11 @@ class Bench:
         self.engine.forget()
         release(device)
         return BenchRecord(*cell, status, said, self.machine, started, conditions={"before": before})
+
+    def check_room(self, contender: Contender, context: int, batch: int, new_tokens: int) -> None:
+        """`Room.check`, after prompts that are kept have made way."""
+        contender.leave_host(self.room.host_need(contender.method, context, batch, new_tokens))
+        self.room.check(contender.method, context, batch, new_tokens)
 
     def _measured(self, contender: Contender, cell: Cell, started: str, before: dict[str, object]) -> BenchRecord:
         device, model = self.engine.model.device, self.room.model

@@ -60,12 +60,15 @@ class Room:
             )
         self.check_host(method, context, batch, new_tokens)
 
-    def check_host(self, method: Method, context: int, batch: int, new_tokens: int) -> None:
-        """Raise `MemoryShortError` where the plan exceeds the host memory that is free now."""
+    def host_need(self, method: Method, context: int, batch: int, new_tokens: int) -> int:
+        """Of what `need` says, bytes that the host has to have free."""
         need = self.need(method, context, batch, new_tokens)
         # On a CPU the device's share is taken from the host too; the weights are there already.
-        host = need.host + (need.device - self.model.weight_bytes if self.device.type == "cpu" else 0)
-        free = available_host_bytes()
+        return need.host + (need.device - self.model.weight_bytes if self.device.type == "cpu" else 0)
+
+    def check_host(self, method: Method, context: int, batch: int, new_tokens: int) -> None:
+        """Raise `MemoryShortError` where the plan exceeds the host memory that is free now."""
+        host, free = self.host_need(method, context, batch, new_tokens), available_host_bytes()
         if host > (1 - HOST_RESERVE) * free:
             raise MemoryShortError(
                 f"needs {size(host)} of host memory, {size(free)} are available: nothing was allocated"

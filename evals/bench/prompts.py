@@ -55,6 +55,9 @@ class Prompts(ABC):
     def ids(self, context: int, number: int) -> Tensor:
         """Token ids [1,context]."""
 
+    def leave_host(self, needed_bytes: int) -> None:  # noqa: B027 - may be nothing
+        """Keep out of the way of a measurement that needs so much of the host's memory."""
+
     def prepare(self, context: int, batch: int, sparse: SparsePrefill | None) -> None:  # noqa: B027 - may be nothing
         """Compute what can be kept of the first `batch` rows, before any cache takes its place on the device."""
 
@@ -80,6 +83,7 @@ class RealPrompts(Prompts):
         self._clock = Clock(engine.model.device)
         self._haystacks = Haystacks(tokenizer, text, seed)
         self._kept: dict[tuple[int, int, SparsePrefill | None], Rows] = {}
+        self._left_bytes = 0  # of the host's memory, to what is measured
 
     def ids(self, context: int, number: int) -> Tensor:
         return torch.tensor([self._haystacks.ids(number, context)])
@@ -93,6 +97,11 @@ class RealPrompts(Prompts):
             end = number + 1 if kept else min(number + together, batch)
             yield kept or self._streamed(context, range(number, end), sparse)
             number = end
+
+    def leave_host(self, needed_bytes: int) -> None:
+        self._left_bytes = needed_bytes
+        while self._kept and self._kept_bytes > self._keepable_bytes:
+            self._kept.popitem()
 
     def prepare(self, context: int, batch: int, sparse: SparsePrefill | None) -> None:
         for number in range(batch):
@@ -108,9 +117,7 @@ class RealPrompts(Prompts):
         if (context, number, sparse) in self._kept:
             return self._kept[context, number, sparse]
         self._kept = {key: rows for key, rows in self._kept.items() if key[0] == context}
-        taken = self._engine.snapshot_bytes(context)
-        held = taken * len(self._kept)  # those of other contexts are gone
-        if held + taken > _KEPT_SHARE * (available_host_bytes() + held):
+        if self._kept_bytes + self._engine.snapshot_bytes(context) > self._keepable_bytes:
             return None
         prompt = self._engine.stream(self.ids(context, number), sparse)
         layers, prefill_s, device = list[RecordedLayer](), 0.0, self._engine.model.device
@@ -123,6 +130,15 @@ class RealPrompts(Prompts):
         rows = Rows(layers, partial(list, _greedy(prompt)), prefill_s)
         self._kept[context, number, sparse] = rows
         return rows
+
+    @property
+    def _kept_bytes(self) -> int:
+        return sum(self._engine.snapshot_bytes(context) for context, _, _ in self._kept)
+
+    @property
+    def _keepable_bytes(self) -> float:
+        """What prompts may take, those kept included."""
+        return _KEPT_SHARE * (available_host_bytes() + self._kept_bytes - self._left_bytes)
 
 
 def _greedy(prompt: StreamedPrompt) -> list[int]:
