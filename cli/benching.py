@@ -135,7 +135,7 @@ def load(ready: Prepared, *, graphs: bool = True) -> Loaded:
         graphs=graphs,
     )
     for context in ready.contexts:
-        engine.rope.check_span(context, settings.warmup + settings.steps + STEPS_OF_HITS)
+        engine.rope.check_span(context, settings.warmup + settings.steps + max(STEPS_OF_HITS, settings.steps + 1))
     ready.room.hold_cap()
     prompts: Prompts = (
         SyntheticPrompts(engine, settings.seed, with_queries=ready.records_queries)

@@ -375,6 +375,12 @@ def test_prompts_that_the_host_cannot_keep_go_straight_into_caches(engine, promp
                 decoding.step()
         assert straight.tokens_sha256() == before.tokens_sha256()
         assert straight.nbytes() == before.nbytes()
+    one = engine.snapshot_bytes(CONTEXT)
+    monkeypatch.setattr("evals.bench.prompts.available_host_bytes", lambda: 4 * one)
+    mixed = SkvContender(engine, prompts, parse_method("full")).start(CONTEXT, 3).began
+    (first,) = prompts._kept.values()
+    assert (mixed.streamed_rows, mixed.ttft_s) == (2, first.prefill_s), "of what was computed alone"
+    assert mixed.prefill_s > first.prefill_s
     notes = notes_of(MANIFEST, [replace(record("full", 2, 0, 1.0), streamed_rows=2)], [])
     assert any("straight into caches" in note and "1k x 2" in note for note in notes)
 

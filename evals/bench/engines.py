@@ -102,30 +102,32 @@ class SkvContender(Contender):
     def start(self, context: int, batch: int) -> Decoding:
         engine, sparse = self._engine, self.method.prefill
         self._prompts.prepare(context, batch, sparse)
-        caches, first, ttft_s = list[MethodCache](), list[int](), list[float]()
-        prefill_s, build_s, streamed = 0.0, 0.0, 0
+        caches, first = list[MethodCache](), list[int]()
+        # Until each prompt's first token, without its cache and with it.
+        alone_s, built_s = list[float](), list[float]()
+        prefill_s, build_s = 0.0, 0.0
         for rows in self._prompts.rows(context, batch, sparse):
             began = self._clock.now()
             caches.append(engine.adopt(rows, self.method))
             tokens, took = rows.first_tokens(), self._clock.now() - began
             first += tokens
             if rows.streamed:
-                streamed += len(tokens)
                 prefill_s += took
-                ttft_s += [took] * len(tokens)
+                built_s += [took] * len(tokens)
                 continue
             build_s += took
             if rows.prefill_s is not None:
                 prefill_s += rows.prefill_s
-                ttft_s.append(rows.prefill_s)
+                alone_s.append(rows.prefill_s)
         began = self._clock.now()
         cache = engine.join(caches, self.method)
         build_s += self._clock.now() - began
         fed = torch.tensor(first, device=engine.model.device)[:, None]
         whole = cache.stacked or batch == 1
-        if not ttft_s:
+        if not alone_s + built_s:
             return _SkvDecoding(engine, cache, fed, Began(None, None, build_s, whole))
-        return _SkvDecoding(engine, cache, fed, Began(float(np.median(ttft_s)), prefill_s, build_s, whole, streamed))
+        ttft_s = float(np.median(alone_s or built_s))
+        return _SkvDecoding(engine, cache, fed, Began(ttft_s, prefill_s, build_s, whole, len(built_s)))
 
 
 class _SkvDecoding(Decoding):

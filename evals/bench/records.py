@@ -49,7 +49,7 @@ class BenchRecord(Measurement):
     ttft_s: float | None = None  # from a prompt to its first token, the prompt not having to wait for others
     prefill_s: float | None = None  # of all prompts
     build_s: float | None = None  # caches from the prompts' keys and values, those coming back from the host
-    streamed_rows: int = 0  # prompts computed straight into a cache: building it counts as their prefill, and is TTFT
+    streamed_rows: int = 0  # prompts computed straight into a cache, which counts as prefill; TTFT, if all were
     stacked: bool | None = None  # False where the rows' attention runs one after the other
     weights_bytes: int = 0
     kv_device_bytes: int = 0  # after the last step

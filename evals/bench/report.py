@@ -130,8 +130,8 @@ def notes_of(manifest: Manifest, records: Sequence[BenchRecord], rows: Sequence[
     streamed = list(dict.fromkeys(f"{tokens(r.context)} x {r.batch}" for r in records if r.streamed_rows))
     if streamed:
         notes.append(
-            "prompts that the host had no room to keep were computed straight into caches, whose building is in their "
-            f"TTFT: {', '.join(streamed)}"
+            "prompts that the host had no room to keep were computed straight into caches, whose building is in TTFT "
+            f"where it was so of a whole batch: {', '.join(streamed)}"
         )
     for row in rows:
         if row.failed:
