@@ -105,9 +105,15 @@ def test_whoever_takes_layers_holds_none_while_others_are_computed(engine, monke
     of_a_layer = 2 * TOKENS * 16 * 4  # KV heads, channels, bytes
     dense = []
 
+    def stores():
+        found = [x.untyped_storage() for x in gc.get_objects() if type(x) is torch.Tensor]
+        return {store.data_ptr() for store in found if store.nbytes() == of_a_layer}
+
+    gc.collect()
+    others = stores()  # of tests before this one
+
     def count(*_):
-        stores = [x.untyped_storage() for x in gc.get_objects() if type(x) is torch.Tensor]
-        dense.append(len({store.data_ptr() for store in stores if store.nbytes() == of_a_layer}) / 2)
+        dense.append(len(stores() - others) / 2)
 
     watched = [layer.mlp.register_forward_hook(count) for layer in decoder_layers(engine.model)]
     engine.adopt(prompt, Full())
