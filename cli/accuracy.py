@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cli.answering import answering, check_workers
+from cli.answering import answering, check_workers, processes
 from cli.asked import AskedModel
 from cli.options import Settings
 
@@ -200,8 +200,8 @@ def _manifest(ready: _Prepared, told: Circumstances) -> Manifest:
         notes.append(
             "prompts were computed for each method anew, not once for all, and caches built meanwhile: prefill is both"
         )
-    if ready.settings.workers > 1:
-        notes.append(f"answered by {ready.settings.workers} processes side by side: times are of a shared machine")
+    if (count := processes(ready.settings, ready.questions)) > 1:
+        notes.append(f"answered by {count} processes side by side: times are of a shared machine")
     notes += task.notes()
     notes += _left_out_lines(ready.left_out)
     notes += [f"unsupported: {label}: {why}" for label, why in ready.unsupported.items()]

@@ -36,6 +36,11 @@ def check_workers(count: int, device: str) -> None:
         raise SkvError(f"--workers {count} needs as many GPUs, and {torch.cuda.device_count()} are here")
 
 
+def processes(settings: Settings, questions: Sequence[Question]) -> int:
+    """How many share these questions: no more than there are."""
+    return min(settings.workers, len(questions))
+
+
 @contextmanager
 def answering(
     settings: Settings, task: Task, questions: Sequence[Question], methods: Sequence[Method]
@@ -46,7 +51,7 @@ def answering(
 
     record_queries = any(method.needs_prompt_queries for method in methods)
     begin = partial(_begin, settings, task, record_queries)
-    count = min(settings.workers, len(questions))
+    count = processes(settings, questions)
     if count == 1:
         run, told = begin(0, 1)
         yield told, partial(run_accuracy, run, questions, methods)

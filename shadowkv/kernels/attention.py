@@ -18,6 +18,13 @@ _PROGRAMS = 264  # two for each of an H100's or H200's processors
 
 
 @triton.jit
+def nothing_absorbed(GROUP: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """The running softmax of no position: largest score, sum of weights, weighted values."""
+    largest = tl.full((GROUP,), float("-inf"), tl.float32)
+    return largest, tl.zeros((GROUP,), tl.float32), tl.zeros((GROUP, HEAD_DIM), tl.float32)
+
+
+@triton.jit
 def absorb(
     asked,
     k,
@@ -92,9 +99,7 @@ def attend_stretch(
     g, d, n = tl.arange(0, GROUP), tl.arange(0, HEAD_DIM), tl.arange(0, BLOCK)
     known = d < head_dim
     asked = load_queries(q, row, group, head_dim, g, d)
-    largest = tl.full((GROUP,), float("-inf"), tl.float32)
-    total = tl.zeros((GROUP,), tl.float32)
-    held = tl.zeros((GROUP, HEAD_DIM), tl.float32)
+    largest, total, held = nothing_absorbed(GROUP, HEAD_DIM)
     end = tl.minimum((split + 1) * stretch, slots + outliers + ring)
     for first in range(split * stretch, end, BLOCK):
         position = first + n

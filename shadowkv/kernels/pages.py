@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from shadowkv.kernels import interpreted
-from shadowkv.kernels.attention import Stretches, absorb, block_of, keep_stretch
+from shadowkv.kernels.attention import Stretches, absorb, block_of, keep_stretch, nothing_absorbed
 from shadowkv.kernels.launch import check_head_dim, load_queries, padded, product, rows_of
 from shadowkv.ranges import ranged
 
@@ -88,9 +88,7 @@ def attend_listed(
     g, d, n = tl.arange(0, GROUP), tl.arange(0, HEAD_DIM), tl.arange(0, BLOCK)
     known = d < head_dim
     asked = load_queries(q, row, group, head_dim, g, d)
-    largest = tl.full((GROUP,), float("-inf"), tl.float32)
-    total = tl.zeros((GROUP,), tl.float32)
-    held = tl.zeros((GROUP, HEAD_DIM), tl.float32)
+    largest, total, held = nothing_absorbed(GROUP, HEAD_DIM)
     end = tl.minimum((split + 1) * stretch, listed * page)
     for first in range(split * stretch, end, BLOCK):
         position = first + n
