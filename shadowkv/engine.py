@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from shadowkv.attention import attach
 from shadowkv.cache import JoinedCache, MethodCache
 from shadowkv.errors import SkvError
+from shadowkv.forward import last_logits
 from shadowkv.geometry import dims_of, sliding_windows
 from shadowkv.graphs import GraphedStep, can_be_graphed, capture_on_gpu
 from shadowkv.host_memory import require_host_bytes
@@ -96,10 +97,10 @@ class Engine:
         for begin, end in zip([0, *ends], ends, strict=False):
             if end > start:
                 chunk = input_ids[:, begin:end]
-                logits = self.model(chunk, past_key_values=recording, use_cache=True, logits_to_keep=1).logits
+                logits = last_logits(self.model, chunk, recording)
         assert logits is not None
         kept.recording, kept.ids = recording, input_ids.clone()  # the caller may write over its own
-        kept.prefill = Prefill(recording, logits[:, -1].float(), input_ids.shape[1], start, sparse)
+        kept.prefill = Prefill(recording, logits, input_ids.shape[1], start, sparse)
         return kept.prefill
 
     @torch.inference_mode()
@@ -189,9 +190,7 @@ class Engine:
         if cache.positions is not None:
             ahead = torch.arange(input_ids.shape[1], device=input_ids.device)
             known["position_ids"] = cache.positions.to(input_ids.device) + ahead
-        output = self.model(input_ids, past_key_values=cache, use_cache=True, logits_to_keep=1, **known)
-        logits: Tensor = output.logits
-        return logits[:, -1].float()
+        return last_logits(self.model, input_ids, cache, **known)
 
     def stepper(self, cache: MethodCache) -> Callable[[Tensor], Tensor]:
         """What feeds [B,1] tokens to `cache` and returns the logits after them, [B,vocab] fp32.

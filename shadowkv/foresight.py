@@ -52,6 +52,7 @@ class Foresight:
         self._layers = decoder_layers(model)
         self._inputs: dict[int, Tensor] = {}  # of the layer that runs and of the one before it
         self._arguments: dict[str, Any] = {}  # the other arguments of the layer that runs
+        self._argument = ""  # what the layer calls the cache
         self._guesses: dict[int, Tensor] = {}  # rows of a padded batch ask one after the other
         hooks = [
             layer.register_forward_pre_hook(partial(self._enter, index), with_kwargs=True)
@@ -72,7 +73,7 @@ class Foresight:
         if seen_by not in self._guesses:
             # `forward` itself: calling the layer would run hooks, this object's own among them.
             try:
-                self._layers[layer].forward(self._inputs[seen_by], **{**self._arguments, "past_key_values": _Probe()})
+                self._layers[layer].forward(self._inputs[seen_by], **self._arguments, **{self._argument: _Probe()})
             except _Caught as caught:
                 self._guesses[seen_by] = caught.q
         return self._guesses[seen_by]
@@ -85,12 +86,15 @@ class Foresight:
         self._leave()
 
     def _enter(self, index: int, layer: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
-        if kwargs.get("past_key_values") is not self._cache():
+        cache = self._cache()
+        # Found by what it is: layers have changed what they call it.
+        argument = next((name for name, given in kwargs.items() if given is cache), None)
+        if cache is None or argument is None:
             return
-        rest = dict(kwargs)
+        rest = {name: given for name, given in kwargs.items() if name != argument}
         hidden = args[0] if args else rest.pop("hidden_states")
         self._inputs = {i: x for i, x in self._inputs.items() if i == index - 1} | {index: hidden}
-        self._arguments = rest
+        self._arguments, self._argument = rest, argument
         self._guesses = {}
 
     def _leave(self, *_: object) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from shadowkv.cache import MethodCache
+from shadowkv.forward import last_logits
 from shadowkv.rope import Rope
 
 # capture(step) -> (replay, what `step` returned): `step` is called once without anything being computed, and each call
@@ -72,12 +73,4 @@ class GraphedStep:
 
     def _forward(self) -> Tensor:
         with self._cache.with_room():
-            output = self._model(
-                self._ids,
-                position_ids=self._positions,
-                past_key_values=self._cache,
-                use_cache=True,
-                logits_to_keep=1,
-            )
-        logits: Tensor = output.logits
-        return logits[:, -1].float()
+            return last_logits(self._model, self._ids, self._cache, position_ids=self._positions)

@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from shadowkv.forward import last_logits
 from shadowkv.geometry import decoder_layers
 from shadowkv.method import LayerKV
 from shadowkv.prefills import SparsePrefill
@@ -132,9 +133,7 @@ class _Chunk(greenlet):
         self._model, self._cache, self._ids = model, cache, input_ids
 
     def run(self) -> Tensor:
-        output = self._model(self._ids, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
-        logits: Tensor = output.logits
-        return logits[:, -1].float()
+        return last_logits(self._model, self._ids, self._cache)
 
 
 def _wait(chunks: list[_Chunk], *_: object) -> None:

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from tiny_models import FAMILIES, random_prompt
+from tiny_models import FAMILIES, random_prompt, through
 from transformers.cache_utils import DynamicCache, StaticCache
 
 from shadowkv.attention import attach, dense_attention
@@ -83,7 +83,7 @@ def test_library_use_gives_the_tokens_of_the_engine(tiny, family):
         max_new_tokens=24,
         do_sample=False,
         eos_token_id=None,
-        past_key_values=method.new_cache(model),
+        **through(model, method.new_cache(model)),
     )
     assert theirs[0, PROMPT_TOKENS:].tolist() == mine
 
@@ -99,7 +99,7 @@ def test_left_padded_rows_answer_as_they_do_alone(tiny, family):
         mask[row, 300 - prompt.shape[1] :] = 1
     options = {"max_new_tokens": 16, "do_sample": False, "eos_token_id": None}
     for method in (Full(), ShadowKV(rank=12, budget=64, outliers=2)):
-        together = model.generate(ids, attention_mask=mask, past_key_values=method.new_cache(model), **options)
+        together = model.generate(ids, attention_mask=mask, **through(model, method.new_cache(model)), **options)
         for row, prompt in enumerate(prompts):
             alone = Engine(model, prefill_chunk_tokens=512).generate(prompt, method, 16)[0]
             assert together[row, 300:].tolist() == alone
@@ -128,7 +128,7 @@ def test_other_caches_can_be_given_a_prompt_in_chunks(tiny):
     cache = DynamicCache(config=model.config)
     with torch.inference_mode():
         whole = model(ids).logits
-        parts = [model(part, past_key_values=cache).logits for part in ids.split(128, dim=1)]
+        parts = [model(part, **through(model, cache)).logits for part in ids.split(128, dim=1)]
     assert torch.allclose(torch.cat(parts, dim=1), whole, atol=1e-4)
 
 
@@ -140,7 +140,7 @@ def test_static_caches_have_room_that_no_query_sees(tiny, family):
     expected = model.generate(ids, **options)
     attach(model)
     cache = StaticCache(config=model.config, max_cache_len=60)
-    assert torch.equal(model.generate(ids, past_key_values=cache, disable_compile=True, **options), expected)
+    assert torch.equal(model.generate(ids, **through(model, cache), disable_compile=True, **options), expected)
 
 
 @pytest.mark.gpu
@@ -276,7 +276,7 @@ def test_a_prompt_may_be_written_over_by_its_owner(tiny):
 def test_a_drop_in_cache_that_was_only_given_a_prompt_knows_its_bytes_and_lets_go(tiny):
     model = tiny("llama")
     cache = Full().new_cache(model)
-    model.generate(random_prompt(300), past_key_values=cache, max_new_tokens=1, do_sample=False)
+    model.generate(random_prompt(300), **through(model, cache), max_new_tokens=1, do_sample=False)
     dense = 300 * 2 * 3 * 2 * 16 * 4  # keys and values, layers, heads, channels, bytes
     assert sum(cache.nbytes()) >= dense
     cache.close()
@@ -287,7 +287,7 @@ def test_what_a_methods_cache_cannot_do_is_said_in_a_line(tiny):
     model, prompt = tiny("llama"), random_prompt(40)
     for asked in ({"num_beams": 2}, {"num_return_sequences": 2, "do_sample": True, "num_beams": 2}):
         with pytest.raises(SkvError, match="beam search cannot be done with this cache"):
-            model.generate(prompt, past_key_values=ShadowKV(rank=8).new_cache(model), max_new_tokens=4, **asked)
+            model.generate(prompt, **through(model, ShadowKV(rank=8).new_cache(model)), max_new_tokens=4, **asked)
     with pytest.raises(SkvError, match="taking tokens back"):
         ShadowKV(rank=8).new_cache(model).crop(3)
 
@@ -297,7 +297,7 @@ def test_padding_on_the_right_is_refused(tiny):
     seen = torch.ones_like(prompt)
     seen[1, -5:] = 0
     with pytest.raises(SkvError, match="padding_side='left'"):
-        model(prompt, attention_mask=seen, past_key_values=ShadowKV(rank=8).new_cache(model))
+        model(prompt, attention_mask=seen, **through(model, ShadowKV(rank=8).new_cache(model)))
 
 
 def test_a_cache_whose_step_failed_cannot_go_on(tiny, monkeypatch):

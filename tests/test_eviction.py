@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from tiny_models import FAMILIES, random_prompt
+from tiny_models import FAMILIES, random_prompt, through
 from torch.nn import functional as F
 
 from shadowkv.engine import Engine
@@ -325,7 +325,7 @@ def test_h2o_needs_an_engine_that_records_queries(tiny):
     mine = recording.generate(ids, H2O(budget=20), 12)[0]
     options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
     cache = H2O(budget=20).new_cache(tiny("llama"))
-    assert tiny("llama").generate(ids, past_key_values=cache, **options)[0, 100:].tolist() == mine
+    assert tiny("llama").generate(ids, **through(tiny("llama"), cache), **options)[0, 100:].tolist() == mine
 
 
 @pytest.mark.parametrize("tokens", [30, 100, 400])
@@ -348,7 +348,7 @@ def test_left_padded_rows_are_chosen_from_as_they_are_alone(tiny, method):
     for row, prompt in enumerate(prompts):
         ids[row, 150 - prompt.shape[1] :], mask[row, 150 - prompt.shape[1] :] = prompt, 1
     options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
-    together = model.generate(ids, attention_mask=mask, past_key_values=method.new_cache(model), **options)
+    together = model.generate(ids, attention_mask=mask, **through(model, method.new_cache(model)), **options)
     for row, prompt in enumerate(prompts):
         alone = Engine(model, prefill_chunk_tokens=512, record_queries=True).generate(prompt, method, 12)[0]
         assert together[row, 150:].tolist() == alone

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from tiny_models import FAMILIES, random_prompt, tiny_model
+from tiny_models import FAMILIES, random_prompt, through, tiny_model
 
 from shadowkv.dims import Dims
 from shadowkv.engine import Engine
@@ -173,7 +173,7 @@ def spied(model, tokens=3):
     spy = cache._shares[0].cache
     spy.foresight = cache._foresight
     with torch.no_grad():
-        model(random_prompt(tokens, seed=5), past_key_values=cache, use_cache=True)
+        model(random_prompt(tokens, seed=5), **through(model, cache), use_cache=True)
     return spy, cache
 
 
@@ -252,6 +252,6 @@ def test_generate_with_padded_rows_gives_the_tokens_of_the_engine(tiny, family):
         max_new_tokens=12,
         do_sample=False,
         eos_token_id=None,
-        past_key_values=method.new_cache(model),
+        **through(model, method.new_cache(model)),
     )
     assert theirs[:, 300:].tolist() == mine

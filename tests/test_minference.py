@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from tiny_models import FAMILIES, random_prompt, tiny_model
+from tiny_models import FAMILIES, random_prompt, through, tiny_model
 
 from shadowkv.dims import Dims
 from shadowkv.engine import Engine
@@ -128,11 +128,11 @@ def test_generate_gives_the_tokens_of_the_engine_and_refuses_padding():
     method = parse_method("quest:budget=64+minference:vertical=20,slash=30")
     options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
     mine = Engine(model, prefill_chunk_tokens=300).generate(ids, method, 12)[0]
-    got = model.generate(ids, attention_mask=torch.ones_like(ids), past_key_values=method.new_cache(model), **options)
+    got = model.generate(ids, attention_mask=torch.ones_like(ids), **through(model, method.new_cache(model)), **options)
     assert got[0, 300:].tolist() == mine
     mask = torch.ones_like(ids).index_fill_(1, torch.arange(9), 0)
     with pytest.raises(SkvError, match="leave out the padding"):
-        model.generate(ids, attention_mask=mask, past_key_values=method.new_cache(model), **options)
+        model.generate(ids, attention_mask=mask, **through(model, method.new_cache(model)), **options)
 
 
 def test_a_table_in_the_authors_format_gives_each_head_its_pattern(tmp_path):

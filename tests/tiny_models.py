@@ -6,6 +6,9 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.cache_utils import Cache
+
+from shadowkv.forward import cache_argument
 
 VOCAB = 199
 _SHAPE: dict[str, Any] = {
@@ -76,3 +79,8 @@ def random_prompt(tokens: int, seed: int = 0, batch: int = 1) -> torch.Tensor:
     """Token ids [batch, tokens] without special tokens."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(3, VOCAB, (batch, tokens), generator=generator)
+
+
+def through(model: PreTrainedModel, cache: Cache) -> dict[str, Any]:
+    """The argument that takes a cache in a call of `model` or `model.generate`, in this version of transformers."""
+    return {cache_argument(type(model).forward): cache}

@@ -19,6 +19,7 @@ from shadowkv.attention import NAME
 from shadowkv.cache import MethodCache
 from shadowkv.dims import Bytes
 from shadowkv.engine import Engine
+from shadowkv.forward import last_logits
 from shadowkv.method import Method
 from shadowkv.methods.full import Full
 from shadowkv.ranges import ranged
@@ -212,9 +213,7 @@ class _TransformersDecoding(Decoding):
         self._cache.update(k, v, layer)
 
     def feed(self, ids: Tensor) -> Tensor:
-        output = self._model(ids, past_key_values=self._cache, use_cache=True, logits_to_keep=1)
-        logits: Tensor = output.logits[:, -1]
-        return logits.float()
+        return last_logits(self._model, ids, self._cache)
 
     @torch.inference_mode()
     def _logits(self, tokens: Tensor) -> Tensor:
