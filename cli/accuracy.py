@@ -121,7 +121,7 @@ def _plan(ready: _Prepared) -> int:
     from cli.render import print_table, status
     from evals.summary import grouped
     from evals.tables import Table, mib, tokens
-    from shadowkv.model_size import count_parameters, streamed_bytes
+    from shadowkv.model_size import streamed_bytes
 
     settings = ready.settings
     prompts = []
@@ -133,14 +133,12 @@ def _plan(ready: _Prepared) -> int:
     longest = max(prompt["prompt_tokens"] for prompt in prompts)
     planned = {method.label: method.prompt_bytes(ready.dims, longest) for method in ready.methods}
     memory = {label: {"device_bytes": held.device, "host_bytes": held.host} for label, held in planned.items()}
-    counted = count_parameters(ready.config, trust_remote_code=settings.trust_remote_code)
-    weights = counted.total * ready.dims.element_bytes
+    weights = ready.size.weight_bytes
     snapshots = len({method.prefill for method in ready.methods})
     queries = ready.dims.query_bytes_per_token if ready.records_queries else 0
     prefill = (ready.dims.full_bytes_per_token + queries) * longest * snapshots
     if settings.stream:
-        hidden = ready.config.get_text_config().hidden_size
-        prefill = streamed_bytes(ready.dims, hidden, longest, with_queries=ready.records_queries)
+        prefill = streamed_bytes(ready.dims, ready.size.hidden, longest, with_queries=ready.records_queries)
     if settings.as_json:
         told = {"model": ready.source.name, "source": ready.source.described, "examples": prompts, "methods": memory}
         costs = {"weights_bytes": weights, "prefill_kv_bytes": prefill, "answers": len(prompts) * len(memory)}
@@ -191,7 +189,7 @@ def _left_out_lines(left_out: dict[str, str]) -> list[str]:
 
 def _manifest(ready: _Prepared, told: Circumstances) -> Manifest:
     from cli.choosing import untouched_note
-    from evals.manifest import Manifest, described, plain
+    from evals.manifest import Manifest, described, plain, unchecked_note
 
     task = ready.task
     streamed = {"streamed": True} if ready.settings.stream else {}
@@ -202,7 +200,7 @@ def _manifest(ready: _Prepared, told: Circumstances) -> Manifest:
         )
     if (count := processes(ready.settings, ready.questions)) > 1:
         notes.append(f"answered by {count} processes side by side: times are of a shared machine")
-    notes += task.notes()
+    notes += [*unchecked_note(told.session), *task.notes()]
     notes += _left_out_lines(ready.left_out)
     notes += [f"unsupported: {label}: {why}" for label, why in ready.unsupported.items()]
     notes += untouched_note(ready.chosen, ready.settings)

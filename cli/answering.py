@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -49,8 +48,7 @@ def answering(
     from evals.runner import run_accuracy
     from evals.workers import started
 
-    record_queries = any(method.needs_prompt_queries for method in methods)
-    begin = partial(_begin, settings, task, record_queries)
+    begin = partial(_begin, settings, task, methods)
     count = processes(settings, questions)
     if count == 1:
         run, told = begin(0, 1)
@@ -60,11 +58,13 @@ def answering(
         yield workers.told, partial(workers.run_accuracy, task, questions, methods)
 
 
-def _begin(settings: Settings, task: Task, record_queries: bool, place: int, count: int) -> tuple[Run, Circumstances]:
+def _begin(
+    settings: Settings, task: Task, methods: Sequence[Method], place: int, count: int
+) -> tuple[Run, Circumstances]:
     """Load the model in the process that answers, `place` of `count`."""
     import torch
 
-    from evals.manifest import Circumstances, model_entry, this_session
+    from evals.manifest import Circumstances, model_entry, session_of
     from evals.runner import Run
     from shadowkv.engine import Engine
 
@@ -78,8 +78,9 @@ def _begin(settings: Settings, task: Task, record_queries: bool, place: int, cou
         loaded.model,
         prefill_chunk_tokens=settings.prefill_chunk_tokens,
         reuse_prefix=settings.reuse_prefix,
-        record_queries=record_queries,
+        record_queries=any(method.needs_prompt_queries for method in methods),
     )
+    for method in methods:
+        method.check(engine.dims)
     run = Run(engine, loaded, task, diagnostics=settings.diagnostics, streamed=settings.stream)
-    session = this_session(["skv", *sys.argv[1:]], loaded.device)
-    return run, Circumstances(model_entry(loaded), engine.prefill_chunk_tokens, session)
+    return run, Circumstances(model_entry(loaded), engine.prefill_chunk_tokens, session_of(loaded))

@@ -17,18 +17,24 @@ class AskedModel:
         import torch
 
         from cli.render import quieten_libraries
-        from shadowkv.geometry import dims_of
         from shadowkv.loading import context_tokens, load_config, pick_device, pick_dtype
+        from shadowkv.model_size import model_size
         from shadowkv.resolving import resolve
 
         quieten_libraries()
-        self._dummy, self._trusted = dummy, options.trust_remote_code
+        self._dummy, self._trusted, self._self_check = dummy, options.trust_remote_code, options.self_check
         self.source = resolve(options.model, dummy=dummy)
         self.config: Any = load_config(self.source, trust_remote_code=self._trusted)
         self.context_tokens = context_tokens(self.source, self.config)
         self.device = pick_device(options.device)
         self.dtype = pick_dtype(self.device, options.dtype)
-        self.dims = dims_of(self.config, getattr(torch, self.dtype).itemsize, self.device.partition(":")[0])
+        self.size = model_size(
+            self.config,
+            getattr(torch, self.dtype).itemsize,
+            device=self.device.partition(":")[0],
+            trust_remote_code=self._trusted,
+        )
+        self.dims = self.size.dims
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -37,9 +43,15 @@ class AskedModel:
         return load_tokenizer(self.source, trust_remote_code=self._trusted)
 
     def load(self) -> LoadedModel:
-        """The model with its weights, on its device."""
-        from shadowkv.loading import load_model
+        """The model with its weights, on its device. Raises `SkvError` for one that skv would not run as it is."""
+        from dataclasses import replace
 
-        return load_model(
+        from shadowkv.loading import load_model
+        from shadowkv.self_check import remembered
+
+        loaded = load_model(
             self.source, device=self.device, dtype=self.dtype, dummy=self._dummy, trust_remote_code=self._trusted
         )
+        if not self._self_check:
+            return loaded
+        return replace(loaded, self_check=remembered(loaded.model, loaded.weights_sha256))

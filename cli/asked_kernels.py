@@ -54,9 +54,9 @@ class AskedKernels:
         from evals.bench.kernel_compilation import parse_targets
         from evals.lengths import parse_lengths
         from shadowkv.errors import SkvError
-        from shadowkv.geometry import dims_of
         from shadowkv.kernels.launch import check_head_dim
         from shadowkv.loading import load_config, pick_device, pick_dtype
+        from shadowkv.model_size import model_size
         from shadowkv.resolving import resolve
 
         lengths = parse_lengths(settings.context, None, "--context")
@@ -70,7 +70,12 @@ class AskedKernels:
         self.on_gpu = self.device.startswith("cuda")
         self.source = resolve(settings.model, config_only=True)
         config = load_config(self.source, trust_remote_code=settings.trust_remote_code)
-        self.dims = dims_of(config, getattr(torch, self.dtype).itemsize, self.device.partition(":")[0])
+        self.dims = model_size(
+            config,
+            getattr(torch, self.dtype).itemsize,
+            device=self.device.partition(":")[0],
+            trust_remote_code=settings.trust_remote_code,
+        ).dims
         check_head_dim(self.dims.head_dim)
         self.method = self._method()
         self.asked = self._workload()

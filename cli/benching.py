@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -72,21 +71,13 @@ class Prepared(AskedModel):
 
         from evals.bench.memory import Room, size
         from shadowkv.errors import SkvError
-        from shadowkv.model_size import model_size
 
-        model = model_size(
-            self.config,
-            self.dims.element_bytes,
-            device=self.dims.device,
-            trust_remote_code=self.settings.trust_remote_code,
-        )
-        if self.cap_bytes is not None and self.cap_bytes < model.weight_bytes:
-            raise SkvError(
-                f"--memory-cap {self.settings.memory_cap} is less than the weights, {size(model.weight_bytes)}"
-            )
+        weights = self.size.weight_bytes
+        if self.cap_bytes is not None and self.cap_bytes < weights:
+            raise SkvError(f"--memory-cap {self.settings.memory_cap} is less than the weights, {size(weights)}")
         return Room(
             torch.device(self.device),
-            model,
+            self.size,
             self.cap_bytes,
             computes_prompts=not self.settings.synthetic_kv,
             records_queries=self.records_queries,
@@ -134,6 +125,8 @@ def load(ready: Prepared, *, graphs: bool = True) -> Loaded:
         record_queries=ready.records_queries,
         graphs=graphs,
     )
+    for method in ready.methods:
+        method.check(engine.dims)
     for context in ready.contexts:
         engine.rope.check_span(context, settings.warmup + settings.steps + max(STEPS_OF_HITS, settings.steps + 1))
     ready.room.hold_cap()
@@ -158,7 +151,7 @@ def manifest_of(loaded: Loaded, benchmark: str, selection: dict[str, Any]) -> Ma
     """run.json of a benchmark of speed: the machine is part of what must stay the same."""
     from cli.choosing import untouched_note
     from evals.bench.vllm_engine import UNTESTED
-    from evals.manifest import Manifest, described, model_entry, plain, this_session
+    from evals.manifest import Manifest, described, model_entry, plain, session_of, unchecked_note
 
     ready, model = loaded.ready, loaded.model
     settings = ready.settings
@@ -178,7 +171,7 @@ def manifest_of(loaded: Loaded, benchmark: str, selection: dict[str, Any]) -> Ma
     if not settings.synthetic_kv:
         text = ready.haystack
         sources = {"haystack": {"name": text.name, "version": text.version, "sha256": text.sha256}}
-    session = this_session(["skv", *sys.argv[1:]], model.device)
+    session = session_of(model)
     return Manifest(
         benchmark=benchmark,
         config={
@@ -197,7 +190,7 @@ def manifest_of(loaded: Loaded, benchmark: str, selection: dict[str, Any]) -> Ma
         selection=plain(selection),
         model=model_entry(model),
         sources=sources,
-        notes=notes,
+        notes=[*notes, *unchecked_note(session)],
         sessions=[session],
     )
 

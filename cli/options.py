@@ -24,6 +24,13 @@ class ModelOptions:
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run code of the model's repo.")] = (
         False
     )
+    self_check: Annotated[
+        bool,
+        typer.Option(
+            "--self-check/--no-self-check",
+            help="First see that the model computes through skv what it computes by itself.",
+        ),
+    ] = True
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False
 
 

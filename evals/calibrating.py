@@ -49,5 +49,5 @@ def calibration_ids(tokenizer: Any, text: str, tokens: int, context_tokens: int)
 def calibration_of(learner: Learner, model: PreTrainedModel, ids: Tensor) -> dict[int, Tensor]:
     """What is learnt in each layer that methods serve, by layer number, on the CPU."""
     recording = Engine(model, record_queries=True).prefill(ids).recording
-    served = [(n, layer) for n, layer in enumerate(recording.recorded) if layer.window is None]
+    served = [(n, layer) for n, layer in enumerate(recording.recorded) if layer.served]
     return {n: learner(layer.layer_kv(None, 0)).cpu() for n, layer in served}

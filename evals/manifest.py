@@ -10,7 +10,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -49,6 +49,7 @@ class Session:
     versions: dict[str, str]
     git: dict[str, Any] | None
     machine: dict[str, Any]
+    self_check: dict[str, Any] | None = None  # what was compared and how it differed; None if it was not asked for
 
 
 class Circumstances(NamedTuple):
@@ -140,6 +141,18 @@ class Manifest:
             return Manifest(**{**raw, "sessions": [Session(**session) for session in raw["sessions"]]})
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise SkvError(f"{path} is not a run.json of this version of skv ({error})") from None
+
+
+def session_of(loaded: LoadedModel) -> Session:
+    """The command being run, here and now, on a loaded model."""
+    session = this_session(["skv", *sys.argv[1:]], loaded.device)
+    return replace(session, self_check=None if loaded.self_check is None else asdict(loaded.self_check))
+
+
+def unchecked_note(session: Session) -> list[str]:
+    """What tables must say of a run whose model was taken on trust."""
+    skipped = "the self-check was skipped (--no-self-check): that this model runs through skv as it is was not tested"
+    return [skipped] if session.self_check is None else []
 
 
 def this_session(argv: Sequence[str], device: str) -> Session:

@@ -22,6 +22,8 @@ from evals.summary import grouped
 from evals.task import Example, Question, Task
 from shadowkv.cache import MethodCache
 from shadowkv.engine import Engine, Prefill
+from shadowkv.errors import NotFiniteError
+from shadowkv.finite import where_not_finite
 from shadowkv.loading import LoadedModel
 from shadowkv.method import Method
 from shadowkv.wording import one_line
@@ -229,7 +231,8 @@ def _conversation(run: Run, example: Example, method: Method, begin: Callable[[M
                 del blanks[turn.sample]
                 yield answered
         except FAILURES as failure:
-            yield from (_failed(blank, failure) for blank in blanks.values())
+            told = _located(engine, example, failure)
+            yield from (_failed(blank, told) for blank in blanks.values())
 
 
 def _diagnosis(run: Run, example: Example, prefill: Prefill | None, method: Method) -> dict[str, Any]:
@@ -241,6 +244,16 @@ def _diagnosis(run: Run, example: Example, prefill: Prefill | None, method: Meth
     except FAILURES as failure:
         return {"diagnostics_error": one_line(failure)}
     return {"diagnostics": asdict(found)}
+
+
+def _located(engine: Engine, example: Example, failure: BaseException) -> BaseException:
+    """What an answer failed with; of numbers that overflow, with the layer where they do."""
+    if not isinstance(failure, NotFiniteError) or example.later:
+        return failure
+    try:
+        return where_not_finite(engine, torch.tensor([[*example.input_ids, *failure.answer]]), failure)
+    except FAILURES:
+        return failure  # a place that cannot be found, such as for want of memory, makes it no less of a failure
 
 
 def _failed(blank: Record, failure: BaseException) -> Record:

@@ -89,7 +89,7 @@ def attention(
     scale = float(scaling) if scaling is not None else query.shape[-1] ** -0.5
     if layer is None and attention_mask is None and 1 < query.shape[2] < key.shape[2]:
         # transformers takes no mask to mean that queries and keys begin at the same token.
-        return dense_attention(query, key, value, None, scale).transpose(1, 2), None
+        return dense_attention(query, key, value, None, scale).transpose(1, 2).contiguous(), None
     if layer is None:
         dense = sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
@@ -97,8 +97,8 @@ def attention(
         return cast("tuple[Tensor, None]", dense)
     if kwargs.get("s_aux") is not None or kwargs.get("softcap") is not None:
         raise SkvError("models with attention sinks or logit soft-capping are not supported")
-    out = layer.attention(query, key, value, attention_mask, scale)
-    return out.transpose(1, 2), None
+    # Contiguous as transformers' own functions make it: some models take views of it.
+    return layer.attention(query, key, value, attention_mask, scale).transpose(1, 2).contiguous(), None
 
 
 def with_handle(key: Tensor, layer: AttendingLayer) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicSlidingWindowLayer
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
 from shadowkv.attention import with_handle
 from shadowkv.dims import Bytes
@@ -72,7 +72,7 @@ class MethodLayer(CacheLayerMixin):
 
 
 class MethodCache(Cache):
-    """A prompt as one method keeps it, ready for new tokens; sliding-window layers stay dense in their window."""
+    """A prompt as one method keeps it, ready for new tokens; layers that no method serves stay dense."""
 
     def __init__(
         self, model: PreTrainedModel, recording: Recorded, method: Method, rope: Rope, *, shared: bool = False
@@ -93,10 +93,10 @@ class MethodCache(Cache):
         caches = [method.new_state(rope) for _ in rows]
         batch, tokens = 1, 0
         layers: list[CacheLayerMixin] = []
-        served = [index for index, recorded in enumerate(recording.recorded) if recorded.window is None]
+        served = [index for index, recorded in enumerate(recording.recorded) if recorded.served]
         for index, recorded in enumerate(recording.recorded):
-            if recorded.window is not None:
-                layers.append(_windowed(recorded))
+            if not recorded.served:
+                layers.append(_dense(recorded))
                 continue
             depth = depth_of(served.index(index), len(served))
             for cache, row, pad in zip(caches, rows, padding, strict=True):
@@ -126,10 +126,10 @@ class MethodCache(Cache):
         _refuse("taking tokens back, as assisted generation does")
 
     def nbytes(self) -> Bytes:
-        """What the method holds, and the windows of the layers it does not serve."""
+        """What the method holds, and the layers it does not serve."""
         total = sum((share.cache.nbytes() for share in self._shares), Bytes(0, 0))
-        windows = [layer for layer in self.layers if isinstance(layer, DynamicSlidingWindowLayer)]
-        dense = sum(x.nbytes for layer in windows for x in (layer.keys, layer.values))
+        others = [layer for layer in self.layers if isinstance(layer, DynamicLayer)]
+        dense = sum(x.nbytes for layer in others for x in (layer.keys, layer.values))
         return total + Bytes(dense, 0)
 
     def resident_chunks(self) -> list[Tensor]:
@@ -196,15 +196,15 @@ class JoinedCache(MethodCache):
         self.row_tokens = [tokens for row in rows for tokens in row.row_tokens]
         columns = max(self.row_tokens)
         layers = [list(same) for same in zip(*(row.layers for row in rows), strict=True)]
-        if any(same[0].is_sliding for same in layers) and len(set(self.row_tokens)) > 1:
-            raise SkvError("rows of different lengths cannot be one batch in a model with sliding-window layers")
+        if any(isinstance(same[0], DynamicLayer) for same in layers) and len(set(self.row_tokens)) > 1:
+            raise SkvError("rows of different lengths cannot be one batch in a model whose layers partly stay dense")
         held = [share for row in rows for share in row._shares]
         for row in rows:
             row._shares = []
             row.close()
         self._adopt(model, method, _joined(held))
         self.layers = [
-            _joined_windows(same) if same[0].is_sliding else MethodLayer(index, self._shares, columns)
+            _joined_dense(same) if isinstance(same[0], DynamicLayer) else MethodLayer(index, self._shares, columns)
             for index, same in enumerate(layers)
         ]
 
@@ -221,10 +221,10 @@ class JoinedCache(MethodCache):
     def keep(self, model: PreTrainedModel, method: Method, rows: Sequence[int]) -> JoinedCache:
         """A batch of these rows alone, numbers ascending; this one is used up.
 
-        Raises `SkvError` for models with sliding-window layers.
+        Raises `SkvError` for models with layers that no method serves.
         """
-        if any(layer.is_sliding for layer in self.layers):
-            raise SkvError("rows cannot be taken out of a batch in a model with sliding-window layers")
+        if any(isinstance(layer, DynamicLayer) for layer in self.layers):
+            raise SkvError("rows cannot be taken out of a batch in a model whose layers partly stay dense")
         kept = JoinedCache.__new__(JoinedCache)
         Cache.__init__(kept, layers=[])
         kept.usable = lambda: True
@@ -261,18 +261,24 @@ def _guess(foresight: Foresight, rows: slice, layer: int) -> Tensor:
     return foresight.query(layer, seen_by=layer - 1)[rows]
 
 
-def _windowed(recorded: RecordedLayer) -> DynamicSlidingWindowLayer:
-    assert recorded.window is not None
-    layer = DynamicSlidingWindowLayer(sliding_window=recorded.window)
+def _dense(recorded: RecordedLayer) -> DynamicLayer:
     kv = recorded.layer_kv(None, 0)
+    if recorded.window is None:
+        whole = DynamicLayer()
+        whole.update(kv.k, kv.v)
+        return whole
+    layer = DynamicSlidingWindowLayer(sliding_window=recorded.window)
     kept = min(recorded.window - 1, recorded.tokens)
     layer.update(kv.k[:, :, recorded.tokens - kept :], kv.v[:, :, recorded.tokens - kept :])
     layer.cumulative_length = recorded.tokens
     return layer
 
 
-def _joined_windows(rows: list[Any]) -> DynamicSlidingWindowLayer:
-    joined = DynamicSlidingWindowLayer(sliding_window=rows[0].sliding_window)
+def _joined_dense(rows: list[Any]) -> DynamicLayer:
+    first = rows[0]
+    windowed = isinstance(first, DynamicSlidingWindowLayer)
+    joined = DynamicSlidingWindowLayer(sliding_window=first.sliding_window) if windowed else DynamicLayer()
     joined.update(torch.cat([row.keys for row in rows]), torch.cat([row.values for row in rows]))
-    joined.cumulative_length = rows[0].cumulative_length
+    if windowed:
+        joined.cumulative_length = first.cumulative_length
     return joined

@@ -17,8 +17,28 @@ class Bytes(NamedTuple):
 
 
 @dataclass(frozen=True)
+class KVLayer:
+    """One layer of keys and values of a model: its heads, and who sees it."""
+
+    q_heads: int
+    kv_heads: int
+    head_dim: int
+    window: int | None = None  # the sliding window, None for a layer that sees everything
+    shared: bool = False  # later layers attend to these keys and values too
+
+    @property
+    def served(self) -> bool:
+        """Whether a method may keep it in its own way; the others stay dense."""
+        return self.window is None and not self.shared
+
+    def token_bytes(self, element_bytes: int) -> int:
+        """Dense keys and values of one token."""
+        return 2 * self.kv_heads * self.head_dim * element_bytes
+
+
+@dataclass(frozen=True)
 class Dims:
-    """Geometry of the attention layers that a method serves (sliding-window layers are not counted)."""
+    """Geometry of the attention layers that a method serves (see `KVLayer.served`)."""
 
     layers: int
     q_heads: int
@@ -27,6 +47,7 @@ class Dims:
     element_bytes: int
     served: tuple[int, ...] | None = None  # numbers of the layers counted, where they are not the first ones
     device: str = "cpu"  # type of the device that decodes: some methods keep more on a GPU
+    rotary: bool = True  # whether it is known how positions turn the keys
 
     @property
     def layer_ids(self) -> tuple[int, ...]:

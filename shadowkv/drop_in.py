@@ -2,31 +2,32 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, cast
 
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from shadowkv.attention import attach
 from shadowkv.cache import MethodCache
 from shadowkv.dims import Bytes
 from shadowkv.foresight import Foresight
-from shadowkv.geometry import dims_of
 from shadowkv.method import Method
 from shadowkv.recording import Recording
 from shadowkv.rope import Rope
+from shadowkv.survey import survey
 
 
 class DropInCache(MethodCache):
     """For plain `model.generate`: the first forward pass is recorded as the prompt, the second starts the method."""
 
     def __init__(self, model: PreTrainedModel, method: Method) -> None:
-        method.check(dims_of(model.config, model.dtype.itemsize, model.device.type))
-        attach(model)
+        found = survey(model)
+        self._method, self._rope = method, Rope(model, found)
+        dims = found.dims(model.dtype.itemsize, model.device.type)
+        method.check(replace(dims, rotary=self._rope.knows(dims.layer_ids)))
         Cache.__init__(self, layers=[])
-        self._method, self._rope = method, Rope(model)
-        self._recording: Recording | None = Recording(model, method.prefill, method.needs_prompt_queries)
+        self._recording: Recording | None = Recording(found.layers, method.prefill, method.needs_prompt_queries)
         self._shares, self.row_tokens = [], []
         self._foresight = Foresight(model, self) if method.speculates else None
         self.layers = self._recording.layers

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -17,11 +17,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from shadowkv.attention import attach
 from shadowkv.cache import JoinedCache, MethodCache
-from shadowkv.errors import SkvError
+from shadowkv.errors import NotFiniteError, SkvError
 from shadowkv.forward import last_logits
-from shadowkv.geometry import dims_of, sliding_windows
+from shadowkv.geometry import decoder_layers
 from shadowkv.graphs import GraphedStep, can_be_graphed, capture_on_gpu
 from shadowkv.host_memory import require_host_bytes
 from shadowkv.method import OBSERVED_QUERIES, Method, require
@@ -30,6 +29,7 @@ from shadowkv.recording import Recorded, Recording
 from shadowkv.rope import Rope
 from shadowkv.streamed import StreamedPrompt
 from shadowkv.streams import beside
+from shadowkv.survey import survey
 
 # Small chunks waste less of a shared prefix; large ones keep a GPU busy.
 _CHUNK_TOKENS = {"cpu": 256, "cuda": 8192}
@@ -59,6 +59,8 @@ class _Kept:
 class Engine:
     """Runs a transformers model through the caches of `shadowkv.recording` and `shadowkv.cache`.
 
+    Raises `SkvError` for a model that cannot be run through them (`shadowkv.survey`).
+
     prefill_chunk_tokens: grid of the prefill (default 256 on a CPU, 8192 on a GPU).
     reuse_prefix: keep what consecutive prompts share.
     record_queries: keep the prompt's queries for methods that need them (see `Method.needs_prompt_queries`).
@@ -74,10 +76,12 @@ class Engine:
         record_queries: bool = False,
         graphs: bool = True,
     ) -> None:
-        attach(model)
+        found = survey(model)
         self.model = model
-        self.rope = Rope(model)
-        self.dims = dims_of(model.config, model.dtype.itemsize, model.device.type)
+        self.layers = found.layers
+        self.rope = Rope(model, found)
+        dims = found.dims(model.dtype.itemsize, model.device.type)
+        self.dims = replace(dims, rotary=self.rope.knows(dims.layer_ids))
         self.prefill_chunk_tokens = prefill_chunk_tokens or _CHUNK_TOKENS.get(model.device.type, 8192)
         self._reuse_prefix = reuse_prefix
         self._record_queries = record_queries
@@ -126,6 +130,7 @@ class Engine:
         _check_prompt(input_ids)
         return StreamedPrompt(
             self.model,
+            self.layers,
             input_ids.to(self.model.device),
             self._grid(input_ids.shape[1]),
             sparse=sparse,
@@ -135,9 +140,8 @@ class Engine:
 
     def snapshot_bytes(self, tokens: int) -> int:
         """What the recording of one prompt takes: dense keys and values of every layer, and queries if asked for."""
-        dims, layers = self.dims, len(sliding_windows(self.model.config))
-        queries = dims.query_bytes_per_token if self._record_queries else 0
-        return tokens * (2 * layers * dims.width * dims.element_bytes + queries)
+        held = sum(layer.token_bytes(self.dims.element_bytes) for layer in self.layers)
+        return tokens * (held + (self.dims.query_bytes_per_token if self._record_queries else 0))
 
     @torch.inference_mode()
     def adopt(self, recorded: Recorded, method: Method) -> MethodCache:
@@ -152,6 +156,8 @@ class Engine:
 
     def _made(self, recorded: Recorded, method: Method, *, shared: bool) -> MethodCache:
         method.check(self.dims)
+        if method.speculates and len(decoder_layers(self.model)) != len(self.layers):
+            raise SkvError(f"{method.label} needs one layer of keys and values per decoder layer")
         if self.model.device.type == "cuda" and self.dims.layers:
             longest = max(layer.tokens for layer in recorded.recorded)
             require_host_bytes(method.prompt_bytes(self.dims, longest).host, f"{method.label} of {longest} tokens")
@@ -214,16 +220,20 @@ class Engine:
         Among the first `min_new_tokens` no stop token is chosen, however likely.
 
         `logits` [B,vocab] are those after the last token held, so a prompt's first new token is its prefill's under
-        every method. The last token returned has not been fed to the model.
+        every method. The last token returned has not been fed to the model. Raises `NotFiniteError` instead of choosing
+        from what overflowed.
         """
         self.rope.check_span(max(cache.row_tokens), max_new_tokens)
         rows: list[list[int]] = [[] for _ in range(logits.shape[0])]
         feed = self.stepper(cache)
         open_rows = set(range(len(rows)))
         for step in range(max_new_tokens):
+            finite = torch.isfinite(logits).all()
             if step < min_new_tokens and stop_ids:
                 logits = logits.index_fill(-1, torch.tensor(sorted(stop_ids), device=logits.device), -torch.inf)
             tokens = logits.argmax(dim=-1)
+            if not bool(finite):
+                raise NotFiniteError(str(self.model.dtype).removeprefix("torch."), rows[0])
             for row, token in enumerate(tokens.tolist()):
                 if token in stop_ids:
                     open_rows.discard(row)
@@ -244,9 +254,10 @@ class Engine:
     def _grid(self, tokens: int) -> list[int]:
         """Where the chunks of a prompt end."""
         first = self.prefill_chunk_tokens
-        if self.rope.crossing is not None and tokens > self.rope.crossing:
-            # A first chunk that stops short of the crossing would be rotated with the wrong frequencies.
-            first = max(first, self.rope.crossing + 1)
+        for crossing in self.rope.crossings:
+            if tokens > crossing:
+                # A first chunk that stops short of the crossing would be rotated with the wrong frequencies.
+                first = max(first, crossing + 1)
         return [*range(first, tokens, self.prefill_chunk_tokens), tokens]
 
     def _recording_for(
@@ -273,7 +284,7 @@ class Engine:
 
     def _fresh(self, kept: _Kept, input_ids: Tensor, sparse: SparsePrefill | None) -> Recording:
         kept.recording = kept.prefill = None  # the old buffers go before the new ones come
-        recording = Recording(self.model, sparse, self._record_queries)
+        recording = Recording(self.layers, sparse, self._record_queries)
         for layer in recording.recorded:
             layer.reserve(input_ids.shape[1])
         return recording

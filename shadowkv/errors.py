@@ -1,4 +1,6 @@
-"""The one exception type for mistakes a user can fix."""
+"""The one exception type for mistakes a user can fix, and what it says of numbers that overflow."""
+
+from __future__ import annotations
 
 
 class SkvError(Exception):
@@ -6,3 +8,19 @@ class SkvError(Exception):
 
     Everything else that escapes is a bug in this project and keeps its traceback.
     """
+
+
+class NotFiniteError(SkvError):
+    """Logits that hold NaN or infinity after `answer`, the first tokens of one: no next one can be chosen from them."""
+
+    def __init__(self, dtype: str, answer: list[int], where: str | None = None) -> None:
+        self.dtype, self.answer = dtype, answer
+        first = f", first in {where}" if where else ""
+        super().__init__(
+            f"logits are not finite in {dtype} at step {len(answer)} of the answer{first}; "
+            "try --dtype float32 or bfloat16"
+        )
+
+    def first_in(self, where: str) -> NotFiniteError:
+        """The same, saying where it begins."""
+        return NotFiniteError(self.dtype, self.answer, where)

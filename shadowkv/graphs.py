@@ -19,7 +19,7 @@ Capture = Callable[[Callable[[], Tensor]], tuple[Callable[[], None], Tensor]]
 
 def can_be_graphed(rope: Rope, cache: MethodCache) -> bool:
     """Whether every layer has a step of fixed shapes, and the model's rotary embedding asks for no lengths."""
-    return rope.crossing is None and cache.steady
+    return not rope.crossings and cache.steady
 
 
 def capture_on_gpu(step: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:

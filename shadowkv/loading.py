@@ -10,13 +10,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shadowkv.errors import SkvError
-from shadowkv.model_size import count_parameters
+from shadowkv.model_size import blueprint, count_parameters
 from shadowkv.packs import kept_checksums, sha256_of
 from shadowkv.resolving import ModelSource
 from shadowkv.wording import one_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from shadowkv.self_check import SelfCheck
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,7 @@ class LoadedModel:
     dummy: bool
     device: str
     dtype: str
+    self_check: SelfCheck | None = None  # None if it was not asked for
 
     @property
     def stop_ids(self) -> frozenset[int]:
@@ -66,8 +69,16 @@ def load_tokenizer(source: ModelSource, *, trust_remote_code: bool = False) -> P
 
 
 def context_tokens(source: ModelSource, config: Any) -> int:
-    """The longest sequence the model is made for: what its own config declares, never more than its preset."""
-    declared = int(config.get_text_config().max_position_embeddings)
+    """The longest sequence the model is made for: what its own config declares, never more than its preset.
+
+    Raises `SkvError` for a model that declares none.
+    """
+    declared = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if not isinstance(declared, int):
+        raise SkvError(
+            f"{source.name} is of type {config.model_type}, which declares no longest sequence "
+            "(max_position_embeddings): it is no RoPE decoder that skv can drive"
+        )
     return declared if source.preset is None else min(declared, source.preset.context_tokens)
 
 
@@ -94,7 +105,8 @@ def load_model(
     if device.startswith("cuda"):
         torch.cuda.set_device(device)  # kernels are launched on the current one, whatever their tensors are on
     if dummy:
-        _check_room(count_parameters(config, trust_remote_code=trust_remote_code).total, torch_dtype, device)
+        parameters = count_parameters(blueprint(config, trust_remote_code=trust_remote_code)).total
+        _check_room(parameters, torch_dtype, device)
         torch.manual_seed(0)
         with torch.device(device):
             model = AutoModelForCausalLM.from_config(config, dtype=torch_dtype, trust_remote_code=trust_remote_code)

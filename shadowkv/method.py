@@ -275,6 +275,12 @@ def largest_within(
     return make(low + within)
 
 
+def require_rotary(dims: Dims, method: str) -> None:
+    """Raise `SkvError` for a model of which it is not known how positions turn its keys."""
+    known = f"{method}: un-rotates keys, and skv does not know how this model turns them by their positions"
+    require(dims.rotary, known)
+
+
 def require(condition: bool, message: str) -> None:
     """Raise `SkvError(message)` unless `condition` holds: the guard of a method's parameters."""
     if not condition:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from shadowkv.dims import Dims
+from shadowkv.dims import Dims, KVLayer
 from shadowkv.errors import SkvError
-from shadowkv.method import require
 from shadowkv.wording import one_line
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -18,19 +21,21 @@ class ModelSize:
     dims: Dims
     parameters: int
     step_parameters: int  # those that a decode step reads
-    layers: int  # all of them
+    layers: tuple[KVLayer, ...]  # all of them
     vocab: int
     hidden: int  # channels between layers
-    windows: tuple[int, ...] = ()  # of the sliding-window layers, which stay dense in their window
 
     @property
     def weight_bytes(self) -> int:
         return self.parameters * self.dims.element_bytes
 
-    def window_bytes(self, tokens: int) -> int:
-        """Keys and values that the sliding-window layers hold of one sequence."""
-        held = sum(min(window - 1, tokens) for window in self.windows)
-        return 2 * held * self.dims.width * self.dims.element_bytes
+    def dense_bytes(self, tokens: int) -> int:
+        """Keys and values that the layers which no method serves hold of one sequence: a window, or all."""
+        return sum(
+            layer.token_bytes(self.dims.element_bytes) * (min(layer.window - 1, tokens) if layer.window else tokens)
+            for layer in self.layers
+            if not layer.served
+        )
 
 
 def streamed_bytes(dims: Dims, hidden: int, tokens: int, *, with_queries: bool) -> int:
@@ -50,21 +55,27 @@ class Parameters(NamedTuple):
     per_step: int
 
 
-def count_parameters(config: Any, *, trust_remote_code: bool = False) -> Parameters:
-    """A model's parameters, without making them. Of a mixture of experts, a step counts as reading all.
-
-    Raises `SkvError` for a config that is not a decoder's.
-    """
+def blueprint(config: Any, *, trust_remote_code: bool = False) -> PreTrainedModel:
+    """A model without memory for its weights. Raises `SkvError` for a config that is not a decoder's."""
     import torch
     from transformers import AutoModelForCausalLM
 
     try:
+        # Experts have kernels for bf16 alone where nothing can be computed. The model notes in its config how it is to
+        # attend, and that one is the caller's.
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    except ValueError as error:
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(
+                deepcopy(config), dtype=torch.bfloat16, trust_remote_code=trust_remote_code
+            )
+    except Exception as error:  # a config can contradict itself in more ways than its model tells apart
         raise SkvError(
             f"a model of type {config.model_type} cannot be built as a decoder: {one_line(error)}"
         ) from error
+    return model.eval()
+
+
+def count_parameters(model: PreTrainedModel) -> Parameters:
+    """A model's parameters. Of a mixture of experts, a step counts as reading all."""
     total = sum(p.numel() for p in model.parameters())
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings()
     tied = head is not None and head.weight is embedding
@@ -72,21 +83,28 @@ def count_parameters(config: Any, *, trust_remote_code: bool = False) -> Paramet
 
 
 def model_size(config: Any, element_bytes: int, *, device: str = "cuda", trust_remote_code: bool = False) -> ModelSize:
-    """What the planner must know of a model on a device of this type.
+    """What is to be known of a model on a device of this type.
 
-    Raises `SkvError` for layers that no method serves.
+    Raises `SkvError` for one that cannot be driven, or has no layers that a method serves.
     """
-    from shadowkv.geometry import dims_of, sliding_windows
+    from shadowkv.geometry import declared_layers
+    from shadowkv.rope import rotary_module
+    from shadowkv.survey import UnknownError, served_dims, survey
 
-    counted = count_parameters(config, trust_remote_code=trust_remote_code)
-    dims, windows = dims_of(config, element_bytes, device), sliding_windows(config)
-    require(dims.layers > 0, "no layer of this model sees its whole context: there is nothing for a method to serve")
+    model = blueprint(config, trust_remote_code=trust_remote_code)
+    counted = count_parameters(model)
+    try:
+        layers = survey(model).layers
+    except UnknownError:
+        layers = tuple(declared_layers(config))  # until it is loaded
+    if not any(layer.served for layer in layers):
+        raise SkvError("no layer of this model sees its whole context: there is nothing for a method to serve")
+    dims = served_dims(layers, element_bytes, device)
     return ModelSize(
-        dims=dims,
+        dims=replace(dims, rotary=rotary_module(model) is not None),
         parameters=counted.total,
         step_parameters=counted.per_step,
-        layers=len(windows),
+        layers=layers,
         vocab=config.get_text_config().vocab_size,
         hidden=config.get_text_config().hidden_size,
-        windows=tuple(window for window in windows if window is not None),
     )

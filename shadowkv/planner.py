@@ -131,12 +131,12 @@ def plan(
 
 
 def sequence_parts(demand: Demand, model: ModelSize, tokens: int) -> dict[str, Bytes]:
-    """Memory of one sequence by part: what the method holds, sliding windows, a step's workspace and logits."""
-    windows = model.window_bytes(tokens)
+    """Memory of one sequence by part: what the method holds, layers left dense, a step's workspace and logits."""
+    dense = model.dense_bytes(tokens)
     logits = model.vocab * (_LOGIT_BYTES + model.dims.element_bytes)
     return {
         **demand.parts,
-        **({"sliding windows": Bytes(windows, 0)} if windows else {}),
+        **({"layers left dense": Bytes(dense, 0)} if dense else {}),
         "workspace": Bytes(demand.workspace_bytes + logits, 0),
     }
 
@@ -144,18 +144,18 @@ def sequence_parts(demand: Demand, model: ModelSize, tokens: int) -> dict[str, B
 def step_bytes(demand: Demand, model: ModelSize, tokens: int, batch: int) -> int:
     """Device memory that a step of `batch` sequences has to read: weights once, then what each sequence reads."""
     weights = model.step_parameters * model.dims.element_bytes
-    return weights + batch * (demand.read_bytes + model.window_bytes(tokens))
+    return weights + batch * (demand.read_bytes + model.dense_bytes(tokens))
 
 
 def _times(demand: Demand, model: ModelSize, gpu: GPU, tokens: int, batch: int) -> Times:
     rates, dims = gpu.achieved, model.dims
     moved = step_bytes(demand, model, tokens, batch) + batch * demand.overlapped_bytes
-    window_flop = 2 * model.window_bytes(tokens) // dims.element_bytes * dims.q_heads // dims.kv_heads
+    dense_flop = 2 * model.dense_bytes(tokens) // dims.element_bytes * dims.q_heads // dims.kv_heads
     return Times(
         hbm=1000 * moved / rates.bandwidth_bytes,
         pcie=1000 * batch * demand.bus_bytes / rates.link_bytes,
-        flop=1000 * batch * (2 * model.step_parameters + demand.flop + window_flop) / rates.flop,
-        overhead=model.layers * gpu.layer_overhead_ms,
+        flop=1000 * batch * (2 * model.step_parameters + demand.flop + dense_flop) / rates.flop,
+        overhead=len(model.layers) * gpu.layer_overhead_ms,
     )
 
 

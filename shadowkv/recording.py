@@ -8,12 +8,11 @@ from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from shadowkv.attention import dense_attention, with_handle
+from shadowkv.dims import KVLayer
 from shadowkv.errors import SkvError
-from shadowkv.geometry import sliding_windows
 from shadowkv.method import OBSERVED_QUERIES, LayerKV
 from shadowkv.prefills import SparsePrefill
 
@@ -27,6 +26,10 @@ class RecordedLayer(Protocol):
     @property
     def window(self) -> int | None:
         """The sliding window, None for a layer that sees everything."""
+
+    @property
+    def served(self) -> bool:
+        """Whether a method keeps it in its own way: see `KVLayer.served`."""
 
     @property
     def tokens(self) -> int: ...
@@ -45,16 +48,17 @@ class Recorded(Protocol):
 class RecordingLayer(CacheLayerMixin):
     """Attention during prefill, dense unless told otherwise; keeps keys and values and the last, or all, queries."""
 
-    def __init__(self, window: int | None, sparse: SparseAttention | None = None, record_queries: bool = False) -> None:
+    def __init__(self, layer: KVLayer, sparse: SparseAttention | None = None, record_queries: bool = False) -> None:
         super().__init__()
         self._sparse = sparse
-        self.window = window
-        self.is_sliding = window is not None
-        self.sliding_window = window  # read by transformers where is_sliding is set
+        self.served = layer.served
+        self.window = layer.window
+        self.is_sliding = self.window is not None
+        self.sliding_window = self.window  # read by transformers where is_sliding is set
         self.tokens = 0
         self.scaling = 1.0
         self.padding: list[int] | None = None  # left padding per row, where a mask told
-        self._record_queries = record_queries and window is None  # methods serve no layer with a window
+        self._record_queries = record_queries and self.served
         self._q_tail: Tensor | None = None
         self._queries: Tensor | None = None
         self._keys: Tensor | None = None
@@ -160,17 +164,16 @@ class RecordingLayer(CacheLayerMixin):
 
 
 class Recording(Cache):
-    """The cache of a prefill in progress: dense or, in the layers without a window, by `sparse`.
+    """The cache of a prefill in progress: dense or, in the layers that methods serve, by `sparse`.
 
     With `record_queries` it is as good for any method.
     """
 
     def __init__(
-        self, model: PreTrainedModel, sparse: SparsePrefill | None = None, record_queries: bool = False
+        self, layers: Sequence[KVLayer], sparse: SparsePrefill | None = None, record_queries: bool = False
     ) -> None:
-        windows = sliding_windows(model.config)
-        chosen = [partial(sparse.attention, i) if sparse and w is None else None for i, w in enumerate(windows)]
-        super().__init__(layers=[RecordingLayer(w, by, record_queries) for w, by in zip(windows, chosen, strict=True)])
+        chosen = [partial(sparse.attention, i) if sparse and layer.served else None for i, layer in enumerate(layers)]
+        super().__init__(layers=[RecordingLayer(*of, record_queries) for of in zip(layers, chosen, strict=True)])
 
     @property
     def recorded(self) -> list[RecordingLayer]:

@@ -40,9 +40,10 @@ def rotary_table(rope: Rope, layer: int, head_dim: int, tokens: int, length: int
 
     `length` picks the frequency regime as in `Rope.rotate`. Raises `SkvError` for a rotation that is not of pairs.
     """
-    if rope.crossing is not None and length <= rope.crossing:
-        tokens = min(tokens, rope.crossing)  # no position beyond has these frequencies
-    key = (*rope.regime(layer, length), head_dim, like.dtype, like.device)
+    crossing = rope.crossing(layer)
+    if crossing is not None and length <= crossing:
+        tokens = min(tokens, crossing)  # no position beyond has these frequencies
+    key = (rope.regime(layer, length), head_dim, like.dtype, like.device)
     table: RotaryTable | None = rope.derived.get(key)
     if table is None or table.cos.shape[0] < tokens:
         table = rope.derived[key] = _make(rope, layer, head_dim, tokens, max(tokens, length), like)
@@ -58,6 +59,10 @@ def _make(rope: Rope, layer: int, head_dim: int, tokens: int, length: int, like:
     mixed = (turned - turned.diag().diag()) != 0  # [from, to]
     rotated = mixed.any(dim=0)
     channel = torch.arange(head_dim, device=device)
+    if not bool(rotated.any()):  # a layer without rotary embedding: one pair that no channel belongs to
+        still = torch.ones(tokens, 1, dtype=like.dtype, device=device)
+        none = torch.zeros(head_dim, device=device)
+        return RotaryTable(still, torch.zeros_like(still), none.int(), channel.int(), none)
     partner = torch.where(rotated, mixed.int().argmax(dim=0), channel)
     first = rotated & (channel < partner)
     pair = torch.where(rotated, (first.cumsum(0) - 1)[torch.minimum(channel, partner)], 0)

@@ -21,6 +21,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from shadowkv.dims import KVLayer
+from shadowkv.errors import SkvError
 from shadowkv.forward import last_logits
 from shadowkv.geometry import decoder_layers
 from shadowkv.method import LayerKV
@@ -31,6 +33,8 @@ from shadowkv.recording import RecordedLayer, Recording, RecordingLayer
 class StreamedPrompt:
     """Layers of a prompt [B,S], computed when they are asked for: one after the other, each once.
 
+    Raises `SkvError` for a model in which some layers keep nothing of their own, or run more than once.
+
     chunk_ends: where the chunks of the prompt end. ahead: how many layers are under way beyond the one asked for, so
     that a GPU goes on while a method builds its cache of that one on another stream.
     """
@@ -38,6 +42,7 @@ class StreamedPrompt:
     def __init__(
         self,
         model: PreTrainedModel,
+        layers: Sequence[KVLayer],
         input_ids: Tensor,
         chunk_ends: Sequence[int],
         *,
@@ -45,7 +50,10 @@ class StreamedPrompt:
         record_queries: bool = False,
         ahead: int = 0,
     ) -> None:
-        self._layers = Recording(model, sparse, record_queries).recorded
+        entrances = decoder_layers(model)
+        if len(entrances) != len(layers):
+            raise SkvError(f"prompts of {type(model).__name__} cannot be computed layer by layer")
+        self._layers = Recording(layers, sparse, record_queries).recorded
         self._tokens, self._ahead = input_ids.shape[1], ahead
         for layer in self._layers:
             layer.reserve(self._tokens)
@@ -57,16 +65,17 @@ class StreamedPrompt:
         self._stream = torch.cuda.current_stream(self._device) if self._device.type == "cuda" else None
         self._passed: list[torch.cuda.Event | None] = []  # the layers that all chunks went through, and when
         self._logits: Tensor | None = None
-        self._hooks = [
-            layer.register_forward_pre_hook(partial(_wait, self._chunks)) for layer in decoder_layers(model)[1:]
-        ]
+        self._hooks = [layer.register_forward_pre_hook(partial(_wait, self._chunks)) for layer in entrances[1:]]
         # Chunks under way hold each other, and all that they computed, by their frames: nothing else would end them.
         weakref.finalize(self, _end, self._chunks, self._hooks).atexit = False
 
     @property
     def recorded(self) -> Sequence[RecordedLayer]:
         """Every layer, to be asked in this order."""
-        return [_StreamedLayer(self, number, layer.window, self._tokens) for number, layer in enumerate(self._layers)]
+        return [
+            _StreamedLayer(self, number, layer.window, layer.served, self._tokens)
+            for number, layer in enumerate(self._layers)
+        ]
 
     @property
     def logits(self) -> Tensor:
@@ -119,6 +128,7 @@ class _StreamedLayer(NamedTuple):
     prompt: StreamedPrompt
     number: int
     window: int | None
+    served: bool
     tokens: int
 
     def layer_kv(self, row: int | None, skip_tokens: int) -> LayerKV:

@@ -12,9 +12,8 @@ from cli.main import main
 from evals.bench.latency import LatencyRecord
 from evals.bench.records import BenchRecord
 from evals.results import read_records
-from shadowkv.geometry import dims_of
 from shadowkv.loading import load_config, load_tokenizer
-from shadowkv.model_size import count_parameters
+from shadowkv.model_size import model_size
 from shadowkv.presets import find_preset
 from shadowkv.registry import parse_method
 from shadowkv.resolving import ModelSource, resolve
@@ -138,7 +137,7 @@ def test_a_sweep_prints_writes_and_continues(capsys, throughput, tmp_path):
 
 
 def test_a_tiny_cap_is_an_oom_and_no_failure(capsys, throughput, tiny_folder):
-    weights = 4 * count_parameters(load_config(resolve(str(tiny_folder), dummy=False))).total
+    weights = model_size(load_config(resolve(str(tiny_folder), dummy=False)), 4, device="cpu").weight_bytes
     assert main([*throughput, "--batch", "1,2,4", "--memory-cap", f"{weights + 1_600_000}", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     found = {(row["method"], row["context"], row["batch"]): row["status"] for row in told["rows"]}
@@ -157,7 +156,7 @@ def test_methods_are_given_the_same_device_memory(capsys, tiny_folder, tmp_path)
     assert main([*argv, *asked, "--json", "--out", str(tmp_path / "run")]) == 0
     told = json.loads(capsys.readouterr().out)
     chosen = [parse_method(label) for label in dict.fromkeys(row["method"] for row in told["rows"])]
-    dims = dims_of(load_config(resolve(str(tiny_folder), dummy=False)), 4)
+    dims = model_size(load_config(resolve(str(tiny_folder), dummy=False)), 4, device="cpu").dims
     full, *others = (method.prompt_bytes(dims, 512).device for method in chosen)
     assert [method.name for method in chosen] == ["full", "shadowkv", "snapkv", "streaming"]
     assert all(0.2 * full < held <= 0.25 * full for held in others)

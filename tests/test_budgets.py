@@ -9,7 +9,7 @@ from tiny_models import geometry_model
 
 from shadowkv.dims import Dims
 from shadowkv.errors import SkvError
-from shadowkv.geometry import dims_of
+from shadowkv.model_size import model_size
 from shadowkv.registry import methods, parse_method
 from shadowkv.rope import Rope
 
@@ -26,7 +26,7 @@ def test_attended_tokens_are_counted_right(name, budget):
         method = method.with_budget(budget)
     chosen = (stream.weights(method, Rope(model)) > 0).sum(-1)
     assert chosen.max() == chosen.min(), "every head attends to as many"
-    dims = dims_of(model.config, 4)
+    dims = model_size(model.config, 4, device="cpu").dims
     choosing = Dims(1, HEADS * 3, HEADS, DIM, dims.element_bytes, served=(2,))
     expected = method.attended_tokens(choosing, PROMPT)
     if name == "quest":  # its newest page is not full

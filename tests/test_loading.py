@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from shadowkv.errors import SkvError
 from shadowkv.loading import context_tokens, load_config, load_model, load_tokenizer, weights_sha256
-from shadowkv.model_size import count_parameters
+from shadowkv.model_size import model_size
 from shadowkv.packs import pack_path
 from shadowkv.presets import presets
 from shadowkv.resolving import ModelSource, resolve
@@ -220,15 +220,14 @@ def test_every_preset_describes_a_model_that_can_be_built(name, monkeypatch, tmp
     """From the preset alone: the config that a dummy run uses, its tokenizer, and a plausible size."""
     from huggingface_hub import constants
 
-    from shadowkv.geometry import dims_of
-
     monkeypatch.setenv("SKV_HOME", str(tmp_path))
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     source = resolve(name, dummy=True)
     config, preset = load_config(source), presets()[name]
-    dims = dims_of(config, 2)
+    size = model_size(config, 2)
+    dims = size.dims
     assert (dims.q_heads, dims.kv_heads, dims.head_dim) == (preset.q_heads, preset.kv_heads, preset.head_dim)
-    billions = count_parameters(config).total / 1e9
+    billions = size.parameters / 1e9
     told = {"8b": 8.0, "9b": 9.1, "mini": 3.8, "7b": 7.6, "135m": 0.135, "270m": 0.27}
     expected = next(size for part, size in told.items() if part in name)
     assert billions == pytest.approx(expected, rel=0.06)

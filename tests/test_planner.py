@@ -14,7 +14,7 @@ from transformers import AutoConfig
 
 from evals.paper.published import ROWS
 from evals.planning import Setup, plan_all
-from shadowkv.dims import Bytes, Dims
+from shadowkv.dims import Bytes, Dims, KVLayer
 from shadowkv.engine import Engine
 from shadowkv.errors import SkvError
 from shadowkv.gpus import GPU, find_gpu, gpus
@@ -31,7 +31,10 @@ A100 = find_gpu("a100-80g")
 DIMS = Dims(layers=4, q_heads=6, kv_heads=2, head_dim=64, element_bytes=2)
 # Round figures, all of which are reached: 1000 bytes per ms of memory, 100 of the link, 10000 operations.
 SIMPLE = GPU("simple", 10_000, 1e6, 1e5, 1e7, 1.0, 1.0, 1.0, 1.0, layer_overhead_ms=0.5)
-TINY = ModelSize(replace(DIMS, element_bytes=1), parameters=2000, step_parameters=1500, layers=4, vocab=0, hidden=0)
+LAYERS = (KVLayer(DIMS.q_heads, DIMS.kv_heads, DIMS.head_dim),) * 4
+TINY = ModelSize(
+    replace(DIMS, element_bytes=1), parameters=2000, step_parameters=1500, layers=LAYERS, vocab=0, hidden=0
+)
 
 
 def demand(held=100, host=0, read=40, bus=0, flop=0, overlapped=0):
@@ -74,9 +77,9 @@ def test_sliding_windows_are_planned_for(spec):
     engine = Engine(tiny_model("gemma3"), prefill_chunk_tokens=128)
     size, method = model_size(engine.model.config, 4), parse_method(spec)
     held = engine.replay(engine.prefill(random_prompt(700)), method).nbytes()
-    planned = Bytes(size.window_bytes(700), 0) + method.prompt_bytes(size.dims, 700)
+    planned = Bytes(size.dense_bytes(700), 0) + method.prompt_bytes(size.dims, 700)
     assert planned.device == pytest.approx(held.device, rel=0.01)
-    assert size.layers == engine.model.config.num_hidden_layers
+    assert len(size.layers) == engine.model.config.num_hidden_layers
 
 
 @pytest.mark.parametrize("spec", CASES)

@@ -14,6 +14,7 @@ def pre_rope_keys(model, ids):
     """Per layer, the keys that enter `apply_rotary_pos_emb`, seen by calling the model through a spy."""
     import sys
 
+    engine = Engine(model, prefill_chunk_tokens=4096)
     module = sys.modules[type(model.get_decoder()).__module__]
     original, seen = module.apply_rotary_pos_emb, []
 
@@ -23,7 +24,7 @@ def pre_rope_keys(model, ids):
 
     module.apply_rotary_pos_emb = spy
     try:
-        prefill = Engine(model, prefill_chunk_tokens=4096).prefill(ids)
+        prefill = engine.prefill(ids)
     finally:
         module.apply_rotary_pos_emb = original
     return seen, prefill

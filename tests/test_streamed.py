@@ -17,6 +17,7 @@ from shadowkv.methods.full import Full
 from shadowkv.registry import parse_method
 from shadowkv.stacking import Stackable
 from shadowkv.streamed import StreamedPrompt, _Chunk
+from shadowkv.survey import survey
 
 TOKENS, STEPS = 300, 6
 
@@ -90,7 +91,7 @@ def test_every_family_can_be_streamed(tiny, family):
 @pytest.mark.parametrize("ahead", [0, 1])
 def test_few_layers_are_held_at_a_time(tiny, ahead):
     model, ids = tiny("llama"), random_prompt(TOKENS)
-    prompt = StreamedPrompt(model, ids, [100, 200, TOKENS], ahead=ahead)
+    prompt = StreamedPrompt(model, survey(model).layers, ids, [100, 200, TOKENS], ahead=ahead)
     held = []
     for layer in prompt.recorded:
         layer.layer_kv(None, 0)
@@ -101,7 +102,7 @@ def test_few_layers_are_held_at_a_time(tiny, ahead):
 @pytest.mark.parametrize("ahead", [0, 1])
 def test_whoever_takes_layers_holds_none_while_others_are_computed(engine, monkeypatch, ahead):
     monkeypatch.setattr(Full, "new_layer", lambda self, layer, kv, rope: None)
-    prompt = StreamedPrompt(engine.model, random_prompt(TOKENS), [100, 200, TOKENS], ahead=ahead)
+    prompt = StreamedPrompt(engine.model, engine.layers, random_prompt(TOKENS), [100, 200, TOKENS], ahead=ahead)
     of_a_layer = 2 * TOKENS * 16 * 4  # KV heads, channels, bytes
     dense = []
 
@@ -126,7 +127,9 @@ def test_whoever_takes_layers_holds_none_while_others_are_computed(engine, monke
 @pytest.mark.parametrize("ahead", [0, 1])
 def test_layers_under_way_change_nothing(engine, ahead):
     ids = random_prompt(TOKENS)
-    prompt = StreamedPrompt(engine.model, ids, [64, 128, 192, 256, TOKENS], record_queries=True, ahead=ahead)
+    prompt = StreamedPrompt(
+        engine.model, engine.layers, ids, [64, 128, 192, 256, TOKENS], record_queries=True, ahead=ahead
+    )
     streamed = [layer.layer_kv(None, 0) for layer in prompt.recorded]
     prefill = engine.prefill(ids)
     for mine, layer in zip(streamed, prefill.recording.recorded, strict=True):

@@ -21,7 +21,6 @@ from evals.niah.prompt import Haystacks
 from evals.seeding import seeded
 from shadowkv.engine import Engine
 from shadowkv.errors import SkvError
-from shadowkv.geometry import sliding_windows
 from shadowkv.host_memory import available_host_bytes
 from shadowkv.method import OBSERVED_QUERIES, LayerKV
 from shadowkv.prefills import SparsePrefill
@@ -67,6 +66,7 @@ class _KeptLayer:
     """A layer of a prefill on the host, brought back to the device when it is asked for."""
 
     window: int | None
+    served: bool
     tokens: int
     kv: LayerKV
     device: torch.device
@@ -125,7 +125,7 @@ class RealPrompts(Prompts):
             began = self._clock.now()
             kv = layer.layer_kv(None, 0)
             prefill_s += self._clock.now() - began  # without the way to the host
-            layers.append(_KeptLayer(layer.window, layer.tokens, _moved(kv, torch.device("cpu")), device))
+            layers.append(_KeptLayer(layer.window, layer.served, layer.tokens, _moved(kv, torch.device("cpu")), device))
             del kv  # or it would be held while the next one is computed
         rows = Rows(layers, partial(list, _greedy(prompt)), prefill_s)
         self._kept[context, number, sparse] = rows
@@ -151,6 +151,7 @@ class _MadeUpLayer:
     """Normally distributed keys, values and queries, the same whenever they are asked for."""
 
     window: int | None
+    served: bool
     tokens: int
     like: LayerKV  # of a short prompt: shapes, dtype, device and scale
     seed: int
@@ -181,7 +182,6 @@ class SyntheticPrompts(Prompts):
 
     def __init__(self, engine: Engine, seed: int, *, with_queries: bool) -> None:
         self._engine, self._seed, self._with_queries = engine, seed, with_queries
-        self._windows = sliding_windows(engine.model.config)
         self._vocabulary = int(engine.model.get_input_embeddings().weight.shape[0])
 
     @lru_cache(maxsize=1)  # noqa: B019 - one such object lives as long as its engine
@@ -199,13 +199,14 @@ class SyntheticPrompts(Prompts):
         for number in range(batch):
             layers = [
                 _MadeUpLayer(
-                    window,
+                    layer.window,
+                    layer.served,
                     context,
                     like,
                     seeded("synthetic kv", self._seed, number, place).getrandbits(48),
                     self._with_queries,
                 )
-                for place, (window, like) in enumerate(zip(self._windows, self._scales(), strict=True))
+                for place, (layer, like) in enumerate(zip(self._engine.layers, self._scales(), strict=True))
             ]
             yield Rows(layers, partial(list, [int(self._random_ids(1, number))]))
 

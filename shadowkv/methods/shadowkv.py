@@ -28,7 +28,7 @@ from shadowkv.engines import ENGINES, means_fast, uses_fast
 from shadowkv.key_factors import FACTOR_CODINGS
 from shadowkv.landmarks import SelectsChunks
 from shadowkv.layerwise import LayerState, LayerwiseMethod, StepwiseState
-from shadowkv.method import LayerKV, Method, largest_within, require
+from shadowkv.method import LayerKV, Method, largest_within, require, require_rotary
 from shadowkv.names import did_you_mean
 from shadowkv.resident import ResidentLayer
 from shadowkv.rope import Rope
@@ -86,6 +86,7 @@ class ShadowKV(LayerwiseMethod, SelectsChunks):
         return bool(self.energy)
 
     def check(self, dims: Dims) -> None:
+        require_rotary(dims, self.name)
         require(
             bool(self.energy) or self.rank <= dims.width,
             f"shadowkv: rank={self.rank} exceeds the width of this model's keys, {dims.width} "

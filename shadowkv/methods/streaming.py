@@ -22,7 +22,7 @@ from shadowkv import ops
 from shadowkv.buffers import TokenBuffer
 from shadowkv.dims import Bytes, Dims
 from shadowkv.layerwise import EvictingMethod, LayerState, StepwiseState
-from shadowkv.method import LayerKV, Method, require
+from shadowkv.method import LayerKV, Method, require, require_rotary
 from shadowkv.rope import Rope
 
 
@@ -44,6 +44,11 @@ class StreamingLLM(EvictingMethod):
             self.budget > self.sinks,
             f"streaming: budget={self.budget} must be larger than sinks={self.sinks}, which it includes",
         )
+
+    def check(self, dims: Dims) -> None:
+        super().check(dims)
+        if self.rerotate:
+            require_rotary(dims, self.name)
 
     def new_layer(self, layer: int, kv: LayerKV, rope: Rope) -> LayerState:
         return _StreamingLayer(self, layer, kv, rope)

@@ -24,7 +24,7 @@ from shadowkv.buffers import TokenBuffer
 from shadowkv.dims import Bytes, Dims
 from shadowkv.landmarks import Landmarks, SelectsChunks
 from shadowkv.layerwise import LayeredCache, LayerState, StepwiseState
-from shadowkv.method import DecodeCache, LayerKV, Method, largest_within, require
+from shadowkv.method import DecodeCache, LayerKV, Method, largest_within, require, require_rotary
 from shadowkv.rope import Rope
 
 
@@ -49,6 +49,7 @@ class XKV(SelectsChunks):
         require(self.rank_v >= 1, f"xkv: rank_v must be at least 1, got {self.rank_v}")
 
     def check(self, dims: Dims) -> None:
+        require_rotary(dims, self.name)
         width = self.group * dims.width
         for name, rank in (("rank_k", self.rank_k), ("rank_v", self.rank_v)):
             require(
