@@ -1,11 +1,14 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-# A machine without an NVIDIA driver gets this one version, which may be a CPU build where your package index has
-# one (set TORCH to a wheel of your choice otherwise); a machine with a GPU gets the newest build.
-TORCH ?= $(if $(shell command -v nvidia-smi 2>/dev/null),torch>=2.11,torch==2.13.0)
+PIP := $(BIN)/python -m pip install --quiet
+LOCKED := $(PIP) --require-hashes --no-deps
+# Not in requirements.lock, because its builds differ by machine: a package index may have one for CPUs. Any other
+# requirement or wheel will do, with the Triton and CUDA packages that it asks for.
+LOCKED_TORCH := torch==2.13.0
+TORCH ?= $(LOCKED_TORCH)
 
-.PHONY: demo test lint regression clean
+.PHONY: demo test lint lock regression clean
 
 demo: $(VENV)/ready  ## full attention, ShadowKV and Quest on a real model, in minutes on a CPU
 	$(BIN)/skv pull smollm2-135m essays
@@ -23,11 +26,18 @@ lint: $(VENV)/ready
 regression: $(VENV)/ready  ## answers of a real model against results/baselines/, in minutes on a CPU
 	VENV=$(VENV) .ci/regression
 
+lock:  ## adjusts the locks to pyproject.toml; with UPGRADE=1, to the newest versions that it allows
+	PYTHON="$(PYTHON)" TORCH="$(LOCKED_TORCH)" UPGRADE="$(UPGRADE)" .ci/lock
+
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache results/demo results/regression
 
-$(VENV)/ready: pyproject.toml
+# setuptools first, since what has no wheel is built with what is installed: pip would fetch the newest. pip cannot ask
+# for one package of a file with hashes, so it is given that package's lines.
+$(VENV)/ready: pyproject.toml requirements.lock requirements-cuda.lock
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet "$(TORCH)"
-	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	sed -n '/^setuptools==/,/[^\\]$$/p' requirements.lock | $(LOCKED) --requirement /dev/stdin
+	$(LOCKED) --no-build-isolation --requirement requirements.lock
+	$(PIP) $(if $(filter $(LOCKED_TORCH),$(TORCH)),--constraint requirements-cuda.lock) "$(TORCH)"
+	$(PIP) --no-deps --no-build-isolation --editable .
 	touch $@

@@ -54,7 +54,7 @@ def test_the_workflow_runs_what_ci_runs_and_that_ends_with_the_regression_set():
     }
 
 
-@pytest.mark.parametrize("script", ["run", "gate", "regression"])
+@pytest.mark.parametrize("script", ["run", "gate", "lock", "regression"])
 def test_scripts_can_be_run_and_read(script):
     path = ROOT / ".ci" / script
     assert os.access(path, os.X_OK)
