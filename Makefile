@@ -8,7 +8,13 @@ LOCKED := $(PIP) --require-hashes --no-deps
 LOCKED_TORCH := torch==2.13.0
 TORCH ?= $(LOCKED_TORCH)
 
-.PHONY: demo test lint lock regression clean
+# The ends of what pyproject.toml allows, and the tests that notice when transformers changes.
+TRANSFORMERS_oldest := transformers==5.2.0
+TRANSFORMERS_newest := transformers>=5.2,<6
+TRANSFORMERS_TESTS := $(wildcard $(patsubst %,tests/test_%.py,calibration duo engine exports families geometries graphs \
+	infinigen joining loading methods minference real_model rope self_check streamed turns))
+
+.PHONY: demo test test-newest test-oldest lint lock regression clean
 
 demo: $(VENV)/ready  ## full attention, ShadowKV and Quest on a real model, in minutes on a CPU
 	$(BIN)/skv pull smollm2-135m essays
@@ -17,6 +23,13 @@ demo: $(VENV)/ready  ## full attention, ShadowKV and Quest on a real model, in m
 
 test: $(VENV)/ready
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n auto
+
+test-newest test-oldest: test-%:  ## tests that touch transformers, with the newest and the oldest that is supported
+	$(MAKE) VENV=.venv-$* .venv-$*/ready
+	.venv-$*/bin/python -m pip install --quiet --upgrade "$(TRANSFORMERS_$*)"
+	.venv-$*/bin/skv pull smollm2-135m
+	.venv-$*/bin/python -m pip list | grep -E "^(torch|transformers|tokenizers|huggingface_hub) "
+	HF_HUB_OFFLINE=1 .venv-$*/bin/python -m pytest -n auto $(TRANSFORMERS_TESTS)
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .
@@ -30,7 +43,7 @@ lock:  ## adjusts the locks to pyproject.toml; with UPGRADE=1, to the newest ver
 	PYTHON="$(PYTHON)" TORCH="$(LOCKED_TORCH)" UPGRADE="$(UPGRADE)" .ci/lock
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache results/demo results/regression
+	rm -rf $(VENV) .venv-newest .venv-oldest .pytest_cache .mypy_cache .ruff_cache results/demo results/regression
 
 # setuptools first, since what has no wheel is built with what is installed: pip would fetch the newest. pip cannot ask
 # for one package of a file with hashes, so it is given that package's lines.

@@ -92,7 +92,7 @@ def test_torch_and_what_its_cuda_build_needs_are_apart():
     assert all(apart.match(requirement.name) for requirement, _ in entries(CUDA))
 
 
-def test_makefile_and_action_name_an_exact_version_of_torch():
+def test_makefile_and_action_name_exact_versions_and_the_ends_of_the_range():
     read = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
     ranges = {requirement.name: requirement.specifier for requirement in map(Requirement, read)}
     [torch] = Requirement(variable("LOCKED_TORCH")).specifier
@@ -100,3 +100,13 @@ def test_makefile_and_action_name_an_exact_version_of_torch():
     action = yaml.safe_load((ROOT / "action.yml").read_text())
     assert action["inputs"]["torch"]["default"] == variable("LOCKED_TORCH")
     assert ranges["torch"].contains(torch.version)
+    assert Requirement(variable("TRANSFORMERS_newest")).specifier == ranges["transformers"]
+    [oldest] = Requirement(variable("TRANSFORMERS_oldest")).specifier
+    [lowest] = [bound for bound in ranges["transformers"] if bound.operator == ">="]
+    assert oldest.operator == "=="
+    assert oldest.version in (lowest.version, f"{lowest.version}.0")
+
+
+def test_tests_that_touch_transformers_are_there():
+    named = variable("TRANSFORMERS_TESTS").split()
+    assert {"tests/test_engine.py", "tests/test_real_model.py"} <= set(named)
