@@ -1,11 +1,20 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-# A machine without an NVIDIA driver gets this one version, which may be a CPU build where your package index has
-# one (set TORCH to a wheel of your choice otherwise); a machine with a GPU gets the newest build.
-TORCH ?= $(if $(shell command -v nvidia-smi 2>/dev/null),torch>=2.11,torch==2.13.0)
+PIP := $(BIN)/python -m pip install --quiet
+LOCKED := $(PIP) --require-hashes --no-deps
+# Not in requirements.lock, because its builds differ by machine: a package index may have one for CPUs. Any other
+# requirement or wheel will do, with the Triton and CUDA packages that it asks for.
+LOCKED_TORCH := torch==2.13.0
+TORCH ?= $(LOCKED_TORCH)
 
-.PHONY: demo test lint regression clean
+# The ends of what pyproject.toml allows, and the tests that notice when transformers changes.
+TRANSFORMERS_oldest := transformers==5.2.0
+TRANSFORMERS_newest := transformers>=5.2,<6
+TRANSFORMERS_TESTS := $(wildcard $(patsubst %,tests/test_%.py,calibration duo engine exports families geometries graphs \
+	infinigen joining loading methods minference real_model rope self_check streamed turns))
+
+.PHONY: demo test test-newest test-oldest lint lock regression clean
 
 demo: $(VENV)/ready  ## full attention, ShadowKV and Quest on a real model, in minutes on a CPU
 	$(BIN)/skv pull smollm2-135m essays
@@ -15,6 +24,13 @@ demo: $(VENV)/ready  ## full attention, ShadowKV and Quest on a real model, in m
 test: $(VENV)/ready
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n auto
 
+test-newest test-oldest: test-%:  ## tests that touch transformers, with the newest and the oldest that is supported
+	$(MAKE) VENV=.venv-$* .venv-$*/ready
+	.venv-$*/bin/python -m pip install --quiet --upgrade "$(TRANSFORMERS_$*)"
+	.venv-$*/bin/skv pull smollm2-135m
+	.venv-$*/bin/python -m pip list | grep -E "^(torch|transformers|tokenizers|huggingface_hub) "
+	HF_HUB_OFFLINE=1 .venv-$*/bin/python -m pytest -n auto $(TRANSFORMERS_TESTS)
+
 lint: $(VENV)/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -23,11 +39,18 @@ lint: $(VENV)/ready
 regression: $(VENV)/ready  ## answers of a real model against results/baselines/, in minutes on a CPU
 	VENV=$(VENV) .ci/regression
 
-clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache results/demo results/regression
+lock:  ## adjusts the locks to pyproject.toml; with UPGRADE=1, to the newest versions that it allows
+	PYTHON="$(PYTHON)" TORCH="$(LOCKED_TORCH)" UPGRADE="$(UPGRADE)" .ci/lock
 
-$(VENV)/ready: pyproject.toml
+clean:
+	rm -rf $(VENV) .venv-newest .venv-oldest .pytest_cache .mypy_cache .ruff_cache results/demo results/regression
+
+# setuptools first, since what has no wheel is built with what is installed: pip would fetch the newest. pip cannot ask
+# for one package of a file with hashes, so it is given that package's lines.
+$(VENV)/ready: pyproject.toml requirements.lock requirements-cuda.lock
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet "$(TORCH)"
-	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	sed -n '/^setuptools==/,/[^\\]$$/p' requirements.lock | $(LOCKED) --requirement /dev/stdin
+	$(LOCKED) --no-build-isolation --requirement requirements.lock
+	$(PIP) $(if $(filter $(LOCKED_TORCH),$(TORCH)),--constraint requirements-cuda.lock) "$(TORCH)"
+	$(PIP) --no-deps --no-build-isolation --editable .
 	touch $@

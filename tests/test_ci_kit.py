@@ -54,7 +54,16 @@ def test_the_workflow_runs_what_ci_runs_and_that_ends_with_the_regression_set():
     }
 
 
-@pytest.mark.parametrize("script", ["run", "gate", "regression"])
+def test_the_workflow_tests_both_ends_of_what_is_supported():
+    job = yaml.safe_load(WORKFLOW.read_text())["jobs"]["transformers"]
+    assert [step["run"] for step in job["steps"] if "run" in step] == ['make "test-$END"']
+    for end in job["strategy"]["matrix"]["end"]:
+        shown = subprocess.run(["make", "-n", f"test-{end}"], cwd=ROOT, capture_output=True, text=True, check=True)
+        assert 'pip install --quiet --upgrade "transformers' in shown.stdout
+        assert "tests/test_engine.py" in shown.stdout
+
+
+@pytest.mark.parametrize("script", ["run", "gate", "lock", "regression"])
 def test_scripts_can_be_run_and_read(script):
     path = ROOT / ".ci" / script
     assert os.access(path, os.X_OK)
