@@ -157,7 +157,9 @@ class Engine:
     def _made(self, recorded: Recorded, method: Method, *, shared: bool) -> MethodCache:
         method.check(self.dims)
         if method.speculates and len(decoder_layers(self.model)) != len(self.layers):
-            raise SkvError(f"{method.label} needs one layer of keys and values per decoder layer")
+            raise SkvError(
+                f"{method.core.name}: needs keys and values in every decoder layer, and some of this model share them"
+            )
         if self.model.device.type == "cuda" and self.dims.layers:
             longest = max(layer.tokens for layer in recorded.recorded)
             require_host_bytes(method.prompt_bytes(self.dims, longest).host, f"{method.label} of {longest} tokens")

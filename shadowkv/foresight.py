@@ -8,6 +8,7 @@ hidden states are remembered while a forward pass lasts, and only of passes that
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NoReturn
 
@@ -51,8 +52,7 @@ class Foresight:
         self._cache = weakref.ref(cache)
         self._layers = decoder_layers(model)
         self._inputs: dict[int, Tensor] = {}  # of the layer that runs and of the one before it
-        self._arguments: dict[str, Any] = {}  # the other arguments of the layer that runs
-        self._argument = ""  # what the layer calls the cache
+        self._run: Callable[[Tensor, Cache], Any] | None = None  # runs a layer with the arguments of the one that runs
         self._guesses: dict[int, Tensor] = {}  # rows of a padded batch ask one after the other
         hooks = [
             layer.register_forward_pre_hook(partial(self._enter, index), with_kwargs=True)
@@ -72,8 +72,9 @@ class Foresight:
             raise SkvError("infinigen cannot see the layers of this model at work: it is not called through its cache")
         if seen_by not in self._guesses:
             # `forward` itself: calling the layer would run hooks, this object's own among them.
+            assert self._run is not None
             try:
-                self._layers[layer].forward(self._inputs[seen_by], **self._arguments, **{self._argument: _Probe()})
+                self._run(self._inputs[seen_by], _Probe())
             except _Caught as caught:
                 self._guesses[seen_by] = caught.q
         return self._guesses[seen_by]
@@ -87,15 +88,19 @@ class Foresight:
 
     def _enter(self, index: int, layer: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Any]) -> None:
         cache = self._cache()
-        # Found by what it is: layers have changed what they call it.
-        argument = next((name for name, given in kwargs.items() if given is cache), None)
-        if cache is None or argument is None:
+        # Found by what it is: what layers call it, and where they want it, changes.
+        if cache is None or not any(given is cache for given in (*args, *kwargs.values())):
             return
-        rest = {name: given for name, given in kwargs.items() if name != argument}
-        hidden = args[0] if args else rest.pop("hidden_states")
+        hidden = args[0] if args else kwargs["hidden_states"]
+
+        def run(seen: Tensor, probe: Cache) -> Any:
+            instead = {id(hidden): seen, id(cache): probe}
+            positional = [instead.get(id(given), given) for given in args]
+            named = {name: instead.get(id(given), given) for name, given in kwargs.items()}
+            return layer.forward(*positional, **named)
+
         self._inputs = {i: x for i, x in self._inputs.items() if i == index - 1} | {index: hidden}
-        self._arguments, self._argument = rest, argument
-        self._guesses = {}
+        self._run, self._guesses = run, {}
 
     def _leave(self, *_: object) -> None:
-        self._inputs, self._arguments, self._guesses = {}, {}, {}
+        self._inputs, self._run, self._guesses = {}, None, {}

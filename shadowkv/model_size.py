@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+_SAMPLE_SIZES = {"num_hidden_layers": 2, "vocab_size": 512, "intermediate_size": 64, "moe_intermediate_size": 64}
+
+
 @dataclass(frozen=True)
 class ModelSize:
     """What a plan must know of a model beside the geometry of the layers that a method serves."""
@@ -74,6 +77,25 @@ def blueprint(config: Any, *, trust_remote_code: bool = False) -> PreTrainedMode
     return model.eval()
 
 
+def _sample(config: Any, trust_remote_code: bool) -> PreTrainedModel | None:
+    """A model of two layers of this kind with small matrices, which can be run; None where it cannot be made so small.
+
+    For what computes in ways that the meta device cannot follow, such as some routers of experts.
+    """
+    from transformers import AutoModelForCausalLM
+
+    small = deepcopy(config)
+    for name, most in _SAMPLE_SIZES.items():
+        if isinstance(getattr(small, name, None), int):
+            setattr(small, name, min(getattr(small, name), most))
+    small.pad_token_id = small.bos_token_id = small.eos_token_id = 0
+    try:
+        made: PreTrainedModel = AutoModelForCausalLM.from_config(small, trust_remote_code=trust_remote_code)
+    except Exception:  # sizes that depend on each other in ways of this family's own
+        return None
+    return made.eval()
+
+
 def count_parameters(model: PreTrainedModel) -> Parameters:
     """A model's parameters. Of a mixture of experts, a step counts as reading all."""
     total = sum(p.numel() for p in model.parameters())
@@ -96,6 +118,8 @@ def model_size(config: Any, element_bytes: int, *, device: str = "cuda", trust_r
     try:
         layers = survey(model).layers
     except UnknownError:
+        if (small := _sample(config, trust_remote_code)) is not None:
+            survey(small)
         layers = tuple(declared_layers(config))  # until it is loaded
     if not any(layer.served for layer in layers):
         raise SkvError("no layer of this model sees its whole context: there is nothing for a method to serve")
