@@ -73,6 +73,10 @@ class Settings(RunOptions):
     reuse_prefix: Annotated[
         bool, typer.Option("--prefix-reuse/--no-prefix-reuse", help="Compute what prompts share once.")
     ] = True
+    thinking: Annotated[
+        str,
+        typer.Option(help="Thoughts before an answer: on, off, or auto (off where the chat template has a switch)."),
+    ] = "auto"
     workers: Annotated[
         int,
         typer.Option(help="Processes that share the prompts: each with a GPU, or a part of the CPU, of its own."),

@@ -47,6 +47,7 @@ class LongBenchV2(Task):
     data: str | None = None
     wording: str = "own"
     max_new_tokens: int = 128
+    thinking: str = "auto"
 
     def __post_init__(self) -> None:
         if self.samples is not None and self.samples < 1:
@@ -103,7 +104,7 @@ class LongBenchV2(Task):
         return [Question("multiple_choice", self.max_prompt_tokens, f"row={i}") for i in range(len(rows))]
 
     def examples(self, tokenizer: Any, wanted: Collection[Question] | None = None) -> Iterator[Example]:
-        chat = Chat(tokenizer)
+        chat = Chat(tokenizer, self.thinking)
         for question in self.questions(tokenizer) if wanted is None else wanted:
             row = self._rows[int(question.sample.removeprefix("row="))]
             # One pass over the template, so that a placeholder inside a text stays as it is.
@@ -122,6 +123,9 @@ class LongBenchV2(Task):
 
     def score(self, example: Example, prediction: str) -> float:
         return float(named_choice(prediction) in example.references)
+
+    def chat_answer_tokens(self) -> Collection[int]:
+        return (self.max_new_tokens,)
 
     def config(self) -> dict[str, Any]:
         return {"max_prompt_tokens": self.max_prompt_tokens, "max_new_tokens": self.max_new_tokens}
