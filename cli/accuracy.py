@@ -217,7 +217,7 @@ def _left_out_lines(left_out: dict[str, str]) -> list[str]:
 
 def _manifest(ready: _Prepared, told: Circumstances) -> Manifest:
     from cli.choosing import untouched_note
-    from evals.manifest import Manifest, described, plain
+    from evals.manifest import Manifest, described, plain, weight_notes
 
     task = ready.task
     streamed = {"streamed": True} if ready.settings.stream else {}
@@ -229,7 +229,7 @@ def _manifest(ready: _Prepared, told: Circumstances) -> Manifest:
         )
     if (count := processes(ready.settings, ready.questions)) > 1:
         notes.append(f"answered by {count} processes side by side: times are of a shared machine")
-    notes += ready.chat_notes
+    notes += [*weight_notes(told.model), *ready.chat_notes]
     notes += task.notes()
     notes += _left_out_lines(ready.left_out)
     notes += [f"unsupported: {label}: {why}" for label, why in ready.unsupported.items()]

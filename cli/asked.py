@@ -6,24 +6,30 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from cli.options import ModelOptions
+    from cli.options import WeightOptions
     from shadowkv.loading import LoadedModel
 
 
 class AskedModel:
     """What is known of a model without its weights. Raises `SkvError` where it cannot be had or driven."""
 
-    def __init__(self, options: ModelOptions, *, dummy: bool = False) -> None:
+    def __init__(self, options: WeightOptions, *, dummy: bool = False) -> None:
         import torch
 
         from cli.render import quieten_libraries
+        from shadowkv.adapters import with_adapter
+        from shadowkv.errors import SkvError
         from shadowkv.geometry import dims_of
         from shadowkv.loading import context_tokens, load_config, pick_device, pick_dtype
         from shadowkv.resolving import resolve
 
         quieten_libraries()
         self._dummy, self._trusted = dummy, options.trust_remote_code
-        self.source = resolve(options.model, dummy=dummy)
+        allowed = ",".join(options.allow_unexpected_weights or ()).split(",")
+        self._allowed = [pattern.strip() for pattern in allowed if pattern.strip()]
+        if dummy and (options.adapter is not None or self._allowed):
+            raise SkvError("--adapter and --allow-unexpected-weights are about weights, and --dummy loads none")
+        self.source = with_adapter(resolve(options.model, dummy=dummy), options.adapter)
         self.config: Any = load_config(self.source, trust_remote_code=self._trusted)
         self.context_tokens = context_tokens(self.source, self.config)
         self.device = pick_device(options.device)
@@ -41,5 +47,10 @@ class AskedModel:
         from shadowkv.loading import load_model
 
         return load_model(
-            self.source, device=self.device, dtype=self.dtype, dummy=self._dummy, trust_remote_code=self._trusted
+            self.source,
+            device=self.device,
+            dtype=self.dtype,
+            dummy=self._dummy,
+            trust_remote_code=self._trusted,
+            allow_unexpected=self._allowed,
         )

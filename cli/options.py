@@ -28,7 +28,22 @@ class ModelOptions:
 
 
 @dataclass(frozen=True)
-class RunOptions(ModelOptions):
+class WeightOptions(ModelOptions):
+    """What commands that load weights can be told of them."""
+
+    adapter: Annotated[
+        Path | None, typer.Option(help="Folder of a LoRA to merge into the weights (needs peft); another model.")
+    ] = None
+    allow_unexpected_weights: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Tensors of the files to leave aside, as 'model.layers.*.bias,lm_head.*'; repeatable, tables say so."
+        ),
+    ] = None
+
+
+@dataclass(frozen=True)
+class RunOptions(WeightOptions):
     """What every run that compares methods can be told."""
 
     methods: Annotated[
