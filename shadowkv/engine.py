@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from shadowkv.attention import attach
 from shadowkv.cache import JoinedCache, MethodCache
 from shadowkv.errors import SkvError
-from shadowkv.forward import last_logits
+from shadowkv.forward import check_ids, last_logits
 from shadowkv.geometry import dims_of, sliding_windows
 from shadowkv.graphs import GraphedStep, can_be_graphed, capture_on_gpu
 from shadowkv.host_memory import require_host_bytes
@@ -88,6 +88,7 @@ class Engine:
     def prefill(self, input_ids: Tensor, sparse: SparsePrefill | None = None) -> Prefill:
         """Compute the prompt, densely or by `sparse`; each keeps a snapshot of its own. input_ids [B,S] unpadded."""
         _check_prompt(input_ids)
+        check_ids(self.model, input_ids)
         input_ids = input_ids.to(self.model.device)
         ends = self._grid(input_ids.shape[1])
         kept = self._kept[sparse]
@@ -124,6 +125,7 @@ class Engine:
         No dense snapshot of it ever exists; the numbers are those of `prefill`. It shares no prefix with any other.
         """
         _check_prompt(input_ids)
+        check_ids(self.model, input_ids)
         return StreamedPrompt(
             self.model,
             input_ids.to(self.model.device),
@@ -179,6 +181,7 @@ class Engine:
         """Feed T new tokens, [B,T], and return the logits after the last one, [B,vocab] fp32."""
         if not cache.usable():
             raise ValueError("this cache failed in a step, or its prompt was replaced by a later prefill")
+        check_ids(self.model, input_ids)
         usable, cache.usable = cache.usable, lambda: False  # a step that fails leaves some layers ahead of others
         logits = self._forward(input_ids.to(self.model.device), cache)
         cache.usable = usable
@@ -222,7 +225,8 @@ class Engine:
         open_rows = set(range(len(rows)))
         for step in range(max_new_tokens):
             if step < min_new_tokens and stop_ids:
-                logits = logits.index_fill(-1, torch.tensor(sorted(stop_ids), device=logits.device), -torch.inf)
+                ends = torch.tensor([i for i in sorted(stop_ids) if i < logits.shape[-1]], dtype=torch.long)
+                logits = logits.index_fill(-1, ends.to(logits.device), -torch.inf)
             tokens = logits.argmax(dim=-1)
             for row, token in enumerate(tokens.tolist()):
                 if token in stop_ids:
