@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from shadowkv.errors import SkvError
+from shadowkv.reading import read_text
 from shadowkv.weights import first_names
 
 if TYPE_CHECKING:
@@ -136,7 +137,7 @@ class Manifest:
     def read(path: Path) -> Manifest:
         """Read a run.json; raises `SkvError` if it is not one."""
         try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
+            raw = json.loads(read_text(path))
             if raw.get("schema", SCHEMA) != SCHEMA:
                 raise SchemaError(f"{path} is of schema {raw['schema']!r}; this version of skv reads schema {SCHEMA}")
             return Manifest(**{**raw, "sessions": [Session(**session) for session in raw["sessions"]]})

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from shadowkv.errors import SkvError
 from shadowkv.packs import sha256_of
+from shadowkv.reading import read_text
 from shadowkv.weights import ADAPTER_CONFIG, ADAPTER_WEIGHTS, first_names
 from shadowkv.wording import one_line
 
@@ -76,7 +77,7 @@ def _read(folder: Path) -> Adapter:
         if not (folder / name).is_file():
             raise SkvError(f"--adapter {folder} holds no {name}")
     try:
-        said: Any = json.loads((folder / ADAPTER_CONFIG).read_bytes())
+        said: Any = json.loads(read_text(folder / ADAPTER_CONFIG))
         kind, base = said["peft_type"], said.get("base_model_name_or_path")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise SkvError(f"{folder / ADAPTER_CONFIG} is damaged: {one_line(error)}") from error

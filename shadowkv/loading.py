@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from shadowkv.errors import SkvError
 from shadowkv.model_size import count_parameters
 from shadowkv.packs import kept_checksums, sha256_of, unused_tensors
+from shadowkv.reading import read_text
 from shadowkv.resolving import ModelSource
 from shadowkv.weights import check_weights_loaded as check_weights_loaded
 from shadowkv.weights import (
@@ -64,6 +65,8 @@ def load_config(source: ModelSource, *, trust_remote_code: bool = False) -> Any:
         return AutoConfig.for_model(source.preset.model_type, **source.preset.config_fields())
     if not (source.folder / "config.json").is_file() and (source.folder / "adapter_config.json").is_file():
         raise only_an_adapter(source.folder)
+    if (path := source.folder / "config.json").is_file():
+        read_text(path)  # names an encoding that is not UTF-8
     with _reading(source, "config.json"):
         return AutoConfig.from_pretrained(source.folder, trust_remote_code=trust_remote_code, local_files_only=True)
 
