@@ -20,7 +20,7 @@ class AskedModel:
         from shadowkv.adapters import with_adapter
         from shadowkv.errors import SkvError
         from shadowkv.geometry import dims_of
-        from shadowkv.loading import context_tokens, load_config, pick_device, pick_dtype
+        from shadowkv.loading import check_files, context_tokens, load_config, pick_device, pick_dtype
         from shadowkv.resolving import resolve
 
         quieten_libraries()
@@ -30,6 +30,8 @@ class AskedModel:
         if dummy and (options.adapter is not None or self._allowed):
             raise SkvError("--adapter and --allow-unexpected-weights are about weights, and --dummy loads none")
         self.source = with_adapter(resolve(options.model, dummy=dummy), options.adapter)
+        if not dummy:
+            check_files(self.source, self._allowed)
         self.config: Any = load_config(self.source, trust_remote_code=self._trusted)
         self.context_tokens = context_tokens(self.source, self.config)
         self.device = pick_device(options.device)

@@ -123,8 +123,7 @@ def load_model(
     else:
         assert source.folder is not None
         names = tensor_names(source.folder)
-        beside = stray_files(source.folder, None if source.adapter is None else source.adapter.folder)
-        not_loaded(source.name, source.folder, beside, allow_unexpected)  # refused before weights are read
+        beside = check_files(source, allow_unexpected)
         with _reading(source, "the weights"), without_adapter(source.folder) as folder:
             model, report = AutoModelForCausalLM.from_pretrained(
                 folder,
@@ -156,6 +155,13 @@ def load_model(
         adapter=source.adapter,
         not_loaded=left,
     )
+
+
+def check_files(source: ModelSource, allow_unexpected: Collection[str] = ()) -> tuple[str, ...]:
+    """Files beside the weights that are left aside, as was allowed. Raises `SkvError` for any other, before a load."""
+    assert source.folder is not None
+    beside = stray_files(source.folder, None if source.adapter is None else source.adapter.folder)
+    return not_loaded(source.name, source.folder, beside, allow_unexpected)
 
 
 def pick_device(device: str) -> str:

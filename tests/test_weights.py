@@ -261,6 +261,8 @@ def test_an_adapter_beside_weights_is_refused_or_left_aside(changed):
     lora(folder, folder)
     with pytest.raises(SkvError, match=r"--adapter .*changed merges it, --allow-unexpected-weights 'adapter\*'"):
         loaded(folder)
+    dry = ["eval", "niah", "--model", str(folder), *SMALL, "--dry-run"]
+    assert [main(dry), main([*dry, "--allow-unexpected-weights", "adapter*"])] == [2, 0], "said before anything is done"
     without = loaded(folder, "adapter*")
     assert without.not_loaded == ("adapter_config.json", "adapter_model.safetensors")
     assert without.weights_sha256 == checksum
