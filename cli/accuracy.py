@@ -16,6 +16,7 @@ from cli.asked import AskedModel
 from cli.options import Settings
 
 if TYPE_CHECKING:
+    from evals.chat import Chat
     from evals.manifest import Circumstances, Manifest
     from evals.results import Record
     from evals.task import Question, Task
@@ -42,11 +43,28 @@ class _Prepared(AskedModel):
         check_workers(settings.workers, self.device)
         self.settings = settings
         self.task = make_task(self.context_tokens)
+        self.chat = self._chat()
         if settings.kv_bytes is not None:
             longest = max(question.length_tokens for question in self.questions)
             alike = parse_kv_bytes(settings.kv_bytes, self.dims, longest)
         self.chosen = choose(asked, alike, self.source, self.dims)
         self.methods, self.unsupported = self.chosen.methods, self.chosen.unsupported
+
+    def _chat(self) -> Chat | None:
+        """The template that prompts are put into; raises where it cannot be had as asked for."""
+        from evals.chat import Chat
+        from shadowkv.errors import SkvError
+
+        if self.task.chat_answer_tokens():
+            return Chat(self.tokenizer, self.settings.thinking)
+        if self.settings.thinking != "auto":
+            raise SkvError("--thinking switches the chat template, and no prompt of these is put into it; leave it out")
+        return None
+
+    @property
+    def chat_notes(self) -> list[str]:
+        """What is to be said of the template."""
+        return self.chat.notes(self.task.chat_answer_tokens()) if self.chat else []
 
     @property
     def records_queries(self) -> bool:
@@ -71,6 +89,8 @@ def run(make_task: MakeTask, settings: Settings) -> int:
     questions = ready.questions
     tell_left_out(ready.left_out)
     tell_unsupported(ready.unsupported)
+    if not settings.quiet:
+        tell_notes(ready.chat_notes)
     if settings.dry_run:
         return _plan(ready)
     unscored = _run(ready, questions)
@@ -171,6 +191,12 @@ def _plan(ready: _Prepared) -> int:
     return 0
 
 
+def tell_notes(notes: Sequence[str]) -> None:
+    """Say on stderr what is also said in every table."""
+    for note in notes:
+        print(f"skv: note: {note}", file=sys.stderr)
+
+
 def tell_left_out(left_out: dict[str, str]) -> None:
     """Name the tasks that cannot be run here, those of one reason together."""
     from shadowkv.wording import plain_line
@@ -189,10 +215,11 @@ def _left_out_lines(left_out: dict[str, str]) -> list[str]:
 
 def _manifest(ready: _Prepared, told: Circumstances) -> Manifest:
     from cli.choosing import untouched_note
-    from evals.manifest import Manifest, described, plain, unchecked_note
+    from evals.manifest import Manifest, described, plain, unchecked_note, weight_notes
 
     task = ready.task
     streamed = {"streamed": True} if ready.settings.stream else {}
+    switched = ready.chat.config() if ready.chat else {}
     notes = ["dummy weights: scores mean nothing, only times and bytes do"] if told.model["dummy"] else []
     if ready.settings.stream:
         notes.append(
@@ -200,13 +227,14 @@ def _manifest(ready: _Prepared, told: Circumstances) -> Manifest:
         )
     if (count := processes(ready.settings, ready.questions)) > 1:
         notes.append(f"answered by {count} processes side by side: times are of a shared machine")
-    notes += [*unchecked_note(told.session), *task.notes()]
+    notes += [*unchecked_note(told.session), *weight_notes(told.model), *ready.chat_notes]
+    notes += task.notes()
     notes += _left_out_lines(ready.left_out)
     notes += [f"unsupported: {label}: {why}" for label, why in ready.unsupported.items()]
     notes += untouched_note(ready.chosen, ready.settings)
     return Manifest(
         benchmark=task.benchmark,
-        config=plain({**task.config(), "prefill_chunk_tokens": told.prefill_chunk_tokens, **streamed}),
+        config=plain({**task.config(), "prefill_chunk_tokens": told.prefill_chunk_tokens, **streamed, **switched}),
         methods={method.label: plain(described(method)) for method in ready.methods},
         selection=plain(task.selection()),
         model=told.model,

@@ -6,24 +6,32 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from cli.options import ModelOptions
+    from cli.options import WeightOptions
     from shadowkv.loading import LoadedModel
 
 
 class AskedModel:
     """What is known of a model without its weights. Raises `SkvError` where it cannot be had or driven."""
 
-    def __init__(self, options: ModelOptions, *, dummy: bool = False) -> None:
+    def __init__(self, options: WeightOptions, *, dummy: bool = False) -> None:
         import torch
 
         from cli.render import quieten_libraries
-        from shadowkv.loading import context_tokens, load_config, pick_device, pick_dtype
+        from shadowkv.adapters import with_adapter
+        from shadowkv.errors import SkvError
+        from shadowkv.loading import check_files, context_tokens, load_config, pick_device, pick_dtype
         from shadowkv.model_size import model_size
         from shadowkv.resolving import resolve
 
         quieten_libraries()
         self._dummy, self._trusted, self._self_check = dummy, options.trust_remote_code, options.self_check
-        self.source = resolve(options.model, dummy=dummy)
+        allowed = ",".join(options.allow_unexpected_weights or ()).split(",")
+        self._allowed = [pattern.strip() for pattern in allowed if pattern.strip()]
+        if dummy and (options.adapter is not None or self._allowed):
+            raise SkvError("--adapter and --allow-unexpected-weights are about weights, and --dummy loads none")
+        self.source = with_adapter(resolve(options.model, dummy=dummy), options.adapter)
+        if not dummy:
+            check_files(self.source, self._allowed)
         self.config: Any = load_config(self.source, trust_remote_code=self._trusted)
         self.context_tokens = context_tokens(self.source, self.config)
         self.device = pick_device(options.device)
@@ -48,10 +56,20 @@ class AskedModel:
 
         from shadowkv.loading import load_model
         from shadowkv.self_check import remembered
+        from shadowkv.weights import check_weights_loaded
 
         loaded = load_model(
-            self.source, device=self.device, dtype=self.dtype, dummy=self._dummy, trust_remote_code=self._trusted
+            self.source,
+            device=self.device,
+            dtype=self.dtype,
+            dummy=self._dummy,
+            trust_remote_code=self._trusted,
+            allow_unexpected=self._allowed,
         )
         if not self._self_check:
             return loaded
-        return replace(loaded, self_check=remembered(loaded.model, loaded.weights_sha256))
+        if not loaded.dummy and loaded.adapter is None:
+            assert self.source.folder is not None
+            check_weights_loaded(loaded.model, self.source.folder)
+        known = None if loaded.adapter else loaded.weights_sha256
+        return replace(loaded, self_check=remembered(loaded.model, known))

@@ -53,6 +53,8 @@ def check(settings: BenchSettings) -> None:
                 "--dummy": settings.dummy,
                 "--synthetic-kv": settings.synthetic_kv,
                 "--memory-cap": settings.memory_cap,
+                "--adapter": settings.adapter,
+                "--allow-unexpected-weights": settings.allow_unexpected_weights,
             }
             for option in [option for option, given in own.items() if given]:
                 raise SkvError(f"--engine vllm has weights, prompts and memory of its own, so {option} is not of it")

@@ -151,13 +151,14 @@ def manifest_of(loaded: Loaded, benchmark: str, selection: dict[str, Any]) -> Ma
     """run.json of a benchmark of speed: the machine is part of what must stay the same."""
     from cli.choosing import untouched_note
     from evals.bench.vllm_engine import UNTESTED
-    from evals.manifest import Manifest, described, model_entry, plain, session_of, unchecked_note
+    from evals.manifest import Manifest, described, model_entry, plain, session_of, unchecked_note, weight_notes
 
     ready, model = loaded.ready, loaded.model
     settings = ready.settings
     notes = []
     if settings.dummy:
         notes.append("dummy weights: the text means nothing, only times and bytes do")
+    notes += weight_notes(model_entry(model))
     if settings.synthetic_kv:
         notes.append("synthetic KV: random keys and values, no prefill; what depends on text is not that of text")
     if ready.cap_bytes is not None:

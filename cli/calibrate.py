@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from cli.options import ModelOptions, with_options
+from cli.options import WeightOptions, with_options
 
 EPILOG = (
     "Examples:\n\n"
@@ -15,9 +15,9 @@ EPILOG = (
 )
 
 
-@with_options(ModelOptions, "options")
+@with_options(WeightOptions, "options")
 def calibrate(
-    options: ModelOptions,
+    options: WeightOptions,
     method: Annotated[str, typer.Argument(help="Method that can be calibrated: infinigen.")],
     text: Annotated[str, typer.Option(help="essays (skv pull essays), synthetic, or a .txt, .json, .jsonl file.")] = (
         "essays"
@@ -26,10 +26,12 @@ def calibrate(
     name: Annotated[str | None, typer.Option(help="What to call the result (the model's name).")] = None,
 ) -> int:
     """Compute from a text what a method needs to know about a model, and keep it under $SKV_HOME."""
+    from cli.accuracy import tell_notes
     from cli.asked import AskedModel
     from cli.checks import check_dtype
     from cli.render import console, status
     from evals.calibrating import calibration_ids, calibration_of, find_calibrated
+    from evals.manifest import model_entry, weight_notes
     from shadowkv.calibration import calibration_file, save_calibration
 
     learner = find_calibrated(method)
@@ -41,8 +43,10 @@ def calibrate(
         loaded = asked.load()
         layers = calibration_of(learner, loaded.model, ids)
     origin = {"model": loaded.name, "weights_sha256": loaded.weights_sha256 or "unknown"}
+    origin |= {"adapter_sha256": loaded.adapter.sha256} if loaded.adapter else {}
     save_calibration(path, layers, {**about, **origin})
     if not options.quiet:
+        tell_notes(weight_notes(model_entry(loaded)))
         spelled = f"-m {method}:skew={path.stem.removeprefix(method + '-')}"
         console().print(f"{path}\nuse it as {spelled}", markup=False, highlight=False, soft_wrap=True)
     return 0

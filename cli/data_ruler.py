@@ -25,12 +25,17 @@ def ruler(
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run code of the model's repo.")
     ] = False,
+    thinking: Annotated[
+        str,
+        typer.Option(help="Thoughts before an answer: on, off, or auto (off where the template has a switch)."),
+    ] = "auto",
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
 ) -> int:
     """Write RULER's prompts, made to measure for a model's tokenizer, as JSONL in NVIDIA's schema."""
-    from cli.accuracy import tell_left_out
+    from cli.accuracy import tell_left_out, tell_notes
     from cli.checks import check_writable
     from cli.render import console, quieten_libraries, status
+    from evals.chat import Chat
     from evals.ruler.files import write_files
     from shadowkv.loading import context_tokens, load_config, load_tokenizer
     from shadowkv.resolving import resolve
@@ -39,10 +44,13 @@ def ruler(
     check_writable(out)
     source = resolve(model, dummy=False)
     context = context_tokens(source, load_config(source, trust_remote_code=trust_remote_code))
-    run = prompts.generated(context, runnable=False)
+    run = prompts.generated(context, runnable=False, thinking=thinking)
     tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
+    notes = Chat(tokenizer, thinking).notes(run.chat_answer_tokens())
     left_out = run.left_out(tokenizer)
     tell_left_out(left_out)
+    if not quiet:
+        tell_notes(notes)
     with status("making prompts", quiet=quiet) as update:
         paths = write_files(run, tokenizer, out, lambda done, total: update(f"{done}/{total}"))
     if not quiet:

@@ -60,7 +60,7 @@ def longbench(
             if e or tasks != "all" or min_tokens:
                 raise SkvError("--e, --tasks and --min-tokens do nothing with --v2, which is one task")
             limit = checked_limit(max_prompt_tokens, context_tokens, LONGEST_PROMPT_TOKENS)
-            return LongBenchV2(limit, samples, data, wording or "own")
+            return LongBenchV2(limit, samples, data, wording or "own", thinking=settings.thinking)
         return LongBench(
             tasks=choose_tasks(tasks, TASKS, E_TASKS if e else tuple(TASKS)),
             max_prompt_tokens=checked_limit(max_prompt_tokens, context_tokens),
@@ -70,6 +70,7 @@ def longbench(
             data=data,
             wording=wording or "official",
             min_tokens=min_tokens,
+            thinking=settings.thinking,
         )
 
     return accuracy.run(task, settings)

@@ -62,6 +62,7 @@ def niah(
             seed=seed,
             samples=samples,
             max_new_tokens=max_new_tokens,
+            thinking=settings.thinking,
         )
 
     return accuracy.run(task, settings)

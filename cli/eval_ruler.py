@@ -61,7 +61,7 @@ class Prompts:
             return parse_lengths(self.lengths, context_tokens if runnable else None)
         return tuple(length for length in DEFAULT_LENGTHS if length <= context_tokens) or (context_tokens,)
 
-    def generated(self, context_tokens: int, *, runnable: bool) -> Ruler:
+    def generated(self, context_tokens: int, *, runnable: bool, thinking: str) -> Ruler:
         """The benchmark that makes them."""
         from evals.ruler.task import Ruler
         from evals.ruler.tasks import find_profile
@@ -74,6 +74,7 @@ class Prompts:
             wording=self.wording,
             haystack_spec=self.haystack,
             seed=self.seed,
+            thinking=thinking,
         )
 
 
@@ -100,7 +101,7 @@ def ruler(
         if data is None:
             if wrap_data:
                 raise SkvError("--wrap-data does nothing without --data")
-            return prompts.generated(context_tokens, runnable=runnable)
+            return prompts.generated(context_tokens, runnable=runnable, thinking=settings.thinking)
         if prompts.haystack is not None or prompts.seed or prompts.wording != "official":
             raise SkvError("--haystack, --seed and --wording do nothing with --data, whose prompts are ready")
         return RulerFiles(
@@ -112,6 +113,7 @@ def ruler(
             wrap=wrap_data,
             all_tasks=prompts.tasks == "all",
             context_tokens=context_tokens if runnable else None,
+            thinking=settings.thinking,
         )
 
     return accuracy.run(task, settings)

@@ -35,7 +35,22 @@ class ModelOptions:
 
 
 @dataclass(frozen=True)
-class RunOptions(ModelOptions):
+class WeightOptions(ModelOptions):
+    """What commands that load weights can be told of them."""
+
+    adapter: Annotated[
+        Path | None, typer.Option(help="Folder of a LoRA to merge into the weights (needs peft); another model.")
+    ] = None
+    allow_unexpected_weights: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Tensors of the files to leave aside, as 'model.layers.*.bias,lm_head.*'; repeatable, tables say so."
+        ),
+    ] = None
+
+
+@dataclass(frozen=True)
+class RunOptions(WeightOptions):
     """What every run that compares methods can be told."""
 
     methods: Annotated[
@@ -80,6 +95,10 @@ class Settings(RunOptions):
     reuse_prefix: Annotated[
         bool, typer.Option("--prefix-reuse/--no-prefix-reuse", help="Compute what prompts share once.")
     ] = True
+    thinking: Annotated[
+        str,
+        typer.Option(help="Thoughts before an answer: on, off, or auto (off where the chat template has a switch)."),
+    ] = "auto"
     workers: Annotated[
         int,
         typer.Option(help="Processes that share the prompts: each with a GPU, or a part of the CPU, of its own."),

@@ -22,6 +22,7 @@ from evals.manifest import Manifest
 from evals.results import Record
 from evals.summary import grouped
 from shadowkv.errors import SkvError
+from shadowkv.reading import read_text
 from shadowkv.wording import plain_line
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -125,7 +126,7 @@ def _line(run: Path, name: str, target: Path, manifest: Manifest, reason: str, f
 def _write(changelog: Path, line: str) -> None:
     """Add a line to the unreleased changes, which are made if there are none."""
     entry = textwrap.fill(f"- {line}", _WIDTH, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
-    text = changelog.read_text(encoding="utf-8") if changelog.is_file() else "# Changelog\n"
+    text = read_text(changelog) if changelog.is_file() else "# Changelog\n"
     if _UNRELEASED not in text.splitlines():
         title, _, rest = text.partition("\n")
         text = f"{title}\n\n{_UNRELEASED}\n\n{rest.lstrip()}"

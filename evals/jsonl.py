@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from shadowkv.errors import SkvError
+from shadowkv.reading import decoded
 
 
 def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -24,8 +25,9 @@ def parse_jsonl(lines: Iterable[bytes], name: str) -> Iterator[tuple[int, dict[s
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
+        text = decoded(line, name, number)
         try:
-            row = json.loads(line)
+            row = json.loads(text)
         except ValueError:
             raise SkvError(f"{name}, line {number}: not JSON") from None
         if not isinstance(row, dict):
@@ -45,7 +47,7 @@ def check_text(where: str, *texts: str) -> None:
 def stream_array(path: Path, chunk_characters: int = 1 << 20) -> Iterator[Any]:
     """Items of a JSON array, without ever holding the whole file or all of its objects."""
     decoder = json.JSONDecoder()
-    with path.open(encoding="utf-8") as file:
+    with path.open(encoding="utf-8-sig") as file:
         held = file.read(chunk_characters).lstrip()[1:]
         while True:
             held = held.lstrip(" \t\r\n,")

@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from shadowkv.errors import SkvError
+from shadowkv.reading import read_text
+from shadowkv.weights import first_names
 
 if TYPE_CHECKING:
     from shadowkv.loading import LoadedModel
@@ -28,6 +30,7 @@ _PACKAGES = (
     "transformers",
     "tokenizers",
     "safetensors",
+    "peft",
     "numpy",
     "pandas",
     "matplotlib",
@@ -135,7 +138,7 @@ class Manifest:
     def read(path: Path) -> Manifest:
         """Read a run.json; raises `SkvError` if it is not one."""
         try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
+            raw = json.loads(read_text(path))
             if raw.get("schema", SCHEMA) != SCHEMA:
                 raise SchemaError(f"{path} is of schema {raw['schema']!r}; this version of skv reads schema {SCHEMA}")
             return Manifest(**{**raw, "sessions": [Session(**session) for session in raw["sessions"]]})
@@ -180,7 +183,26 @@ def this_session(argv: Sequence[str], device: str) -> Session:
 def model_entry(loaded: LoadedModel) -> dict[str, Any]:
     """What run.json says of the model; which of several GPUs it was on makes no difference."""
     said = {key: getattr(loaded, key) for key in ("name", "source", "weights_sha256", "dummy", "dtype", "device")}
-    return {**said, "device": loaded.device.partition(":")[0]}
+    more: dict[str, Any] = {}
+    if loaded.adapter is not None:
+        more["adapter"] = {key: getattr(loaded.adapter, key) for key in ("name", "base", "sha256")}
+    if loaded.not_loaded:
+        names = sorted(loaded.not_loaded)
+        digest = hashlib.sha256("\n".join(names).encode()).hexdigest()
+        more["not_loaded"] = {"count": len(names), "first": first_names(names), "sha256": digest}
+    return {**said, "device": loaded.device.partition(":")[0], **more}
+
+
+def weight_notes(model: Mapping[str, Any]) -> list[str]:
+    """What every table must say of the weights, by the model's entry in run.json."""
+    notes = []
+    if adapter := model.get("adapter"):
+        notes.append(
+            f"the adapter {adapter['name']}, of {adapter['base']} by its own account, is merged into the weights"
+        )
+    if left := model.get("not_loaded"):
+        notes.append(f"not loaded, of what the files hold: {left['first']} ({left['count']} in all)")
+    return notes
 
 
 def described(method: Setting) -> dict[str, Any]:

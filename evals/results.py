@@ -17,6 +17,7 @@ from filelock import FileLock, Timeout
 
 from evals.manifest import Manifest
 from shadowkv.errors import SkvError
+from shadowkv.reading import decoded
 
 
 class Kept(Protocol):
@@ -241,6 +242,7 @@ def _read(path: Path, kind: type[R], *, repair: bool) -> tuple[int, dict[Hashabl
     for number, line in enumerate(lines, 1):
         record = _parse(line, kind)
         if record is None:
+            decoded(line, str(path), number)  # names what an editor has made of it
             raise SkvError(f"line {number} of {path} is damaged; remove it to go on without that record")
         if record.key not in records or not records[record.key].final:
             records[record.key] = record

@@ -11,6 +11,7 @@ from evals.jsonl import check_text
 from evals.seeding import seeded
 from shadowkv.errors import SkvError
 from shadowkv.packs import pack_manifest, pack_path
+from shadowkv.reading import read_text
 
 _MIN_WORDS = 200
 _SYNTHETIC_SENTENCES = 20_000
@@ -54,9 +55,7 @@ def _essays() -> Haystack:
 
 def _from_file(path: Path) -> Haystack:
     try:
-        raw = path.read_text(encoding="utf-8-sig")  # some editors begin UTF-8 files with a mark
-    except UnicodeDecodeError:
-        raise SkvError(f"haystack {path} is not UTF-8 text") from None
+        raw = read_text(path, f"haystack {path}")
     except OSError as error:
         hint = "" if path.suffix else "; --haystack takes essays, synthetic or a file"
         raise SkvError(f"haystack {path} cannot be read: {error.strerror}{hint}") from None

@@ -84,6 +84,10 @@ class Task(ABC):
     def sources(self) -> dict[str, Any]:
         """What the prompts were made from, with versions and checksums, for run.json."""
 
+    @abstractmethod
+    def chat_answer_tokens(self) -> Collection[int]:
+        """How many tokens answers to prompts in the chat template may have; none where no prompt is put into it."""
+
     def notes(self) -> list[str]:
         """What every table of this task must say."""
         return []

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from shadowkv.cache import JoinedCache, MethodCache
 from shadowkv.errors import NotFiniteError, SkvError
-from shadowkv.forward import last_logits
+from shadowkv.forward import check_ids, last_logits
 from shadowkv.geometry import decoder_layers
 from shadowkv.graphs import GraphedStep, can_be_graphed, capture_on_gpu
 from shadowkv.host_memory import require_host_bytes
@@ -92,6 +92,7 @@ class Engine:
     def prefill(self, input_ids: Tensor, sparse: SparsePrefill | None = None) -> Prefill:
         """Compute the prompt, densely or by `sparse`; each keeps a snapshot of its own. input_ids [B,S] unpadded."""
         _check_prompt(input_ids)
+        check_ids(self.model, input_ids)
         input_ids = input_ids.to(self.model.device)
         ends = self._grid(input_ids.shape[1])
         kept = self._kept[sparse]
@@ -128,6 +129,7 @@ class Engine:
         No dense snapshot of it ever exists; the numbers are those of `prefill`. It shares no prefix with any other.
         """
         _check_prompt(input_ids)
+        check_ids(self.model, input_ids)
         return StreamedPrompt(
             self.model,
             self.layers,
@@ -187,6 +189,7 @@ class Engine:
         """Feed T new tokens, [B,T], and return the logits after the last one, [B,vocab] fp32."""
         if not cache.usable():
             raise ValueError("this cache failed in a step, or its prompt was replaced by a later prefill")
+        check_ids(self.model, input_ids)
         usable, cache.usable = cache.usable, lambda: False  # a step that fails leaves some layers ahead of others
         logits = self._forward(input_ids.to(self.model.device), cache)
         cache.usable = usable
@@ -232,7 +235,8 @@ class Engine:
         for step in range(max_new_tokens):
             finite = torch.isfinite(logits).all()
             if step < min_new_tokens and stop_ids:
-                logits = logits.index_fill(-1, torch.tensor(sorted(stop_ids), device=logits.device), -torch.inf)
+                ends = torch.tensor([i for i in sorted(stop_ids) if i < logits.shape[-1]], dtype=torch.long)
+                logits = logits.index_fill(-1, ends.to(logits.device), -torch.inf)
             tokens = logits.argmax(dim=-1)
             if not bool(finite):
                 raise NotFiniteError(str(self.model.dtype).removeprefix("torch."), rows[0])

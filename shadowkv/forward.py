@@ -11,6 +11,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
+from shadowkv.errors import SkvError
+
 # transformers renamed the argument in 5.24, and drops the older name in 5.40.
 _CACHE_ARGUMENTS = ("cache", "past_key_values")
 
@@ -20,6 +22,18 @@ def last_logits(model: PreTrainedModel, input_ids: Tensor, through: Cache, **mor
     given = {cache_argument(type(model).forward): through, "use_cache": True, "logits_to_keep": 1, **more}
     logits: Tensor = model(input_ids, **given).logits
     return logits[:, -1].float()
+
+
+def check_ids(model: PreTrainedModel, input_ids: Tensor) -> None:
+    """Refuse token ids that the model has no embedding for: its tokenizer may belong to a larger model.
+
+    On a device nobody waits to look: what is there is what the model itself chose.
+    """
+    known = model.get_input_embeddings().weight.shape[0]
+    if input_ids.device.type == "cpu" and (worst := int(input_ids.max())) >= known:
+        raise SkvError(
+            f"the prompt holds token id {worst}, and this model's embedding has {known}: is its tokenizer another's?"
+        )
 
 
 @cache

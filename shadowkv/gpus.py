@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 from shadowkv.errors import SkvError
 from shadowkv.names import did_you_mean
+from shadowkv.reading import read_text
 from shadowkv.sizes import parse_bytes
 from shadowkv.wording import one_line
 
@@ -113,7 +114,7 @@ def find_gpu(name: str) -> GPU:
 
 def _read(path: Path) -> GPU:
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_text(path)
         said = json.loads(text) if path.suffix.lower() == ".json" else _yaml(text)
     except OSError as error:
         raise SkvError(f"cannot read {path}: {error.strerror or error}") from error

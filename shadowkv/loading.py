@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,13 +11,25 @@ from typing import TYPE_CHECKING, Any
 
 from shadowkv.errors import SkvError
 from shadowkv.model_size import blueprint, count_parameters
-from shadowkv.packs import kept_checksums, sha256_of
+from shadowkv.packs import kept_checksums, sha256_of, unused_tensors
+from shadowkv.reading import read_text
 from shadowkv.resolving import ModelSource
-from shadowkv.wording import one_line
+from shadowkv.weights import check_weights_loaded as check_weights_loaded
+from shadowkv.weights import (
+    not_loaded,
+    only_an_adapter,
+    stray_files,
+    tensor_names,
+    unexpected_tensors,
+    weight_files,
+    without_adapter,
+)
+from shadowkv.wording import one_line, plain_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from shadowkv.adapters import Adapter
     from shadowkv.self_check import SelfCheck
 
 
@@ -35,6 +47,8 @@ class LoadedModel:
     device: str
     dtype: str
     self_check: SelfCheck | None = None  # None if it was not asked for
+    adapter: Adapter | None = None  # merged into the weights, of which the checksum above knows nothing
+    not_loaded: tuple[str, ...] = ()  # tensors and files that were left aside, as was asked for
 
     @property
     def stop_ids(self) -> frozenset[int]:
@@ -51,6 +65,10 @@ def load_config(source: ModelSource, *, trust_remote_code: bool = False) -> Any:
     if source.folder is None:
         assert source.preset is not None
         return AutoConfig.for_model(source.preset.model_type, **source.preset.config_fields())
+    if not (source.folder / "config.json").is_file() and (source.folder / "adapter_config.json").is_file():
+        raise only_an_adapter(source.folder)
+    if (path := source.folder / "config.json").is_file():
+        read_text(path)  # names an encoding that is not UTF-8
     with _reading(source, "config.json"):
         return AutoConfig.from_pretrained(source.folder, trust_remote_code=trust_remote_code, local_files_only=True)
 
@@ -89,10 +107,12 @@ def load_model(
     dtype: str = "auto",
     dummy: bool = False,
     trust_remote_code: bool = False,
+    allow_unexpected: Collection[str] = (),
 ) -> LoadedModel:
     """Load weights, or make random ones if `dummy`, in eval mode on `device`, which becomes the current one.
 
-    dtype auto is fp32 on a CPU, where it is fastest, and bf16 on a GPU.
+    dtype auto is fp32 on a CPU, where it is fastest, and bf16 on a GPU. allow_unexpected: glob patterns of what the
+    files may hold and the model does not have.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -104,6 +124,7 @@ def load_model(
     torch_dtype: torch.dtype = getattr(torch, dtype)
     if device.startswith("cuda"):
         torch.cuda.set_device(device)  # kernels are launched on the current one, whatever their tensors are on
+    left: tuple[str, ...] = ()
     if dummy:
         parameters = count_parameters(blueprint(config, trust_remote_code=trust_remote_code)).total
         _check_room(parameters, torch_dtype, device)
@@ -112,10 +133,11 @@ def load_model(
             model = AutoModelForCausalLM.from_config(config, dtype=torch_dtype, trust_remote_code=trust_remote_code)
     else:
         assert source.folder is not None
-        _check_weights(source.folder)
-        with _reading(source, "the weights"):
+        names = tensor_names(source.folder)
+        beside = check_files(source, allow_unexpected)
+        with _reading(source, "the weights"), without_adapter(source.folder) as folder:
             model, report = AutoModelForCausalLM.from_pretrained(
-                source.folder,
+                folder,
                 dtype=torch_dtype,
                 use_safetensors=True,
                 local_files_only=True,
@@ -125,6 +147,12 @@ def load_model(
                 ignore_mismatched_sizes=True,  # they are refused below, by name
             )
         _check_complete(source, report)
+        unexpected = unexpected_tensors(model, [*report["unexpected_keys"], *unused_tensors(source.folder)], names)
+        left = not_loaded(source.name, source.folder, [*unexpected, *beside], allow_unexpected)
+        if source.adapter is not None:
+            from shadowkv.adapters import merged
+
+            model = merged(model, source.adapter)
     return LoadedModel(
         model=model.eval().requires_grad_(False),
         tokenizer=tokenizer,
@@ -135,7 +163,16 @@ def load_model(
         dummy=dummy,
         device=device,
         dtype=dtype,
+        adapter=source.adapter,
+        not_loaded=left,
     )
+
+
+def check_files(source: ModelSource, allow_unexpected: Collection[str] = ()) -> tuple[str, ...]:
+    """Files beside the weights that are left aside, as was allowed. Raises `SkvError` for any other, before a load."""
+    assert source.folder is not None
+    beside = stray_files(source.folder, None if source.adapter is None else source.adapter.folder)
+    return not_loaded(source.name, source.folder, beside, allow_unexpected)
 
 
 def pick_device(device: str) -> str:
@@ -158,12 +195,12 @@ def pick_dtype(device: str, dtype: str) -> str:
 
 
 def weights_sha256(folder: Path) -> str:
-    """One checksum for all weight files; the Hub's cache and pulled packs know theirs, the rest is read."""
+    """One checksum for all files that are loaded; the Hub's cache and pulled packs know theirs, the rest is read."""
     import hashlib
 
     known = kept_checksums(folder)
     sums = []
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in weight_files(folder):
         blob = path.resolve().name  # the Hub's cache names blobs by their sha256
         sums.append(known.get(path.name) or (blob if _is_sha256(blob) else sha256_of(path)))
     return sums[0] if len(sums) == 1 else hashlib.sha256("".join(sums).encode()).hexdigest()
@@ -173,21 +210,6 @@ def _is_sha256(text: str) -> bool:
     return len(text) == 64 and set(text) <= set("0123456789abcdef")
 
 
-def _check_weights(folder: Path) -> None:
-    """Find a damaged file before anything is built on it, and name it."""
-    from safetensors import SafetensorError, safe_open
-
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise SkvError(f"{folder.name} holds no safetensors weights; other formats can run code and are not loaded")
-    for path in files:
-        try:
-            with safe_open(path, framework="pt") as opened:
-                opened.keys()
-        except (SafetensorError, OSError) as error:
-            raise SkvError(f"{path.name} is damaged: {one_line(error)}") from error
-
-
 def _check_complete(source: ModelSource, report: dict[str, Any]) -> None:
     """Refuse a model that is partly random: transformers fills what the files lack, and only warns."""
     wrong = {
@@ -195,6 +217,7 @@ def _check_complete(source: ModelSource, report: dict[str, Any]) -> None:
         "have another shape of": sorted(str(key[0]) for key in report["mismatched_keys"]),
     }
     said = [f"{verb} {len(names)} tensors, {names[0]} first" for verb, names in wrong.items() if names]
+    said += [f"cannot be loaded ({plain_line(message)})" for message in report.get("error_msgs") or ()]
     if said:
         raise SkvError(f"the weights of {source.name} do not fit its config.json: they {' and '.join(said)}")
 

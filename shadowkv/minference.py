@@ -30,6 +30,7 @@ from shadowkv.dims import Dims
 from shadowkv.errors import SkvError
 from shadowkv.method import require
 from shadowkv.prefills import SparsePrefill
+from shadowkv.reading import read_text
 
 _BLOCK_TOKENS = 64  # queries that share what they read; also the queries that estimates are made from
 _FIRST_COLUMNS, _NEAR_DIAGONALS = 30, 100  # read before any other, whatever the estimate
@@ -110,7 +111,7 @@ class MInference(SparsePrefill):
         """Patterns by (layer, query head): a JSON list, by layer, of {"head": [pattern, a, b, ...]}."""
         assert self.heads is not None
         try:
-            layers = json.loads(Path(self.heads).expanduser().read_text())
+            layers = json.loads(read_text(Path(self.heads).expanduser(), f"minference: heads={self.heads}"))
             return {
                 (layer, int(head)): _Shape(_THEIR_NAMES[entry[0]], max(int(entry[1]), 1), int(entry[2]))
                 for layer, by_head in enumerate(layers)

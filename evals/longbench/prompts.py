@@ -13,6 +13,7 @@ from evals.literals import literals
 from evals.longbench.tasks import TASKS
 from shadowkv.errors import SkvError
 from shadowkv.packs import pack_manifest, pack_path
+from shadowkv.reading import decoded
 
 # The packaged templates differ from the authors' by white space in six places; with these they are equal, byte by
 # byte, which the checksums of `tasks.TASKS` prove.
@@ -83,7 +84,7 @@ def _pulled() -> dict[str, str]:
 def _from_file(path: Path, tasks: Collection[str]) -> tuple[dict[str, str], str]:
     try:
         raw = path.read_bytes()
-        made = json.loads(raw)
+        made = json.loads(decoded(raw, f"templates {path}"))
     except OSError as error:
         hint = "" if path.suffix else "; --wording takes official, own or a file"
         raise SkvError(f"templates {path} cannot be read: {error.strerror}{hint}") from None

@@ -39,6 +39,7 @@ class LongBench(Task):
     data: str | None = None
     wording: str = "official"
     min_tokens: int = 0
+    thinking: str = "auto"
 
     def __post_init__(self) -> None:
         for name, value, least in (
@@ -93,7 +94,7 @@ class LongBench(Task):
         return found
 
     def examples(self, tokenizer: Any, wanted: Collection[Question] | None = None) -> Iterator[Example]:
-        chat = Chat(tokenizer)
+        chat = Chat(tokenizer, self.thinking)
         asked = self.questions(tokenizer) if wanted is None else wanted
         for label, questions in groupby(asked, key=lambda question: question.task):
             rows = self._rows.read(label)
@@ -123,6 +124,9 @@ class LongBench(Task):
         spec = self._spec(example.task)
         said = first_line(prediction) if spec.first_line else prediction
         return max(spec.metric(said, answer, example.meta["classes"]) for answer in example.references)
+
+    def chat_answer_tokens(self) -> Collection[int]:
+        return [TASKS[task].max_new_tokens for task in self.tasks if TASKS[task].chat]
 
     def config(self) -> dict[str, Any]:
         return {"e": self.e, "max_prompt_tokens": self.max_prompt_tokens, "min_tokens": self.min_tokens}

@@ -17,6 +17,7 @@ from evals.longbench.truncation import without_middle
 from evals.task import Example, Question, Task
 from shadowkv.errors import SkvError
 from shadowkv.packs import sha256_of
+from shadowkv.reading import read_text
 
 _OFFICIAL_SHA256 = "68a162252bc9ff71d5d7abca3d69bb31aac3c35f832d657a2866f2018b8a6950"  # prompts/0shot.txt
 _OWN = (
@@ -47,6 +48,7 @@ class LongBenchV2(Task):
     data: str | None = None
     wording: str = "own"
     max_new_tokens: int = 128
+    thinking: str = "auto"
 
     def __post_init__(self) -> None:
         if self.samples is not None and self.samples < 1:
@@ -60,7 +62,7 @@ class LongBenchV2(Task):
     @cached_property
     def _rows(self) -> list[dict[str, str]]:
         try:
-            raw = json.loads(self._path.read_bytes())
+            raw = json.loads(read_text(self._path))
         except OSError as error:
             raise SkvError(f"{self._path} cannot be read: {error.strerror}") from None
         except ValueError:
@@ -87,11 +89,9 @@ class LongBenchV2(Task):
                 )
             return _OWN
         try:
-            text = Path(self.wording).expanduser().read_text(encoding="utf-8")
+            text = read_text(Path(self.wording).expanduser(), f"template {self.wording}")
         except OSError as error:
             raise SkvError(f"template {self.wording} cannot be read: {error.strerror}") from None
-        except UnicodeDecodeError:
-            raise SkvError(f"template {self.wording} is not UTF-8 text") from None
         lacking = [field for field in _FIELDS if field not in text]
         if lacking:
             raise SkvError(f"template {self.wording} has no {lacking[0]}")
@@ -103,7 +103,7 @@ class LongBenchV2(Task):
         return [Question("multiple_choice", self.max_prompt_tokens, f"row={i}") for i in range(len(rows))]
 
     def examples(self, tokenizer: Any, wanted: Collection[Question] | None = None) -> Iterator[Example]:
-        chat = Chat(tokenizer)
+        chat = Chat(tokenizer, self.thinking)
         for question in self.questions(tokenizer) if wanted is None else wanted:
             row = self._rows[int(question.sample.removeprefix("row="))]
             # One pass over the template, so that a placeholder inside a text stays as it is.
@@ -122,6 +122,9 @@ class LongBenchV2(Task):
 
     def score(self, example: Example, prediction: str) -> float:
         return float(named_choice(prediction) in example.references)
+
+    def chat_answer_tokens(self) -> Collection[int]:
+        return (self.max_new_tokens,)
 
     def config(self) -> dict[str, Any]:
         return {"max_prompt_tokens": self.max_prompt_tokens, "max_new_tokens": self.max_new_tokens}

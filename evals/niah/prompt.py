@@ -9,12 +9,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from evals.chat import Chat, prompt_ids, rendered
+from evals.chat import Chat, prompt_ids
 from evals.niah.protocols import Needle
 from evals.seeding import seeded
 from shadowkv.errors import SkvError
 
-_CONTEXT = "\x02CONTEXT\x03"  # stands for the text while its frame is made
 _LEAST_ROOM = 16  # tokens of haystack per needle
 _SENTENCE_ENDS = (".", "!", "?", ".\n", ".\n\n", '."', ".)")
 
@@ -23,8 +22,8 @@ class Haystacks:
     """Token ids of one haystack, from a start that depends on the round, repeated as far as needed."""
 
     def __init__(self, tokenizer: Any, text: str, seed: int) -> None:
+        self.text = text
         self._tokenizer = tokenizer
-        self._text = text
         self._seed = seed
         self._ids: dict[int, list[int]] = {}
         self._ends: dict[int, bool] = {}
@@ -53,10 +52,10 @@ class Haystacks:
     def _from_start(self, round_: int, characters: int) -> str:
         start = 0
         if round_ > 0 or self._seed != 0:
-            anywhere = seeded("haystack", self._seed, round_).randrange(len(self._text))
-            start = self._text.find(". ", anywhere) + 2 if ". " in self._text[anywhere:] else 0
-        copies = -(-(start + characters) // len(self._text))
-        return "\n\n".join([self._text] * (copies + 1))[start : start + characters]
+            anywhere = seeded("haystack", self._seed, round_).randrange(len(self.text))
+            start = self.text.find(". ", anywhere) + 2 if ". " in self.text[anywhere:] else 0
+        copies = -(-(start + characters) // len(self.text))
+        return "\n\n".join([self.text] * (copies + 1))[start : start + characters]
 
     def _ends_sentence(self, token: int) -> bool:
         if token not in self._ends:
@@ -64,27 +63,25 @@ class Haystacks:
         return self._ends[token]
 
 
-def frame(tokenizer: Any, instruction: str, needle: Needle) -> tuple[list[int], list[int]]:
-    """Tokens before and after the haystack: chat template, instruction, question and start of the answer."""
-    message = f"{instruction}\n\n{_CONTEXT}\n\n{needle.question}"
-    chat = Chat(tokenizer)
-    prefix = needle.answer_prefix if chat.templated else f"\n{needle.answer_prefix}"
-    before, _, after = chat.text(message, prefix).partition(_CONTEXT)
+def frame(
+    chat: Chat, tokenizer: Any, haystacks: Haystacks, instruction: str, needles: Sequence[Needle]
+) -> tuple[list[int], list[int]]:
+    """Tokens before and after the text: chat template, instruction, the first question and start of the answer."""
+    asked = needles[0]
+    # All that a text is made of, copies joined as there, so that a template which would change any of it is found.
+    text = "\n\n".join([haystacks.text, " ".join([haystacks.text, *(needle.fact for needle in needles)])])
+    prefix = asked.answer_prefix if chat.templated else f"\n{asked.answer_prefix}"
+    before, after = chat.around(f"{instruction}\n\n", text, f"\n\n{asked.question}", prefix)
     return chat.ids(before), prompt_ids(tokenizer, after, special=False)
 
 
-def follow_up(tokenizer: Any, needle: Needle) -> list[int]:
+def follow_up(chat: Chat, tokenizer: Any, needle: Needle) -> list[int]:
     """Tokens between an answer and the next one: the end of the turn, the question and the start of its answer."""
-    if not getattr(tokenizer, "chat_template", None):
-        return prompt_ids(tokenizer, f"\n\n{needle.question}\n{needle.answer_prefix}", special=False)
-    turns = [("user", "."), ("assistant", _CONTEXT), ("user", needle.question)]
-    _, found, after = rendered(tokenizer, turns).partition(_CONTEXT)
-    if not found:
-        raise SkvError("this model's chat template drops or changes earlier answers; --turns cannot be used")
-    return prompt_ids(tokenizer, after + needle.answer_prefix, special=False)
+    return prompt_ids(tokenizer, chat.next_turn(needle.question, needle.answer_prefix), special=False)
 
 
 def assemble_many(
+    chat: Chat,
     tokenizer: Any,
     haystacks: Haystacks,
     instruction: str,
@@ -94,7 +91,7 @@ def assemble_many(
     round_: int,
 ) -> tuple[list[int], list[int]]:
     """A text with several needles, and the question of the first one: ids of both parts, `budget` tokens in all."""
-    before, asked = frame(tokenizer, instruction, needles[0])
+    before, asked = frame(chat, tokenizer, haystacks, instruction, needles)
     facts = [prompt_ids(tokenizer, f" {needle.fact}", special=False) for needle in needles]
     room = budget - len(before) - len(asked) - sum(map(len, facts))
     if room < _LEAST_ROOM * len(needles):
@@ -112,10 +109,17 @@ def assemble_many(
 
 
 def assemble(
-    tokenizer: Any, haystacks: Haystacks, instruction: str, needle: Needle, budget: int, depth: float, round_: int
+    chat: Chat,
+    tokenizer: Any,
+    haystacks: Haystacks,
+    instruction: str,
+    needle: Needle,
+    budget: int,
+    depth: float,
+    round_: int,
 ) -> tuple[tuple[int, ...], int]:
     """A prompt of exactly `budget` tokens and the index of its needle's first token."""
-    before, after = frame(tokenizer, instruction, needle)
+    before, after = frame(chat, tokenizer, haystacks, instruction, [needle])
     fact = prompt_ids(tokenizer, f" {needle.fact}", special=False)
     room = budget - len(before) - len(fact) - len(after)
     if room < _LEAST_ROOM:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from evals.chat import Chat
 from evals.niah.prompt import Haystacks, assemble
 from evals.niah.protocols import find_protocol
 from evals.sources import Haystack, haystack
@@ -30,6 +31,7 @@ class Niah(Task):
     seed: int = 0
     samples: int | None = None
     max_new_tokens: int = 16
+    thinking: str = "auto"
 
     def __post_init__(self) -> None:
         for name, value in (("rounds", self.rounds), ("max-new-tokens", self.max_new_tokens)):
@@ -72,7 +74,8 @@ class Niah(Task):
         protocol = find_protocol(self.protocol)
         budget = length - min(self.max_new_tokens, int(length * _SLACK))
         needle = protocol.needle(self.seed, length, depth, round_)
-        ids, at = assemble(tokenizer, haystacks, protocol.instruction, needle, budget, depth, round_)
+        chat = Chat(tokenizer, self.thinking)
+        ids, at = assemble(chat, tokenizer, haystacks, protocol.instruction, needle, budget, depth, round_)
         meta = {"depth": depth, "round": round_, "needle_token": at}
         return self._example(length, cell_name(depth, round_), ids, (needle.reference,), meta)
 
@@ -93,6 +96,9 @@ class Niah(Task):
     def score(self, example: Example, prediction: str) -> float:
         protocol = find_protocol(self.protocol)
         return max(protocol.score(prediction, reference) for reference in example.references)
+
+    def chat_answer_tokens(self) -> Collection[int]:
+        return (self.max_new_tokens,)
 
     def config(self) -> dict[str, Any]:
         return {"protocol": self.protocol, "seed": self.seed, "max_new_tokens": self.max_new_tokens}

@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from evals.chat import Chat
 from evals.niah.prompt import Haystacks, assemble_many, follow_up
 from evals.niah.protocols import find_protocol
 from evals.niah.task import Niah, cell_name
@@ -51,9 +52,12 @@ class MultiTurnNiah(Niah):
         protocol = find_protocol(self.protocol)
         needles = protocol.needles(self.seed, length, depth, round_, self.turns)
         depths = self._depths(length, depth, round_)
-        later = [follow_up(tokenizer, needle) for needle in needles[1:]]
+        chat = Chat(tokenizer, self.thinking)
+        later = [follow_up(chat, tokenizer, needle) for needle in needles[1:]]
         budget = length - self.turns * self.max_new_tokens - sum(map(len, later))
-        context, asked = assemble_many(tokenizer, haystacks, protocol.instruction, needles, depths, budget, round_)
+        context, asked = assemble_many(
+            chat, tokenizer, haystacks, protocol.instruction, needles, depths, budget, round_
+        )
         text = cell_name(depth, round_)
         fed = [[*context, *asked], *later] if self.first_query_in_prefill else [context, asked, *later]
         turns = []

@@ -63,6 +63,7 @@ class RulerFiles(RulerTask):
     wrap: bool = False
     all_tasks: bool = True  # tasks that are not there are left out without a word
     context_tokens: int | None = None  # prompts of greater lengths are refused
+    thinking: str = "auto"  # of the template that is put around
 
     def __post_init__(self) -> None:
         find_profile(self.profile)
@@ -110,19 +111,22 @@ class RulerFiles(RulerTask):
         return list(self._rows)
 
     def examples(self, tokenizer: Any, wanted: Collection[Question] | None = None) -> Iterator[Example]:
-        chat = Chat(tokenizer)
+        chat = Chat(tokenizer, self.thinking) if self.wrap else None
         for question in self._rows if wanted is None else wanted:
             row = self._rows[question]
-            text = chat.text(row.input, row.answer_prefix) if self.wrap else row.input + row.answer_prefix
+            text = chat.text(row.input, row.answer_prefix) if chat else row.input + row.answer_prefix
             yield Example(
                 benchmark=self.benchmark,
                 task=question.task,
                 length_tokens=question.length_tokens,
                 sample=question.sample,
-                input_ids=tuple(chat.ids(text) if self.wrap else _as_written(tokenizer, row, text)),
+                input_ids=tuple(chat.ids(text) if chat else _as_written(tokenizer, row, text)),
                 references=row.outputs,
                 max_new_tokens=TASKS[question.task].max_new_tokens,
             )
+
+    def chat_answer_tokens(self) -> Collection[int]:
+        return [TASKS[task].max_new_tokens for task in self.tasks] if self.wrap else ()
 
     def config(self) -> dict[str, Any]:
         return {"profile": self.profile, "wrap": self.wrap}

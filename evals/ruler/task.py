@@ -48,6 +48,7 @@ class Ruler(RulerTask):
     wording: str = "official"
     haystack_spec: str | None = None
     seed: int = 0
+    thinking: str = "auto"
 
     def __post_init__(self) -> None:
         find_profile(self.profile)
@@ -90,6 +91,9 @@ class Ruler(RulerTask):
         for question in self.questions(tokenizer) if wanted is None else wanted:
             yield maker.prompt(question)
 
+    def chat_answer_tokens(self) -> Collection[int]:
+        return [TASKS[task].max_new_tokens for task in self.tasks]
+
     def config(self) -> dict[str, Any]:
         return {"profile": self.profile, "seed": self.seed}
 
@@ -108,7 +112,7 @@ class _Maker:
 
     def __init__(self, run: Ruler, tokenizer: Any) -> None:
         self._run = run
-        self._chat = Chat(tokenizer)
+        self._chat = Chat(tokenizer, run.thinking)
         self._templated = self._chat.templated
         self._shop = Workshop(run.materials, lambda text: len(self._chat.ids(text)), run.seed)
         self._usable: dict[tuple[str, int], list[int]] = {}

@@ -26,6 +26,7 @@ from shadowkv.dims import Bytes, Dims
 from shadowkv.errors import SkvError
 from shadowkv.layerwise import DenseLayer, LayeredCache, LayerState, StepwiseState
 from shadowkv.method import DecodeCache, LayerKV, Method, largest_within, require
+from shadowkv.reading import read_text
 from shadowkv.rope import Rope
 
 
@@ -210,8 +211,8 @@ def _take(x: Tensor, index: Tensor) -> Tensor:
 
 def _read_gates(path: str) -> list[list[float]]:
     try:
-        text = Path(path).expanduser().read_text()
-    except (OSError, UnicodeDecodeError) as error:
+        text = read_text(Path(path).expanduser(), f"duo: heads={path}")
+    except OSError as error:
         raise SkvError(f"duo: cannot read heads={path}: {error}") from error
     try:
         rows = json.loads(text) if path.endswith(".json") else [line.split() for line in text.splitlines() if line]
