@@ -84,6 +84,10 @@ class Task(ABC):
     def sources(self) -> dict[str, Any]:
         """What the prompts were made from, with versions and checksums, for run.json."""
 
+    def needs(self) -> tuple[str, ...]:
+        """Packs that must have been pulled before anything is asked."""
+        return ()
+
     def notes(self) -> list[str]:
         """What every table of this task must say."""
         return []

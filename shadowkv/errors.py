@@ -1,4 +1,4 @@
-"""The one exception type for mistakes a user can fix."""
+"""The one exception type for mistakes a user can fix, and the one warning for what a user should know."""
 
 
 class SkvError(Exception):
@@ -6,3 +6,7 @@ class SkvError(Exception):
 
     Everything else that escapes is a bug in this project and keeps its traceback.
     """
+
+
+class SkvWarning(UserWarning):
+    """Something that goes on otherwise than a user would expect; the command line prints it as one line."""

@@ -39,6 +39,7 @@ class LongBench(Task):
     data: str | None = None
     wording: str = "official"
     min_tokens: int = 0
+    offline: bool = False  # no rows are fetched from the Hub
 
     def __post_init__(self) -> None:
         for name, value, least in (
@@ -58,7 +59,7 @@ class LongBench(Task):
 
     @cached_property
     def _rows(self) -> Rows:
-        return Rows(self.data)
+        return Rows(self.data, offline=self.offline)
 
     @cached_property
     def _why_not(self) -> dict[str, str]:
@@ -132,6 +133,9 @@ class LongBench(Task):
 
     def sources(self) -> dict[str, Any]:
         return {"templates": self._templates.described, "rows": self._rows.described()}
+
+    def needs(self) -> tuple[str, ...]:
+        return ("longbench",) if self.wording == "official" else ()
 
     def notes(self) -> list[str]:
         told = [] if self._templates.official else ["not the official prompt templates: not comparable with published"]

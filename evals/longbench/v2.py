@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,7 @@ class LongBenchV2(Task):
     data: str | None = None
     wording: str = "own"
     max_new_tokens: int = 128
+    offline: bool = False  # rows are not fetched from the Hub
 
     def __post_init__(self) -> None:
         if self.samples is not None and self.samples < 1:
@@ -54,7 +55,8 @@ class LongBenchV2(Task):
 
     @cached_property
     def _path(self) -> Path:
-        path = Path(self.data).expanduser() if self.data else hub_file("THUDM/LongBench-v2", "data.json")
+        hub = partial(hub_file, "THUDM/LongBench-v2", "data.json", offline=self.offline)
+        path = Path(self.data).expanduser() if self.data else hub()
         return path / "data.json" if path.is_dir() else path
 
     @cached_property
