@@ -16,14 +16,16 @@ class AskedModel:
     def __init__(self, options: ModelOptions, *, dummy: bool = False) -> None:
         import torch
 
-        from cli.render import quieten_libraries
+        from cli.fetching import fetch_weights
         from shadowkv.geometry import dims_of
         from shadowkv.loading import context_tokens, load_config, pick_device, pick_dtype
         from shadowkv.resolving import resolve
 
-        quieten_libraries()
+        assert options.model is not None, "with_model gives one"
         self._dummy, self._trusted = dummy, options.trust_remote_code
-        self.source = resolve(options.model, dummy=dummy)
+        if not dummy:
+            fetch_weights(options.model, offline=options.offline, silent=options.silent)
+        self.source = resolve(options.model, dummy=dummy, offline=options.offline, instead=options.instead)
         self.config: Any = load_config(self.source, trust_remote_code=self._trusted)
         self.context_tokens = context_tokens(self.source, self.config)
         self.device = pick_device(options.device)

@@ -9,6 +9,7 @@ import typer
 from cli.options import Settings, with_options
 
 if TYPE_CHECKING:
+    from cli.asked import AskedModel
     from evals.task import Task
 
 EPILOG = (
@@ -48,7 +49,7 @@ def longbench(
     """
     from cli import accuracy
 
-    def task(context_tokens: int) -> Task:
+    def task(asked: AskedModel) -> Task:
         from evals.longbench.task import LongBench
         from evals.longbench.tasks import E_TASKS, TASKS
         from evals.longbench.truncation import checked_limit
@@ -59,17 +60,18 @@ def longbench(
         if v2:
             if e or tasks != "all" or min_tokens:
                 raise SkvError("--e, --tasks and --min-tokens do nothing with --v2, which is one task")
-            limit = checked_limit(max_prompt_tokens, context_tokens, LONGEST_PROMPT_TOKENS)
-            return LongBenchV2(limit, samples, data, wording or "own")
+            limit = checked_limit(max_prompt_tokens, asked.context_tokens, LONGEST_PROMPT_TOKENS)
+            return LongBenchV2(limit, samples, data, wording or "own", offline=settings.offline)
         return LongBench(
             tasks=choose_tasks(tasks, TASKS, E_TASKS if e else tuple(TASKS)),
-            max_prompt_tokens=checked_limit(max_prompt_tokens, context_tokens),
+            max_prompt_tokens=checked_limit(max_prompt_tokens, asked.context_tokens),
             all_tasks=tasks == "all",
             e=e,
             samples=samples,
             data=data,
             wording=wording or "official",
             min_tokens=min_tokens,
+            offline=settings.offline,
         )
 
     return accuracy.run(task, settings)

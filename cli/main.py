@@ -33,6 +33,7 @@ from cli import (
     pull,
     report,
 )
+from cli.quiet import quieten
 from shadowkv.errors import SkvError
 
 _INTERRUPTED = "interrupted; run the same command to continue"
@@ -41,7 +42,7 @@ _DISK = {errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT}
 app = typer.Typer(
     name="skv",
     help="Judge long-context KV-cache methods: accuracy, memory and speed of ShadowKV, Quest and full attention.",
-    epilog="Start with:  skv pull smollm2-135m  ·  skv pull essays  ·  skv eval niah --model smollm2-135m",
+    epilog="Start with:  skv doctor  ·  skv eval niah  ·  skv bench throughput  ·  skv plan",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="rich",
@@ -147,6 +148,8 @@ def run() -> None:
         # A terminal or pipe that cannot show a character gets a substitute, not a traceback after hours of work.
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
+    if "--debug" not in sys.argv:
+        quieten()
     sys.exit(main())
 
 

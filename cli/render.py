@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -37,12 +38,9 @@ def safe(text: str, limit: int = 60) -> str:
     return escape(flat if len(flat) <= limit else flat[: limit - 1] + "…")
 
 
-def quieten_libraries() -> None:
-    """Keep transformers' progress bars and advice out of our output; its errors still come through."""
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+def say(text: str) -> None:
+    """One line on stderr about what goes on."""
+    print(f"skv: {plain_line(text)}", file=sys.stderr)
 
 
 def print_summary(section: Section) -> None:
