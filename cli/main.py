@@ -23,6 +23,7 @@ from cli import (
     calibrate,
     compare,
     data_ruler,
+    doctor,
     eval_longbench,
     eval_niah,
     eval_ruler,
@@ -68,6 +69,7 @@ app.add_typer(baselines, name="baseline")
 app.command("compare", epilog=compare.EPILOG)(compare.compare)
 app.command("plan", epilog=plan.EPILOG)(plan.plan)
 app.command("paper", epilog=paper.EPILOG)(paper.paper)
+app.command("doctor", epilog=doctor.EPILOG)(doctor.doctor)
 app.command("models", epilog=info.MODELS_EPILOG)(info.models)
 app.command("methods", epilog=info.METHODS_EPILOG)(info.methods)
 app.command("pull", epilog=pull.EPILOG)(pull.pull)
