@@ -25,8 +25,10 @@ def pull(
             state = "pulled" if packs.pack_path(pack.name) else "not pulled"
             console().print(f"{pack.name:14} {state:11} {pack.summary}", markup=False, highlight=False)
         return
-    if (setting := forbidden_by()) is not None and setting.startswith("SKV"):
-        raise SkvError(f"{setting} forbids fetching anything; unset it to pull")
+    missing = [name for name in names if packs.pack_path(packs.find_pack(name).name) is None or force]
+    # The other settings are about the Hub, from which packs do not come; who asks for a pack knows.
+    if missing and (setting := forbidden_by()) is not None and setting.startswith("SKV_"):
+        raise SkvError(f"{setting} forbids fetching {missing[0]}; unset it to pull")
     for name in names:
         with status(f"pulling {name}", quiet=quiet) as update:
             folder = packs.pull(name, update, force=force)

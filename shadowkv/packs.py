@@ -115,6 +115,14 @@ def packs() -> dict[str, Pack]:
     return {pack.name: pack for pack in _PACKS}
 
 
+def find_pack(name: str) -> Pack:
+    """The pack called exactly `name`; raises `SkvError` with the nearest one otherwise."""
+    known = packs()
+    if name not in known:
+        raise SkvError(f"nothing to pull is called '{name}'{did_you_mean(name, known)}; packs: {', '.join(known)}")
+    return known[name]
+
+
 def skv_home() -> Path:
     """Where packs and converted models are kept: `$SKV_HOME`, or the platform's cache folder."""
     return Path(os.environ.get("SKV_HOME") or platformdirs.user_cache_dir("skv")).expanduser()
@@ -152,10 +160,7 @@ def kept_checksums(folder: Path) -> dict[str, str]:
 
 def pull(name: str, progress: Progress, *, force: bool = False) -> Path:
     """Fetch, check, unpack and convert a pack; return its folder. Nothing is done if it is there already."""
-    known = packs()
-    if name not in known:
-        raise SkvError(f"nothing to pull is called '{name}'{did_you_mean(name, known)}; packs: {', '.join(known)}")
-    pack = known[name]
+    pack = find_pack(name)
     with _new_folder(skv_home() / "packs" / name, keep=not force) as (folder, wanted):
         if wanted:
             with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:

@@ -259,9 +259,17 @@ def test_a_fetch_that_fails_is_one_line(empty, online, tiny_folder, monkeypatch,
     assert "skv: prompts are synthetic: essays is not pulled" in capsys.readouterr().err
 
 
-def test_pulling_is_refused_where_skv_may_not_go_online(monkeypatch, capsys, empty):
-    monkeypatch.setenv("SKV_OFFLINE", "1")
-    assert "SKV_OFFLINE=1 forbids" in mistake(capsys, "pull", "essays")
+def test_pulling_is_refused_where_skv_may_not_go_online(monkeypatch, capsys, empty, pulled):
+    assert "SKV_OFFLINE=1 forbids fetching essays" in mistake(capsys, "pull", "essays")
+    monkeypatch.setattr(packs, "pack_path", lambda name: empty)
+    assert main(["pull", "essays", "-q"]) == 0, "it is there"
+    assert "forbids" in mistake(capsys, "pull", "essays", "--force")
+
+
+def test_a_pack_that_is_asked_for_does_not_come_from_the_hub(monkeypatch, online, empty, pulled):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert main(["pull", "essays", "-q"]) == 0
+    assert pulled == ["essays"]
 
 
 @pytest.mark.parametrize("setting", ["SKV_OFFLINE", "HF_HUB_OFFLINE"])
