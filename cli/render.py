@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich import box
@@ -131,6 +133,35 @@ def status(text: str, *, quiet: bool) -> Iterator[Callable[[str], None]]:
         return
     with console(stderr=True).status(escape(text)) as shown:
         yield lambda now: shown.update(f"{escape(text)}: {escape(now)}")
+
+
+@contextmanager
+def filling(text: str, folder: Path) -> Iterator[None]:
+    """A spinner on stderr with how much a folder holds by now."""
+    with console(stderr=True).status(_Filling(text, folder)):
+        yield
+
+
+class _Filling:
+    """Drawn many times a second; the folder is looked at once in a second."""
+
+    def __init__(self, text: str, folder: Path) -> None:
+        self._text, self._folder = text, folder
+        self._looked_s, self._held_bytes = float("-inf"), 0
+
+    def __rich__(self) -> str:
+        if time.monotonic() - self._looked_s > 1:
+            self._looked_s, self._held_bytes = time.monotonic(), _held_bytes(self._folder)
+        return f"{escape(self._text)}: {self._held_bytes / 2**30:.2f} GiB so far"
+
+
+def _held_bytes(folder: Path) -> int:
+    """What the files of a folder take, links aside."""
+    held = 0
+    for path in folder.rglob("*"):
+        with suppress(FileNotFoundError):  # one that has been renamed since it was listed
+            held += path.stat().st_size if path.is_file() and not path.is_symlink() else 0
+    return held
 
 
 def say_problems(found: Found, left_out: Mapping[str, str] | None = None) -> None:

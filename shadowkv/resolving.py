@@ -7,6 +7,7 @@ setting forbids it or the Hub cannot be reached, which is found out in seconds a
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +17,9 @@ from shadowkv.online import forbidden_by, reachable
 from shadowkv.packs import converted, pack_path
 from shadowkv.presets import Preset, presets
 from shadowkv.wording import one_line
+
+# Told before a model is downloaded: its Hub id, and the folder that fills.
+OnDownload = Callable[[str, Path], None]
 
 
 @dataclass(frozen=True)
@@ -29,7 +33,13 @@ class ModelSource:
 
 
 def resolve(
-    name: str, *, dummy: bool = False, config_only: bool = False, offline: bool = False, instead: str = ""
+    name: str,
+    *,
+    dummy: bool = False,
+    config_only: bool = False,
+    offline: bool = False,
+    instead: str = "",
+    on_download: OnDownload = lambda hub_id, folder: None,
 ) -> ModelSource:
     """What `--model name` means here and now; raises `SkvError` if its files cannot be had.
 
@@ -59,7 +69,9 @@ def resolve(
         return ModelSource(name, cached, preset, f"Hub {hub_id}@{cached.name[:12]}")
     if (dummy or config_only) and preset is not None:
         return ModelSource(name, None, preset, f"architecture of {hub_id}")
-    return ModelSource(name, _downloaded(hub_id, preset, config_only, offline, instead), preset, f"Hub {hub_id}")
+    _require_hub(hub_id, preset, offline, instead)
+    on_download(hub_id, _cache_of(hub_id))
+    return ModelSource(name, _downloaded(hub_id, preset, config_only, instead), preset, f"Hub {hub_id}")
 
 
 def is_here(preset: Preset) -> bool:
@@ -95,22 +107,42 @@ def _complete(folder: Path) -> bool:
     return all((folder / shard).is_file() for shard in shards)
 
 
-def _downloaded(hub_id: str, preset: Preset | None, config_only: bool, offline: bool, instead: str) -> Path:
-    from huggingface_hub import constants, snapshot_download
+def _require_hub(hub_id: str, preset: Preset | None, offline: bool, instead: str) -> None:
+    """Raise `SkvError`, with what was tried and what helps, where nothing can be downloaded."""
+    from huggingface_hub import constants
 
-    absent = f"{hub_id} is not on this machine (looked in the Hub cache, {constants.HF_HUB_CACHE})"
-    helps = _helps(preset, instead)
     if (setting := forbidden_by(offline)) is not None:
-        raise SkvError(f"{absent} and {setting} forbids downloading it; {helps}")
+        raise SkvError(f"{_absent(hub_id)} and {setting} forbids downloading it; {_helps(preset, instead)}")
     if not reachable(constants.ENDPOINT):
-        raise SkvError(f"{absent} and the Hub cannot be reached ({constants.ENDPOINT}); {helps}")
+        tried = f"the Hub cannot be reached ({constants.ENDPOINT})"
+        raise SkvError(f"{_absent(hub_id)} and {tried}; {_helps(preset, instead)}")
+
+
+def _downloaded(hub_id: str, preset: Preset | None, config_only: bool, instead: str) -> Path:
+    from huggingface_hub import snapshot_download
+
     try:
         wanted = ["config.json", "*.py"]
         if not config_only:
             wanted += ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
         return Path(snapshot_download(hub_id, allow_patterns=wanted))
     except Exception as error:  # the Hub client's HTTP library, and so its exceptions, differ between its versions
-        raise SkvError(f"{absent} and cannot be downloaded: {one_line(error)}; {helps}") from error
+        tried = f"cannot be downloaded: {one_line(error)}"
+        raise SkvError(f"{_absent(hub_id)} and {tried}; {_helps(preset, instead)}") from error
+
+
+def _absent(hub_id: str) -> str:
+    from huggingface_hub import constants
+
+    return f"{hub_id} is not on this machine (looked in the Hub cache, {constants.HF_HUB_CACHE})"
+
+
+def _cache_of(hub_id: str) -> Path:
+    """The folder of the Hub's cache that holds a model."""
+    from huggingface_hub import constants
+    from huggingface_hub.file_download import repo_folder_name
+
+    return Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=hub_id, repo_type="model")
 
 
 def _helps(preset: Preset | None, instead: str) -> str:

