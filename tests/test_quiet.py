@@ -10,8 +10,6 @@ import textwrap
 
 import pytest
 
-from shadowkv.packs import pack_path
-
 # Our own bar is drawn once, when it is done, where stderr is no terminal.
 OURS = re.compile(r"^(skv: .*|[━╸╺ ]*\d+/\d+ elapsed .*|\s*)$")
 
@@ -60,10 +58,8 @@ def test_only_our_lines_reach_stderr(words, tiny_folder, tmp_path):
     assert foreign(done) == []
 
 
-def test_a_gguf_file_is_converted_without_a_word(tmp_path):
-    """Of the converter's progress bar; the file is the pulled one, put together again from its wheel."""
-    if pack_path("smollm2-135m") is None:
-        pytest.skip("smollm2-135m is not pulled")
+def test_progress_bars_of_libraries_are_not_drawn():
+    """The first is the one that unpacking a GGUF file draws."""
     done = run(
         code="""
         from cli.quiet import quieten
