@@ -196,6 +196,8 @@ def fetch(wheel: Wheel, folder: Path) -> Path:
     if done.returncode or not found:
         said = [line for line in (done.stderr or done.stdout).splitlines() if line.startswith("ERROR")]
         reason = said[-1].removeprefix("ERROR: ") if said else f"pip exited with {done.returncode}"
+        if "Retrying (" in done.stderr:  # what pip then says is that there is no such package
+            reason = f"the package index cannot be reached ({reason})"
         raise SkvError(f"cannot fetch {wheel.name}=={wheel.version}: {reason}")
     return found[0]
 
