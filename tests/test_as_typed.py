@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+from types import SimpleNamespace
 
 import longbench_rows
 import pytest
@@ -11,6 +12,8 @@ import typer.main
 from test_cli import mistake
 
 from cli.main import app, main
+from evals.longbench.task import LongBench
+from evals.longbench.v2 import LongBenchV2
 from evals.ruler.task import Ruler
 from shadowkv import packs
 from shadowkv.default_model import DefaultModel, default_model, parameters
@@ -435,6 +438,27 @@ def test_a_part_of_a_benchmark_says_how_many_of_how_many():
     assert any("2 of the benchmark's 500 samples" in note and "--samples 500" in note for note in run.notes())
     assert not any("samples" in note for note in Ruler((1024,), ("vt",), 500, wording="own").notes())
     assert any("2 of the benchmark's 96" in n for n in Ruler((1024,), ("vt",), 2, "shadowkv", "own").notes())
+    rows = LongBench(("lcc",), 1000, samples=3, wording="own")
+    assert any(note.startswith("at most 3 rows per task") and "--samples 500" in note for note in rows.notes())
+    questions = LongBenchV2(1000, samples=3).notes()
+    assert any(note.startswith("3 of 503 questions") and "--samples 503" in note for note in questions)
+
+
+@pytest.mark.parametrize(
+    ("more", "device", "rows"),
+    [([], "cpu", 1), ([], "cuda", None), (["--samples", "7"], "cpu", 7), (["--data", "rows"], "cpu", None)],
+)
+@pytest.mark.parametrize("version", [[], ["--v2"]])
+def test_longbench_takes_one_row_of_the_hubs_on_a_cpu(more, device, rows, version, monkeypatch):
+    made = []
+
+    def run(make_task, settings):
+        made.append(make_task(SimpleNamespace(device=device, context_tokens=8192)))
+        return 0
+
+    monkeypatch.setattr("cli.accuracy.run", run)
+    assert main(["eval", "longbench", "--wording", "own", *version, *more]) == 0
+    assert made[0].samples == rows
 
 
 @pytest.mark.parametrize("words", [["eval", "niah"], ["eval", "ruler"], ["bench", "throughput"], ["plan"]])

@@ -18,6 +18,7 @@ from evals.task import Example, Question, Task
 from shadowkv.errors import SkvError
 
 _E = "_e"
+_MOST_ROWS = 500  # of any task
 
 
 @dataclass(frozen=True)
@@ -139,6 +140,8 @@ class LongBench(Task):
 
     def notes(self) -> list[str]:
         told = [] if self._templates.official else ["not the official prompt templates: not comparable with published"]
+        if self.samples is not None and self.samples < _MOST_ROWS:
+            told.append(f"at most {self.samples} rows per task, the first ones; --samples {_MOST_ROWS} takes all")
         if self.min_tokens:
             told.append(f"only rows whose prompt has more than {self.min_tokens} tokens")
         return told

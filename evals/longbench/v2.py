@@ -26,6 +26,7 @@ _OWN = (
 )
 _FIELDS = {"$DOC$": "context", "$Q$": "question", **{f"$C_{letter}$": f"choice_{letter}" for letter in "ABCD"}}
 _LABELS = ("difficulty", "length", "domain", "sub_domain")
+_QUESTIONS = 503
 LONGEST_PROMPT_TOKENS = 120_000
 
 
@@ -137,6 +138,8 @@ class LongBenchV2(Task):
 
     def notes(self) -> list[str]:
         told = ["an answer that names no choice counts as wrong, as in the original"]
+        if self.samples is not None and self.samples < _QUESTIONS:
+            told.append(f"{self.samples} of {_QUESTIONS} questions, the first ones; --samples {_QUESTIONS} takes all")
         if hashlib.sha256(self._template.encode()).hexdigest() != _OFFICIAL_SHA256:
             told.append("not the official prompt template: not comparable with published scores")
         return told
