@@ -169,6 +169,6 @@ def say_problems(found: Found, left_out: Mapping[str, str] | None = None) -> Non
     shown = console(stderr=True)
     for run in found.runs:
         for problem in run.problems:
-            shown.print(f"[yellow]{escape(plain_line(f'{run.name}: {problem}'))}[/]", highlight=False)
+            shown.print(f"[yellow]{escape(plain_line(f'skv: {run.name}: {problem}'))}[/]", highlight=False)
     for name, why in (found.left_out if left_out is None else left_out).items():
-        shown.print(f"[yellow]{escape(plain_line(f'{name} is left out: {why}'))}[/]", highlight=False)
+        shown.print(f"[yellow]{escape(plain_line(f'skv: {name} is left out: {why}'))}[/]", highlight=False)
