@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from cli.answering import answering, check_workers, processes
 from cli.asked import AskedModel
 from cli.options import Settings
+from cli.which_model import with_model
 
 if TYPE_CHECKING:
     from evals.chat import Chat
@@ -22,8 +23,8 @@ if TYPE_CHECKING:
     from evals.task import Question, Task
     from shadowkv.method import Method
 
-    # The model's context in tokens -> the task, or an error about a length beyond it.
-    MakeTask = Callable[[int], Task]
+    # What is known of the model -> the task, or an error about a length beyond its context.
+    MakeTask = Callable[[AskedModel], Task]
 
 
 class _Prepared(AskedModel):
@@ -32,6 +33,7 @@ class _Prepared(AskedModel):
     def __init__(self, make_task: MakeTask, settings: Settings) -> None:
         from cli.checks import check_run
         from cli.choosing import choose, parse_budgets, parse_kv_bytes, parse_specs, with_engine
+        from cli.fetching import fetch_missing
         from shadowkv.errors import SkvError
 
         asked = with_engine(parse_specs(settings.methods or ()), settings.engine)
@@ -39,10 +41,12 @@ class _Prepared(AskedModel):
         check_run(settings)
         if settings.stream and settings.diagnostics:
             raise SkvError("--diagnostics compares layers of a prompt that is kept, and --stream keeps none")
+        settings = with_model(settings)
         super().__init__(settings, dummy=settings.dummy)
         check_workers(settings.workers, self.device)
         self.settings = settings
-        self.task = make_task(self.context_tokens)
+        self.task = make_task(self)
+        fetch_missing(self.task.needs(), offline=settings.offline, silent=settings.silent)
         self.chat = self._chat()
         if settings.kv_bytes is not None:
             longest = max(question.length_tokens for question in self.questions)
@@ -86,6 +90,7 @@ def run(make_task: MakeTask, settings: Settings) -> int:
     from shadowkv.wording import plain_line
 
     ready = _Prepared(make_task, settings)
+    settings = ready.settings
     questions = ready.questions
     tell_left_out(ready.left_out)
     tell_unsupported(ready.unsupported)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from cli.asked import AskedModel
 from cli.options import Settings
+from cli.quiet import quieten
 
 if TYPE_CHECKING:
     from evals.manifest import Circumstances
@@ -68,6 +70,8 @@ def _begin(
     from evals.runner import Run
     from shadowkv.engine import Engine
 
+    if count > 1 and "--debug" not in sys.argv:
+        quieten()
     asked = AskedModel(settings, dummy=settings.dummy)
     if count > 1 and asked.device == "cpu":
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // count))

@@ -16,20 +16,30 @@ class AskedModel:
     def __init__(self, options: WeightOptions, *, dummy: bool = False) -> None:
         import torch
 
-        from cli.render import quieten_libraries
+        from cli.fetching import fetch_weights, telling
         from shadowkv.adapters import with_adapter
         from shadowkv.errors import SkvError
         from shadowkv.loading import check_files, context_tokens, load_config, pick_device, pick_dtype
         from shadowkv.model_size import model_size
         from shadowkv.resolving import resolve
 
-        quieten_libraries()
+        assert options.model is not None, "with_model gives one"
         self._dummy, self._trusted, self._self_check = dummy, options.trust_remote_code, options.self_check
         allowed = ",".join(options.allow_unexpected_weights or ()).split(",")
         self._allowed = [pattern.strip() for pattern in allowed if pattern.strip()]
         if dummy and (options.adapter is not None or self._allowed):
             raise SkvError("--adapter and --allow-unexpected-weights are about weights, and --dummy loads none")
-        self.source = with_adapter(resolve(options.model, dummy=dummy), options.adapter)
+        if not dummy:
+            fetch_weights(options.model, offline=options.offline, silent=options.silent)
+        with telling(silent=options.silent) as on_download:
+            found = resolve(
+                options.model,
+                dummy=dummy,
+                offline=options.offline,
+                instead=options.instead,
+                on_download=on_download,
+            )
+        self.source = with_adapter(found, options.adapter)
         if not dummy:
             check_files(self.source, self._allowed)
         self.config: Any = load_config(self.source, trust_remote_code=self._trusted)

@@ -50,7 +50,6 @@ class AskedKernels:
     def __init__(self, settings: KernelSettings) -> None:
         import torch
 
-        from cli.render import quieten_libraries
         from evals.bench.kernel_compilation import parse_targets
         from evals.lengths import parse_lengths
         from shadowkv.errors import SkvError
@@ -64,11 +63,10 @@ class AskedKernels:
             raise SkvError(f"kernels are measured at one length: give one --context, not {settings.context}")
         self.settings, self.context = settings, lengths[0]
         self.targets = parse_targets(settings.compile_for) if settings.compile_for else ()
-        quieten_libraries()
         self.device = pick_device(settings.device)
         self.dtype = pick_dtype(self.device, settings.dtype)
         self.on_gpu = self.device.startswith("cuda")
-        self.source = resolve(settings.model, config_only=True)
+        self.source = resolve(settings.model, config_only=True, offline=settings.offline)
         config = load_config(self.source, trust_remote_code=settings.trust_remote_code)
         self.dims = model_size(
             config,

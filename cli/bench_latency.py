@@ -18,6 +18,7 @@ from cli.options import with_options
 
 EPILOG = (
     "Examples:\n\n"
+    "skv bench latency\n\n"
     "skv bench latency --model smollm2-135m --context 4k -m full -m shadowkv:rank=64,budget=256 -m quest:budget=256\n\n"
     "skv bench latency --model llama3.1-8b --device cuda --context 60k --batch 8 --dummy --synthetic-kv\n\n"
     "skv bench latency --model smollm2-135m --context 2k -m shadowkv --trace step.json    # open in ui.perfetto.dev"

@@ -14,9 +14,12 @@ from cli.options import RunOptions
 class BenchSettings(RunOptions):
     """What both can be told beside what every run can."""
 
-    context: Annotated[str, typer.Option(help="Prompt lengths in tokens, k = 1024; decoded tokens come on top.")] = (
-        "1k,2k,4k"
-    )
+    context: Annotated[
+        str,
+        typer.Option(
+            help="Prompt lengths in tokens, k = 1024; decoded tokens come on top. auto: 1k,2k on a CPU, else 1k,2k,4k."
+        ),
+    ] = "auto"
     engine: Annotated[
         list[str] | None,
         typer.Option(help="Also measure full attention as another engine runs it: hf, or vllm; repeatable."),
@@ -27,13 +30,24 @@ class BenchSettings(RunOptions):
         bool, typer.Option("--synthetic-kv", help="Random keys and values, no prefill; every table says so.")
     ] = False
     haystack: Annotated[
-        str, typer.Option(help="Text of the prompts: auto (essays if pulled), essays, synthetic or a file.")
+        str, typer.Option(help="Text of the prompts: auto (essays, synthetic if offline), essays, synthetic or a file.")
     ] = "auto"
     memory_cap: Annotated[
         str | None, typer.Option(help="Limit of device memory, such as 80GB or 24GiB (on a CPU: of what is planned).")
     ] = None
     seed: Annotated[int, typer.Option(help="Which stretches of text the prompts are.")] = 0
     force: Annotated[bool, typer.Option("--force", help="Continue a folder of another machine; tables say so.")] = False
+
+
+def default_contexts(device: str, context_tokens: int) -> str:
+    """`--context auto`: few and short ones where a prompt takes seconds."""
+    from shadowkv.errors import SkvError
+
+    asked = (1024, 2048) if device == "cpu" else (1024, 2048, 4096)
+    fitting = [str(tokens) for tokens in asked if tokens < context_tokens]
+    if not fitting:
+        raise SkvError(f"this model's context of {context_tokens} tokens is too short for --context auto; give one")
+    return ",".join(fitting)
 
 
 def check(settings: BenchSettings) -> None:

@@ -20,14 +20,16 @@ if TYPE_CHECKING:
 
 EPILOG = (
     "Examples:\n\n"
+    "skv bench throughput\n\n"
     "skv bench throughput --model smollm2-135m --context 1k,2k,4k --batch 1,2,4 -m full "
     "-m shadowkv:rank=64,budget=256 -m quest:budget=256\n\n"
     "skv bench throughput --model llama3.1-8b --context 60k,122k -m full -m shadowkv -m quest --find-max-batch\n\n"
     "skv bench throughput --model llama3.1-8b --dummy --synthetic-kv --context 122k --memory-cap 80GB --device cuda\n\n"
     "skv bench throughput --model smollm2-135m -m full -m shadowkv --engine hf --dry-run"
 )
-_MOST = {"cpu": 4, "cuda": 256}  # batches that are climbed to; a search goes further
+_MOST = {"cpu": 2, "cuda": 256}  # batches that are climbed to; a search goes further
 _MOST_SEARCHED = 256
+_REPEATS = {"cpu": 3, "cuda": 5}
 
 
 @with_options(BenchSettings, "settings")
@@ -36,18 +38,22 @@ def throughput(
     batch: Annotated[
         str, typer.Option(help="Batches, ascending, such as 1,2,4; auto: 1, 2, 4, ... to --max-batch.")
     ] = ("auto"),
-    repeats: Annotated[int, typer.Option(help="Times that everything is measured; methods take turns in each.")] = 5,
+    repeats: Annotated[
+        int | None,
+        typer.Option(help="Times that everything is measured (3 on a CPU, 5 on a GPU); methods take turns in each."),
+    ] = None,
     find_max_batch: Annotated[
         bool, typer.Option("--find-max-batch", help="Search each method's largest batch, from what is planned.")
     ] = False,
     max_batch: Annotated[
-        int | None, typer.Option(help="Largest batch tried (256; without a search 4 on a CPU).")
+        int | None, typer.Option(help="Largest batch tried (256; without a search 2 on a CPU).")
     ] = None,
 ) -> int:
     """Tokens per second of each method, by context and batch, with memory, bytes moved and the spread of repeats.
 
     A method that runs out of memory is recorded as such and the others go on. Prefill and decode are timed apart.
-    Interrupt at will: the same command continues.
+    With nothing given: 1k and 2k tokens, batches 1 and 2 and 3 repeats on a CPU (minutes on two cores); on a GPU 1k to
+    4k, batches until memory ends, 5 repeats. Interrupt at will: the same command continues.
     """
     from evals.bench.lists import parse_batches
     from evals.bench.sweep import Plan
@@ -58,8 +64,9 @@ def throughput(
         if value is not None and value < 1:
             raise SkvError(f"{option} must be at least 1, got {value}")
     ready = Prepared(settings)
-    most = max_batch or (_MOST_SEARCHED if find_max_batch else _MOST.get(ready.device.partition(":")[0], 256))
-    plan = Plan(ready.contexts, batches, repeats, most, find_max_batch)
+    kind = ready.device.partition(":")[0]
+    most = max_batch or (_MOST_SEARCHED if find_max_batch else _MOST.get(kind, 256))
+    plan = Plan(ready.contexts, batches, repeats or _REPEATS.get(kind, 5), most, find_max_batch)
     tell_unsupported(ready.unsupported)
     _check_host(ready, plan)
     if settings.dry_run:

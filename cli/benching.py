@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cli.asked import AskedModel
-from cli.bench_options import BenchSettings, check
+from cli.bench_options import BenchSettings, check, default_contexts
+from cli.which_model import with_model
 
 if TYPE_CHECKING:
     from evals.bench.engines import Contender
@@ -32,11 +33,15 @@ class Prepared(AskedModel):
 
         specs, alike = parse_specs(settings.methods or ()), parse_budgets(settings.budget)
         check(settings)
+        settings = with_model(settings)
         super().__init__(settings, dummy=settings.dummy)
         self.settings = settings
         self.engines = tuple(dict.fromkeys(settings.engine or ()))
         self.cap_bytes = None if settings.memory_cap is None else parse_bytes(settings.memory_cap, "--memory-cap")
-        self.contexts = tuple(sorted(parse_lengths(settings.context, self.context_tokens, "--context")))
+        asked = settings.context
+        if asked == "auto":
+            asked = default_contexts(self.device, self.context_tokens)
+        self.contexts = tuple(sorted(parse_lengths(asked, self.context_tokens, "--context")))
         if settings.kv_bytes is not None:
             alike = parse_kv_bytes(settings.kv_bytes, self.dims, max(self.contexts))
         self.chosen = choose(specs, alike, self.source, self.dims)
@@ -58,11 +63,29 @@ class Prepared(AskedModel):
     @cached_property
     def haystack(self) -> Haystack:
         """The text that prompts are cut from."""
+        from cli.fetching import fetch_missing
         from evals.sources import haystack
-        from shadowkv.packs import pack_path
 
-        spec = self.settings.haystack
-        return haystack(("essays" if pack_path("essays") else "synthetic") if spec == "auto" else spec)
+        settings, spec = self.settings, self.settings.haystack
+        if spec == "auto":
+            spec = "essays" if self._has_essays() else "synthetic"
+        elif spec == "essays":
+            fetch_missing(["essays"], offline=settings.offline, silent=settings.silent)
+        return haystack(spec)
+
+    def _has_essays(self) -> bool:
+        """Whether the essays are here, or can be fetched now; a sweep does without them, and says so."""
+        from cli.fetching import fetch_missing
+        from cli.render import say
+        from shadowkv.errors import SkvError
+
+        try:
+            fetch_missing(["essays"], offline=self.settings.offline, silent=self.settings.silent)
+        except SkvError as error:
+            if not self.settings.silent:
+                say(f"prompts are synthetic: {error}")
+            return False
+        return True
 
     @cached_property
     def room(self) -> Room:

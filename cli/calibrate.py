@@ -10,6 +10,7 @@ from cli.options import WeightOptions, with_options
 
 EPILOG = (
     "Examples:\n\n"
+    "skv calibrate\n\n"
     "skv calibrate infinigen --model smollm2-135m\n\n"
     "skv eval niah --model smollm2-135m -m infinigen -m infinigen:skew=smollm2-135m"
 )
@@ -18,7 +19,7 @@ EPILOG = (
 @with_options(WeightOptions, "options")
 def calibrate(
     options: WeightOptions,
-    method: Annotated[str, typer.Argument(help="Method that can be calibrated: infinigen.")],
+    method: Annotated[str, typer.Argument(help="Method that can be calibrated.")] = "infinigen",
     text: Annotated[str, typer.Option(help="essays (skv pull essays), synthetic, or a .txt, .json, .jsonl file.")] = (
         "essays"
     ),
@@ -29,14 +30,19 @@ def calibrate(
     from cli.accuracy import tell_notes
     from cli.asked import AskedModel
     from cli.checks import check_dtype
+    from cli.fetching import fetch_missing
     from cli.render import console, status
+    from cli.which_model import with_model
     from evals.calibrating import calibration_ids, calibration_of, find_calibrated
     from evals.manifest import model_entry, weight_notes
     from shadowkv.calibration import calibration_file, save_calibration
 
     learner = find_calibrated(method)
     check_dtype(options.dtype)
+    options = with_model(options)
     asked = AskedModel(options)
+    if text == "essays":
+        fetch_missing(["essays"], offline=options.offline, silent=options.silent)
     ids, about = calibration_ids(asked.tokenizer, text, tokens, asked.context_tokens)
     path = calibration_file(method, (name or asked.source.name).replace("/", "--"))
     with status(f"calibrating {method} on {tokens} tokens", quiet=options.quiet):

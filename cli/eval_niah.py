@@ -9,11 +9,12 @@ import typer
 from cli.options import Settings, with_options
 
 if TYPE_CHECKING:
+    from cli.asked import AskedModel
     from evals.niah.task import Niah
 
 EPILOG = (
     "Examples:\n\n"
-    "skv eval niah --model smollm2-135m\n\n"
+    "skv eval niah\n\n"
     "skv eval niah --model smollm2-135m -m full -m shadowkv:rank=64,budget=256 -m quest:budget=256 --lengths 4k "
     "--depths 10\n\n"
     "skv eval niah --model llama3.1-8b --lengths 16k,64k,128k --depths 10 --rounds 3 --device cuda\n\n"
@@ -50,11 +51,11 @@ def niah(
     from evals.niah.task import Niah, parse_depths
     from evals.niah.turns import MultiTurnNiah
 
-    def task(context_tokens: int) -> Niah:
+    def task(asked: AskedModel) -> Niah:
         several = partial(MultiTurnNiah, turns=turns, first_query_in_prefill=first_query_in_prefill)
         make = Niah if turns == 1 and not first_query_in_prefill else several
         return make(
-            lengths=parse_lengths(lengths, None if settings.dry_run else context_tokens),
+            lengths=parse_lengths(lengths, None if settings.dry_run else asked.context_tokens),
             depths=parse_depths(depths),
             haystack_spec=haystack,
             protocol=protocol,

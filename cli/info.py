@@ -29,6 +29,7 @@ def models(as_json: Json = False) -> None:
             "head_dim": p.head_dim,
             "shadowkv": {"rank": p.rank, "budget": p.budget},
             "pack": p.pack,
+            "gated": p.gated,
             "pulled": p.pack is not None and pack_path(p.pack) is not None,
         }
         for p in presets().values()
@@ -49,7 +50,7 @@ def models(as_json: Json = False) -> None:
             f"{r['q_heads']}/{r['kv_heads']}",
             str(r["head_dim"]),
             f"{r['shadowkv']['rank']}, {r['shadowkv']['budget']}",
-            "pulled" if r["pulled"] else f"skv pull {r['pack']}" if r["pack"] else "Hub",
+            "pulled" if r["pulled"] else f"skv pull {r['pack']}" if r["pack"] else f"Hub{', gated' * r['gated']}",
         ]
         for r in rows
     ]

@@ -23,6 +23,7 @@ from cli import (
     calibrate,
     compare,
     data_ruler,
+    doctor,
     eval_longbench,
     eval_niah,
     eval_ruler,
@@ -33,6 +34,7 @@ from cli import (
     pull,
     report,
 )
+from cli.quiet import quieten
 from shadowkv.errors import SkvError
 
 _INTERRUPTED = "interrupted; run the same command to continue"
@@ -41,7 +43,7 @@ _DISK = {errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT}
 app = typer.Typer(
     name="skv",
     help="Judge long-context KV-cache methods: accuracy, memory and speed of ShadowKV, Quest and full attention.",
-    epilog="Start with:  skv pull smollm2-135m  ·  skv pull essays  ·  skv eval niah --model smollm2-135m",
+    epilog="Start with:  skv doctor  ·  skv eval niah  ·  skv bench throughput  ·  skv plan",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="rich",
@@ -67,6 +69,7 @@ app.add_typer(baselines, name="baseline")
 app.command("compare", epilog=compare.EPILOG)(compare.compare)
 app.command("plan", epilog=plan.EPILOG)(plan.plan)
 app.command("paper", epilog=paper.EPILOG)(paper.paper)
+app.command("doctor", epilog=doctor.EPILOG)(doctor.doctor)
 app.command("models", epilog=info.MODELS_EPILOG)(info.models)
 app.command("methods", epilog=info.METHODS_EPILOG)(info.methods)
 app.command("pull", epilog=pull.EPILOG)(pull.pull)
@@ -147,6 +150,8 @@ def run() -> None:
         # A terminal or pipe that cannot show a character gets a substitute, not a traceback after hours of work.
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
+    if "--debug" not in sys.argv:
+        quieten()
     sys.exit(main())
 
 

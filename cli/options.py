@@ -11,12 +11,17 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
+MODEL_HELP = (
+    "Preset (skv models), folder, Hub id or .gguf file. Default: smollm2-135m on a CPU; on a GPU the largest preset "
+    "(by parameters) whose weights are here and fit it."
+)
+
 
 @dataclass(frozen=True)
 class ModelOptions:
     """Which model, where, and in which type; and whether to say what is going on."""
 
-    model: Annotated[str, typer.Option(help="Preset (skv models), folder, Hub id or .gguf file.")]
+    model: Annotated[str | None, typer.Option(help=MODEL_HELP)] = None
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto"
     dtype: Annotated[str, typer.Option(help="auto (fp32 on a CPU, bf16 on a GPU), float32, bfloat16, float16.")] = (
         "auto"
@@ -32,6 +37,17 @@ class ModelOptions:
         ),
     ] = True
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False
+    offline: Annotated[bool, typer.Option("--offline", help="Fetch nothing, as with SKV_OFFLINE=1.")] = False
+
+    @property
+    def silent(self) -> bool:
+        """Whether nothing is to be told beside results and errors."""
+        return self.quiet
+
+    @property
+    def instead(self) -> str:
+        """What the command can be told where a model is not here, beside `--model PATH`."""
+        return ""
 
 
 @dataclass(frozen=True)
@@ -83,6 +99,14 @@ class RunOptions(WeightOptions):
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show what would be run and the memory it takes, and run nothing.")
     ] = False
+
+    @property
+    def silent(self) -> bool:
+        return self.quiet or self.as_json
+
+    @property
+    def instead(self) -> str:
+        return ", or run random weights (--dummy)"
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,7 @@ def paper(
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     data: Annotated[Path | None, typer.Option(help="For longbench: its rows, a folder or data.zip.")] = None,
+    offline: Annotated[bool, typer.Option("--offline", help="Fetch nothing, as with SKV_OFFLINE=1.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the commands and run none.")] = False,
 ) -> int:
     """Run an experiment of the ShadowKV paper (arXiv 2410.21465): the commands it takes, then one table and figure.
@@ -59,7 +60,7 @@ def paper(
         raise SkvError(f"--data is for longbench; {name} takes none")
     folder = out or Path("results") / "paper" / f"{name}-{scale}"
     steps = recipe.steps(scale, models or ((SMOKE_MODEL,) if scale == "smoke" else MODELS))
-    more = ["--device", device, *(["--data", str(data)] if data else [])]
+    more = ["--device", device, *(["--data", str(data)] if data else []), *["--offline"] * offline]
     commands = {folder / step.folder: [*step.words, *more, "--out", str(folder / step.folder)] for step in steps}
     if dry_run:
         for command in commands.values():

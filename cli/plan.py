@@ -9,17 +9,31 @@ import typer
 
 EPILOG = (
     "Examples:\n\n"
+    "skv plan\n\n"
     "skv plan --model llama3.1-8b --gpu a100-80g --context 60k,122k -m full -m shadowkv -m quest\n\n"
     "skv plan --model llama3.1-8b --gpu h200 --context 122k -m @paper --host-memory 128GB\n\n"
     "skv plan --model llama3-8b-1m --gpu a100-80g --context 122k -m shadowkv --as-published\n\n"
     "skv plan --model ./my-model --gpu my-gpu.yaml --batch 8 --out plans"
 )
+_MODEL, _GPU = "llama3.1-8b", "h200"
 _ELEMENT_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 
 def plan(
-    model: Annotated[str, typer.Option(help="Preset (skv models), folder or Hub id; only its config is read.")],
-    gpu: Annotated[str, typer.Option(help="a100-80g, h200, rtx4090, ... or a .json or .yaml file with its figures.")],
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="Preset (skv models), folder or Hub id; only its config is read. Default: llama3.1-8b, which the "
+            "paper's claims are about."
+        ),
+    ] = None,
+    gpu: Annotated[
+        str | None,
+        typer.Option(
+            help="a100-80g, h200, rtx4090, ... or a .json or .yaml file with its figures. Default: the GPU that is "
+            "here if it is a known one, else h200."
+        ),
+    ] = None,
     context: Annotated[
         str | None,
         typer.Option(help="Prompt lengths in tokens, k = 1024 (default: the model's, 1/2, 1/4 and 1/8 of it)."),
@@ -46,6 +60,7 @@ def plan(
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run code of the model's repo.")] = (
         False
     ),
+    offline: Annotated[bool, typer.Option("--offline", help="Fetch nothing, as with SKV_OFFLINE=1.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON on stdout and nothing else.")] = False,
 ) -> int:
     """Predict memory, largest batch and decoding speed. Needs no GPU and no weights.
@@ -57,7 +72,7 @@ def plan(
 
     from cli.checks import check_dtype, check_writable
     from cli.choosing import choose, parse_budgets, parse_specs, tell_unsupported
-    from cli.render import print_table, quieten_libraries
+    from cli.render import print_table
     from evals.lengths import parse_lengths
     from evals.planning import Setup, parts_table, plan_all, plan_table, write_plot
     from evals.planning import as_json as to_json
@@ -73,12 +88,12 @@ def plan(
         raise SkvError(f"--batch must be at least 1, got {batch}")
     if out is not None:
         check_writable(out)
+    model, gpu = _settled(model, gpu, silent=as_json)
     card = find_gpu(gpu)
     cap = None if memory_cap is None else parse_bytes(memory_cap, "--memory-cap")
     host = None if host_memory is None else parse_bytes(host_memory, "--host-memory")
     specs, budgets = parse_specs(methods or ()), parse_budgets(budget)
-    quieten_libraries()
-    source = resolve(model, config_only=True)
+    source = resolve(model, config_only=True, offline=offline)
     config = load_config(source, trust_remote_code=trust_remote_code)
     longest = context_tokens(source, config)
     asked = context or ",".join(str(longest // part) for part in (8, 4, 2, 1))
@@ -105,3 +120,29 @@ def plan(
         if out is not None:
             print(f"{out}: plan.json plan.md plan.png")
     return 1 if chosen.unsupported else 0
+
+
+def _settled(model: str | None, gpu: str | None, *, silent: bool) -> tuple[str, str]:
+    """What is planned for, with what was not asked for said in one line."""
+    from cli.render import say
+
+    told = []
+    if model is None:
+        model = _MODEL
+        told.append(f"{model}, which the paper's claims are about (--model)")
+    if gpu is None:
+        gpu = _gpu_here()
+        told.append(f"{gpu}, the GPU that is here (--gpu)" if gpu else f"{_GPU}, as no known GPU is here (--gpu)")
+    if told and not silent:
+        say(f"planning for {' on '.join(told)}")
+    return model, gpu or _GPU
+
+
+def _gpu_here() -> str | None:
+    """The name of this machine's GPU, if it is one of the table."""
+    import torch
+
+    from shadowkv.gpus import gpu_called
+
+    found = gpu_called(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
+    return found.name if found else None

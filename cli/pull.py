@@ -15,15 +15,20 @@ def pull(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
 ) -> None:
     """Fetch models and texts into $SKV_HOME, checked against their sha256 and ready to use offline."""
-    from cli.render import console, quieten_libraries, status
+    from cli.render import console, status
     from shadowkv import packs
+    from shadowkv.errors import SkvError
+    from shadowkv.online import forbidden_by
 
     if not names:
         for pack in packs.packs().values():
             state = "pulled" if packs.pack_path(pack.name) else "not pulled"
             console().print(f"{pack.name:14} {state:11} {pack.summary}", markup=False, highlight=False)
         return
-    quieten_libraries()
+    missing = [name for name in names if packs.pack_path(packs.find_pack(name).name) is None or force]
+    # The other settings are about the Hub, from which packs do not come; who asks for a pack knows.
+    if missing and (setting := forbidden_by()) is not None and setting.startswith("SKV_"):
+        raise SkvError(f"{setting} forbids fetching {missing[0]}; unset it to pull")
     for name in names:
         with status(f"pulling {name}", quiet=quiet) as update:
             folder = packs.pull(name, update, force=force)

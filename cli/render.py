@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich import box
@@ -37,12 +40,9 @@ def safe(text: str, limit: int = 60) -> str:
     return escape(flat if len(flat) <= limit else flat[: limit - 1] + "…")
 
 
-def quieten_libraries() -> None:
-    """Keep transformers' progress bars and advice out of our output; its errors still come through."""
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+def say(text: str) -> None:
+    """One line on stderr about what goes on."""
+    print(f"skv: {plain_line(text)}", file=sys.stderr)
 
 
 def print_summary(section: Section) -> None:
@@ -135,11 +135,40 @@ def status(text: str, *, quiet: bool) -> Iterator[Callable[[str], None]]:
         yield lambda now: shown.update(f"{escape(text)}: {escape(now)}")
 
 
+@contextmanager
+def filling(text: str, folder: Path) -> Iterator[None]:
+    """A spinner on stderr with how much a folder holds by now."""
+    with console(stderr=True).status(_Filling(text, folder)):
+        yield
+
+
+class _Filling:
+    """Drawn many times a second; the folder is looked at once in a second."""
+
+    def __init__(self, text: str, folder: Path) -> None:
+        self._text, self._folder = text, folder
+        self._looked_s, self._held_bytes = float("-inf"), 0
+
+    def __rich__(self) -> str:
+        if time.monotonic() - self._looked_s > 1:
+            self._looked_s, self._held_bytes = time.monotonic(), _held_bytes(self._folder)
+        return f"{escape(self._text)}: {self._held_bytes / 2**30:.2f} GiB so far"
+
+
+def _held_bytes(folder: Path) -> int:
+    """What the files of a folder take, links aside."""
+    held = 0
+    for path in folder.rglob("*"):
+        with suppress(FileNotFoundError):  # one that has been renamed since it was listed
+            held += path.stat().st_size if path.is_file() and not path.is_symlink() else 0
+    return held
+
+
 def say_problems(found: Found, left_out: Mapping[str, str] | None = None) -> None:
     """On stderr: what was odd about run folders, and which were left out and why."""
     shown = console(stderr=True)
     for run in found.runs:
         for problem in run.problems:
-            shown.print(f"[yellow]{escape(plain_line(f'{run.name}: {problem}'))}[/]", highlight=False)
+            shown.print(f"[yellow]{escape(plain_line(f'skv: {run.name}: {problem}'))}[/]", highlight=False)
     for name, why in (found.left_out if left_out is None else left_out).items():
-        shown.print(f"[yellow]{escape(plain_line(f'{name} is left out: {why}'))}[/]", highlight=False)
+        shown.print(f"[yellow]{escape(plain_line(f'skv: {name} is left out: {why}'))}[/]", highlight=False)

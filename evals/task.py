@@ -88,6 +88,10 @@ class Task(ABC):
     def chat_answer_tokens(self) -> Collection[int]:
         """How many tokens answers to prompts in the chat template may have; none where no prompt is put into it."""
 
+    def needs(self) -> tuple[str, ...]:
+        """Packs that must have been pulled before anything is asked."""
+        return ()
+
     def notes(self) -> list[str]:
         """What every table of this task must say."""
         return []

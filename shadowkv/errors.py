@@ -1,4 +1,4 @@
-"""The one exception type for mistakes a user can fix, and what it says of numbers that overflow."""
+"""The one exception type for mistakes a user can fix, numbers that overflow, and what a user should know."""
 
 from __future__ import annotations
 
@@ -24,3 +24,7 @@ class NotFiniteError(SkvError):
     def first_in(self, where: str) -> NotFiniteError:
         """The same, saying where it begins."""
         return NotFiniteError(self.dtype, self.answer, where)
+
+
+class SkvWarning(UserWarning):
+    """Something that goes on otherwise than a user would expect; the command line prints it as one line."""

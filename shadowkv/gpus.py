@@ -97,6 +97,30 @@ def gpus() -> dict[str, GPU]:
     return {gpu.name: gpu for gpu in _GPUS}
 
 
+# What torch calls the cards of the table. Others of the same family (PCIe, NVL, Ti, laptops, slices of one) have other
+# rates, and are none of them.
+_CALLED = {
+    "NVIDIA A100-SXM4-40GB": "a100-40g",
+    "NVIDIA A100-PCIE-40GB": "a100-40g",
+    "NVIDIA A100-SXM4-80GB": "a100-80g",
+    "NVIDIA H100 80GB HBM3": "h100-80g",
+    "NVIDIA H200": "h200",
+    "NVIDIA B200": "b200",
+    "NVIDIA L40S": "l40s",
+    "NVIDIA A10G": "a10g",
+    "NVIDIA L4": "l4",
+    "NVIDIA GeForce RTX 3090": "rtx3090",
+    "NVIDIA GeForce RTX 4090": "rtx4090",
+    "NVIDIA GeForce RTX 5090": "rtx5090",
+}
+
+
+def gpu_called(device_name: str) -> GPU | None:
+    """The GPU of the table that torch calls this, if there is one."""
+    name = _CALLED.get(device_name)
+    return None if name is None else gpus()[name]
+
+
 def find_gpu(name: str) -> GPU:
     """The GPU called `name`, or the one that a JSON or YAML file of that name describes.
 

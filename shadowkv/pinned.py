@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from shadowkv.errors import SkvWarning
+
 
 class _Pages(mmap.mmap):
     """Memory of its own, which a tensor keeps alive and which knows when it goes."""
@@ -45,6 +47,7 @@ def _empty(shape: Sequence[int], dtype: torch.dtype, cudart: Any) -> Tensor:
         warnings.warn(
             f"{tensor.nbytes / 2**30:.2f} GiB of host memory could not be pinned (CUDA error {refused}; ulimit -l?): "
             "values are gathered by the host, which is slower",
+            SkvWarning,
             stacklevel=2,
         )
     else:

@@ -1,22 +1,20 @@
 """`--model`: a preset, a local folder, a Hub id or a .gguf file -> where its files are.
 
-What is on this machine is used without any network attempt. A Hub id that is not cached is downloaded, unless
-HF_HUB_OFFLINE is set or the Hub cannot be reached, which is found out in seconds and said in one line.
+What is on this machine is used without any network attempt. A Hub id that is not cached is downloaded, unless a
+setting forbids it or the Hub cannot be reached, which is found out in seconds and said in one line.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import ssl
-import urllib.error
-import urllib.request
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from shadowkv.errors import SkvError
 from shadowkv.names import did_you_mean
+from shadowkv.online import forbidden_by, reachable
 from shadowkv.packs import converted, pack_path
 from shadowkv.presets import Preset, presets
 from shadowkv.weights import ADAPTER_CONFIG, only_an_adapter
@@ -25,7 +23,8 @@ from shadowkv.wording import one_line
 if TYPE_CHECKING:
     from shadowkv.adapters import Adapter
 
-_REACH_SECONDS = 3.0
+# Told before a model is downloaded: its Hub id, and the folder that fills.
+OnDownload = Callable[[str, Path], None]
 
 
 @dataclass(frozen=True)
@@ -39,10 +38,19 @@ class ModelSource:
     adapter: Adapter | None = None  # to be merged into the weights
 
 
-def resolve(name: str, *, dummy: bool = False, config_only: bool = False) -> ModelSource:
+def resolve(
+    name: str,
+    *,
+    dummy: bool = False,
+    config_only: bool = False,
+    offline: bool = False,
+    instead: str = "",
+    on_download: OnDownload = lambda hub_id, folder: None,
+) -> ModelSource:
     """What `--model name` means here and now; raises `SkvError` if its files cannot be had.
 
     `config_only` asks for no weights, and takes a preset's architecture where its files are not on this machine.
+    `offline` forbids to download. `instead`: what else the command could be told, for the message of that error.
     """
     preset = presets().get(name)
     path = Path(name).expanduser()
@@ -69,7 +77,15 @@ def resolve(name: str, *, dummy: bool = False, config_only: bool = False) -> Mod
         return ModelSource(name, cached, preset, f"Hub {hub_id}@{cached.name[:12]}")
     if (dummy or config_only) and preset is not None:
         return ModelSource(name, None, preset, f"architecture of {hub_id}")
-    return ModelSource(name, _downloaded(hub_id, preset, config_only), preset, f"Hub {hub_id}")
+    _require_hub(hub_id, preset, offline, instead)
+    on_download(hub_id, _cache_of(hub_id))
+    return ModelSource(name, _downloaded(hub_id, preset, config_only, instead), preset, f"Hub {hub_id}")
+
+
+def is_here(preset: Preset) -> bool:
+    """Whether a preset's weights are on this machine: pulled, or complete in the Hub's cache."""
+    pulled = preset.pack is not None and pack_path(preset.pack) is not None
+    return pulled or _cached(preset.hub_id, config_only=False) is not None
 
 
 def _cached(hub_id: str, config_only: bool) -> Path | None:
@@ -99,32 +115,50 @@ def _complete(folder: Path) -> bool:
     return all((folder / shard).is_file() for shard in shards)
 
 
-def _downloaded(hub_id: str, preset: Preset | None, config_only: bool) -> Path:
-    from huggingface_hub import constants, snapshot_download
+def _require_hub(hub_id: str, preset: Preset | None, offline: bool, instead: str) -> None:
+    """Raise `SkvError`, with what was tried and what helps, where nothing can be downloaded."""
+    from huggingface_hub import constants
 
-    pull = f"skv pull {preset.pack}" if preset is not None and preset.pack else None
-    help_line = f"run '{pull}' or give --model PATH" if pull else "give --model PATH of a local folder"
-    offline = constants.HF_HUB_OFFLINE or os.environ.get("TRANSFORMERS_OFFLINE", "").upper() in {"1", "TRUE", "YES"}
-    if offline:
-        raise SkvError(f"{hub_id} is not on this machine and HF_HUB_OFFLINE is set; {help_line}")
-    if not _reachable(constants.ENDPOINT):
-        raise SkvError(f"{hub_id} is not on this machine and the Hub cannot be reached; {help_line}")
+    if (setting := forbidden_by(offline)) is not None:
+        raise SkvError(f"{_absent(hub_id)} and {setting} forbids downloading it; {_helps(preset, instead)}")
+    if not reachable(constants.ENDPOINT):
+        tried = f"the Hub cannot be reached ({constants.ENDPOINT})"
+        raise SkvError(f"{_absent(hub_id)} and {tried}; {_helps(preset, instead)}")
+
+
+def _downloaded(hub_id: str, preset: Preset | None, config_only: bool, instead: str) -> Path:
+    from huggingface_hub import snapshot_download
+
     try:
         wanted = ["config.json", "*.py"]
         if not config_only:
             wanted += ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
         return Path(snapshot_download(hub_id, allow_patterns=wanted))
     except Exception as error:  # the Hub client's HTTP library, and so its exceptions, differ between its versions
-        raise SkvError(f"{hub_id} cannot be downloaded: {one_line(error)}; {help_line}") from error
+        tried = f"cannot be downloaded: {one_line(error)}"
+        raise SkvError(f"{_absent(hub_id)} and {tried}; {_helps(preset, instead)}") from error
 
 
-def _reachable(endpoint: str) -> bool:
-    """One quick look: the Hub client would retry for a long time before it gave up."""
-    try:
-        urllib.request.urlopen(urllib.request.Request(endpoint, method="HEAD"), timeout=_REACH_SECONDS).close()
-    except urllib.error.HTTPError:
-        return True  # an answer, if an unkind one
-    except OSError as error:
-        # An unknown certificate is an answer too: the Hub client may know it, it brings its own list.
-        return isinstance(getattr(error, "reason", error), ssl.SSLCertVerificationError)
-    return True
+def _absent(hub_id: str) -> str:
+    from huggingface_hub import constants
+
+    return f"{hub_id} is not on this machine (looked in the Hub cache, {constants.HF_HUB_CACHE})"
+
+
+def _cache_of(hub_id: str) -> Path:
+    """The folder of the Hub's cache that holds a model."""
+    from huggingface_hub import constants
+    from huggingface_hub.file_download import repo_folder_name
+
+    return Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=hub_id, repo_type="model")
+
+
+def _helps(preset: Preset | None, instead: str) -> str:
+    """What gets a model that is not here, or does without it."""
+    if preset is None:
+        return "give --model PATH of a local folder" + instead
+    if preset.pack is not None:
+        return f"run 'skv pull {preset.pack}' or give --model PATH" + instead
+    page = f"https://huggingface.co/{preset.hub_id}"
+    gate = f"it is gated: accept its licence on {page}, then run 'hf auth login' or set HF_TOKEN; or " * preset.gated
+    return f"{gate}give --model PATH of a local folder, ask 'skv plan --model {preset.name}'{instead}"

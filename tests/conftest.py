@@ -14,6 +14,7 @@ if not torch.cuda.is_available():
 
 from tiny_models import tiny_model
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
 from shadowkv.loading import load_tokenizer
 from shadowkv.presets import find_preset
@@ -21,7 +22,10 @@ from shadowkv.resolving import ModelSource
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """One thread per process that runs tests: several of them with a thread per core each would wait for each other."""
+    """Quiet libraries, and one thread per process that runs tests: several of them with a thread per core each would
+    wait for each other."""
+    logging.set_verbosity_error()  # as `cli.quiet` has it, which the console script calls
+    logging.disable_progress_bar()
     if hasattr(config, "workerinput"):
         torch.set_num_threads(1)
         os.environ["OMP_NUM_THREADS"] = "1"  # for the commands that tests start
@@ -49,6 +53,12 @@ def _plain_torch(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
     """The fast engine runs in plain torch on a CPU, but for tests of kernels: the interpreter is slow."""
     if "interpreter" not in request.fixturenames:
         monkeypatch.setattr("shadowkv.kernels.interpreted", lambda: False)
+
+
+@pytest.fixture(autouse=True)
+def _offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests need no network, and a command that would fetch something says so instead."""
+    monkeypatch.setenv("SKV_OFFLINE", "1")
 
 
 @pytest.fixture

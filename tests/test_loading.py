@@ -62,7 +62,6 @@ def test_what_the_hub_cache_holds_loads_without_network(tiny_folder, tmp_path, m
         assert source.folder == entry / "snapshots" / "c0ffee"
         assert load_model(source, device="cpu").model.config.num_hidden_layers == 3
     (entry / "snapshots" / "c0ffee" / "model.safetensors").unlink()
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(SkvError, match="not on this machine"):
         resolve("llama3.1-8b")  # a cache entry without weights is no model
 
@@ -71,7 +70,6 @@ def test_what_the_hub_cache_holds_loads_without_network(tiny_folder, tmp_path, m
 def test_offline_absence_is_found_at_once(name, monkeypatch, tmp_path):
     from huggingface_hub import constants
 
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     started = time.perf_counter()
     with pytest.raises(SkvError, match=r"not on this machine.*give --model PATH"):
@@ -82,17 +80,16 @@ def test_offline_absence_is_found_at_once(name, monkeypatch, tmp_path):
 def test_an_unreachable_hub_is_said_at_once(monkeypatch, tmp_path):
     from huggingface_hub import constants
 
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.delenv("SKV_OFFLINE")
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(SkvError, match="the Hub cannot be reached"):
         resolve("org/model")
 
 
 def test_unpulled_presets_name_the_command(monkeypatch, tmp_path):
-    from huggingface_hub import constants
 
     monkeypatch.setenv("SKV_HOME", str(tmp_path))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(SkvError, match="run 'skv pull smollm2-135m'"):
         resolve("smollm2-135m")
 
@@ -171,7 +168,6 @@ def test_an_interrupted_download_is_not_taken_for_a_model(tiny_folder, tmp_path,
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     entry = tmp_path / "models--org--model"
     (entry / "refs").mkdir(parents=True)
     (entry / "refs" / "main").write_text("c0ffee")

@@ -6,6 +6,7 @@ import hashlib
 import sys
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -99,6 +100,17 @@ def test_a_wheel_that_cannot_be_fetched_is_one_line(tmp_path):
         packs.fetch(Wheel("skv-no-such-package-anywhere", "0.0.1", ""), tmp_path)
     assert "cannot fetch skv-no-such-package-anywhere==0.0.1" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_an_index_that_cannot_be_reached_is_not_taken_for_one_without_the_package(tmp_path, monkeypatch):
+    said = (
+        "WARNING: Retrying (Retry(total=0, connect=None)) after connection broken by 'NewConnectionError'\n"
+        "ERROR: Could not find a version that satisfies the requirement texts==1.0\n"
+        "ERROR: No matching distribution found for texts==1.0\n"
+    )
+    monkeypatch.setattr(packs.subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=1, stdout="", stderr=said))
+    with pytest.raises(SkvError, match=r"cannot fetch texts==1.0: the package index cannot be reached \(No matching"):
+        packs.fetch(Wheel("texts", "1.0", ""), tmp_path)
 
 
 def test_a_damaged_manifest_names_what_helps(store):

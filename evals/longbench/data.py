@@ -13,6 +13,7 @@ from typing import Any
 from evals.jsonl import check_text, parse_jsonl
 from evals.longbench.tasks import TASKS
 from shadowkv.errors import SkvError
+from shadowkv.online import forbidden_by, reachable
 from shadowkv.packs import sha256_of
 from shadowkv.wording import one_line
 
@@ -34,8 +35,8 @@ class Row:
 class Rows:
     """Where rows are read from. `where` is a folder of <task>.jsonl files or a zip of them; None means the Hub."""
 
-    def __init__(self, where: str | None) -> None:
-        path = Path(where).expanduser() if where else hub_file(_HUB_REPO, _HUB_FILE)
+    def __init__(self, where: str | None, *, offline: bool = False) -> None:
+        path = Path(where).expanduser() if where else hub_file(_HUB_REPO, _HUB_FILE, offline=offline)
         if not path.exists():
             raise SkvError(f"{path} does not exist; --data takes a folder of <task>.jsonl files or data.zip")
         self._from_hub = not where
@@ -81,19 +82,25 @@ class Rows:
             yield from member
 
 
-def hub_file(repo: str, name: str) -> Path:
-    """A file of a dataset on the Hub, downloaded once. HF_HUB_OFFLINE is honoured by the library, at once."""
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+def hub_file(repo: str, name: str, *, offline: bool = False) -> Path:
+    """A file of a dataset on the Hub, downloaded once, unless `offline` or a setting forbids it."""
+    from huggingface_hub import constants, hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
+        return Path(hf_hub_download(repo, name, repo_type="dataset", local_files_only=True))
+    except LocalEntryNotFoundError:
+        absent = f"the rows ({name} of {repo}) are not in the Hub cache"
+    page = f"https://huggingface.co/datasets/{repo}"
+    helps = f"get the file elsewhere, from {page}, and give it with --data"
+    if (setting := forbidden_by(offline)) is not None:
+        raise SkvError(f"{absent} and {setting} forbids fetching them; {helps}")
+    if not reachable(constants.ENDPOINT):
+        raise SkvError(f"{absent} and the Hub cannot be reached ({constants.ENDPOINT}); {helps}")
+    try:
         return Path(hf_hub_download(repo, name, repo_type="dataset"))
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled):
-        raise SkvError(
-            f"{repo} on the Hub cannot be reached and {name} is not in its cache; give it with --data"
-        ) from None
-    except (HfHubHTTPError, OSError) as error:
-        raise SkvError(f"cannot fetch {name} of {repo}: {one_line(error)}; give it with --data") from error
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise SkvError(f"{absent} and cannot be fetched: {one_line(error)}; {helps}") from error
 
 
 def _zip_members(path: Path) -> dict[str, str]:

@@ -18,6 +18,7 @@ from evals.task import Example, Question, Task
 from shadowkv.errors import SkvError
 
 _E = "_e"
+_MOST_ROWS = 500  # of any task
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class LongBench(Task):
     wording: str = "official"
     min_tokens: int = 0
     thinking: str = "auto"
+    offline: bool = False  # no rows are fetched from the Hub
 
     def __post_init__(self) -> None:
         for name, value, least in (
@@ -59,7 +61,7 @@ class LongBench(Task):
 
     @cached_property
     def _rows(self) -> Rows:
-        return Rows(self.data)
+        return Rows(self.data, offline=self.offline)
 
     @cached_property
     def _why_not(self) -> dict[str, str]:
@@ -137,8 +139,13 @@ class LongBench(Task):
     def sources(self) -> dict[str, Any]:
         return {"templates": self._templates.described, "rows": self._rows.described()}
 
+    def needs(self) -> tuple[str, ...]:
+        return ("longbench",) if self.wording == "official" else ()
+
     def notes(self) -> list[str]:
         told = [] if self._templates.official else ["not the official prompt templates: not comparable with published"]
+        if self.samples is not None and self.samples < _MOST_ROWS:
+            told.append(f"at most {self.samples} rows per task, the first ones; --samples {_MOST_ROWS} takes all")
         if self.min_tokens:
             told.append(f"only rows whose prompt has more than {self.min_tokens} tokens")
         return told

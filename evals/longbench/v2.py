@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ _OWN = (
 )
 _FIELDS = {"$DOC$": "context", "$Q$": "question", **{f"$C_{letter}$": f"choice_{letter}" for letter in "ABCD"}}
 _LABELS = ("difficulty", "length", "domain", "sub_domain")
+_QUESTIONS = 503
 LONGEST_PROMPT_TOKENS = 120_000
 
 
@@ -49,6 +50,7 @@ class LongBenchV2(Task):
     wording: str = "own"
     max_new_tokens: int = 128
     thinking: str = "auto"
+    offline: bool = False  # rows are not fetched from the Hub
 
     def __post_init__(self) -> None:
         if self.samples is not None and self.samples < 1:
@@ -56,7 +58,8 @@ class LongBenchV2(Task):
 
     @cached_property
     def _path(self) -> Path:
-        path = Path(self.data).expanduser() if self.data else hub_file("THUDM/LongBench-v2", "data.json")
+        hub = partial(hub_file, "THUDM/LongBench-v2", "data.json", offline=self.offline)
+        path = Path(self.data).expanduser() if self.data else hub()
         return path / "data.json" if path.is_dir() else path
 
     @cached_property
@@ -138,6 +141,8 @@ class LongBenchV2(Task):
 
     def notes(self) -> list[str]:
         told = ["an answer that names no choice counts as wrong, as in the original"]
+        if self.samples is not None and self.samples < _QUESTIONS:
+            told.append(f"{self.samples} of {_QUESTIONS} questions, the first ones; --samples {_QUESTIONS} takes all")
         if hashlib.sha256(self._template.encode()).hexdigest() != _OFFICIAL_SHA256:
             told.append("not the official prompt template: not comparable with published scores")
         return told

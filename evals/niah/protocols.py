@@ -35,6 +35,7 @@ class Protocol(ABC):
     name: ClassVar[str]
     instruction: ClassVar[str]
     scoring: ClassVar[str]
+    needs: ClassVar[str | None] = None  # a pack that it is read from
 
     @abstractmethod
     def needle(self, seed: int, length_tokens: int, depth: float, round_: int) -> Needle:
@@ -85,6 +86,7 @@ class Kamradt(Protocol):
     """
 
     name = "kamradt"
+    needs = "essays"
     instruction = "Answer the question at the end from the text below, in one short sentence."
     scoring = "1 if the answer names the park of the needle, else 0 (the original asks a language model for a grade)"
     _key = "Dolores Park"

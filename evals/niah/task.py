@@ -113,6 +113,9 @@ class Niah(Task):
             "protocol": {"name": protocol.name, "scoring": protocol.scoring},
         }
 
+    def needs(self) -> tuple[str, ...]:
+        return ("essays",) if "essays" in (self.haystack_spec, find_protocol(self.protocol).needs) else ()
+
     def notes(self) -> list[str]:
         if self._haystack.comparable:
             return []

@@ -20,6 +20,7 @@ from shadowkv.errors import SkvError
 from shadowkv.names import did_you_mean
 
 DEFAULT_LENGTHS = tuple(1024 * k for k in (4, 8, 16, 32, 64, 128))
+BRIEF_LENGTHS, BRIEF_SAMPLES = (1024,), 2  # what two cores run in minutes
 _WORDINGS: dict[str, Callable[[str | None], Materials]] = {"official": PulledMaterials, "own": OwnMaterials}
 # From here on, the documents that come with a question are hardly ever too long (HotpotQA's take at most 3.7k tokens of
 # SmolLM2's; in single bytes, 7 % of them do not fit), so how many questions fit is not counted beforehand.
@@ -103,8 +104,17 @@ class Ruler(RulerTask):
     def sources(self) -> dict[str, Any]:
         return {"ruler": self.materials.described()}
 
+    def needs(self) -> tuple[str, ...]:
+        return ("ruler",) if self.wording == "official" else ()
+
     def notes(self) -> list[str]:
-        return [*self.materials.notes(), *profile_notes(self.profile)]
+        return [*self.materials.notes(), *self._samples_notes(), *profile_notes(self.profile)]
+
+    def _samples_notes(self) -> list[str]:
+        whole = find_profile(self.profile).samples
+        if self.samples >= whole:
+            return []
+        return [f"{self.samples} of the benchmark's {whole} samples per task; its own number takes --samples {whole}"]
 
 
 class _Maker:
