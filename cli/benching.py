@@ -35,6 +35,7 @@ class Prepared(AskedModel):
         check(settings)
         settings = with_model(settings)
         super().__init__(settings, dummy=settings.dummy)
+        self.size.require_served()
         self.settings = settings
         self.engines = tuple(dict.fromkeys(settings.engine or ()))
         self.cap_bytes = None if settings.memory_cap is None else parse_bytes(settings.memory_cap, "--memory-cap")

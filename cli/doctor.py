@@ -18,7 +18,7 @@ _OPTIONAL = MappingProxyType(
     {
         "triton": ("the fast engine on a GPU; skv bench kernels", "pip install 'skv[gpu]'"),
         "jieba": ("LongBench's Chinese tasks", "pip install 'skv[zh]'"),
-        "peft": ("models with LoRA adapters", "pip install peft"),
+        "peft": ("models with LoRA adapters", "pip install 'skv[adapters]'"),
         "flashinfer-python": ("its decode attention beside ours in skv bench kernels", "pip install flashinfer-python"),
         "vllm": ("skv bench throughput --engine vllm", "pip install vllm"),
     }

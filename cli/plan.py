@@ -99,6 +99,7 @@ def plan(
     asked = context or ",".join(str(longest // part) for part in (8, 4, 2, 1))
     contexts = parse_lengths(asked, longest)
     size = model_size(config, _ELEMENT_BYTES[dtype], trust_remote_code=trust_remote_code)
+    size.require_served()
     chosen = choose(specs, budgets, source, size.dims)
     tell_unsupported(chosen.unsupported)
     setup = Setup(source.name, size, card, batch, cap, host, as_published)

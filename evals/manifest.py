@@ -153,9 +153,12 @@ def session_of(loaded: LoadedModel) -> Session:
 
 
 def unchecked_note(session: Session) -> list[str]:
-    """What tables must say of a run whose model was taken on trust."""
-    skipped = "the self-check was skipped (--no-self-check): that this model runs through skv as it is was not tested"
-    return [skipped] if session.self_check is None else []
+    """What tables must say of a run whose model was not held against itself."""
+    untested = "that this model runs through skv as it is was not tested"
+    if session.self_check is None:
+        return [f"the self-check was skipped (--no-self-check): {untested}"]
+    overflows = session.self_check["layer_error"] is None
+    return [f"the self-check found this model's own numbers not finite: {untested}"] if overflows else []
 
 
 def this_session(argv: Sequence[str], device: str) -> Session:

@@ -85,7 +85,7 @@ def _read(folder: Path) -> Adapter:
         raise SkvError(f"--adapter {folder} is of the kind {kind}, and only a LoRA is merged")
     _tensor_names(folder)
     if importlib.util.find_spec("peft") is None:
-        raise SkvError("--adapter needs peft, which merges it: pip install peft")
+        raise SkvError("--adapter needs peft, which merges it: pip install 'skv[adapters]'")
     sums = "".join(sha256_of(folder / name) for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS))
     return Adapter(folder, folder.resolve().name, str(base or "unknown"), hashlib.sha256(sums.encode()).hexdigest())
 

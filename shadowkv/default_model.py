@@ -43,6 +43,7 @@ def default_model(
 def parameters(preset: Preset) -> int:
     """How many parameters a preset's architecture has."""
     from shadowkv.loading import load_config
-    from shadowkv.model_size import count_parameters
+    from shadowkv.model_size import blueprint, count_parameters
 
-    return count_parameters(load_config(ModelSource(preset.name, None, preset, "architecture"))).total
+    config = load_config(ModelSource(preset.name, None, preset, "architecture"))
+    return count_parameters(blueprint(config)).total

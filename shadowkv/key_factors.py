@@ -31,7 +31,10 @@ class KeyFactors(Stackable):
         self._vectors, self._mean = basis.vectors.to(dtype), basis.mean.to(dtype)
         self._projector: Tensor | None = None  # what projects, where it is not what rebuilds
         if coding == "int8":
-            spread = coefficients.square().mean(dim=1, keepdim=True).sqrt().clamp(min=1e-12)
+            # Of a prompt too short for any chunk nothing is known, and all directions count alike.
+            batch, tokens, rank = coefficients.shape
+            measured = coefficients if tokens else coefficients.new_ones(batch, 1, rank)
+            spread = measured.square().mean(dim=1, keepdim=True).sqrt().clamp(min=1e-12)
             self._vectors = (basis.vectors * spread.mT).to(dtype)
             self._projector = (basis.vectors / spread.mT).to(dtype)
             coefficients = coefficients / spread

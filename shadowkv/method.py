@@ -242,7 +242,7 @@ class Method(Setting, ABC):
         """Raise `SkvError` if these parameters cannot work on a model of this geometry."""
 
     def new_cache(self, model: PreTrainedModel) -> Cache:
-        """A transformers cache for `model.generate(**inputs, past_key_values=...)`.
+        """A transformers cache for `model.generate(**inputs, cache=...)` (`past_key_values` before transformers 5.24).
 
         The first forward pass is taken as the prompt, computed densely; the next one starts this method.
         """

@@ -32,6 +32,11 @@ class ModelSize:
     def weight_bytes(self) -> int:
         return self.parameters * self.dims.element_bytes
 
+    def require_served(self) -> None:
+        """Raise `SkvError` where methods have nothing to do."""
+        if not self.dims.layers:
+            raise SkvError("no layer of this model sees its whole context: there is nothing for a method to serve")
+
     def dense_bytes(self, tokens: int) -> int:
         """Keys and values that the layers which no method serves hold of one sequence: a window, or all."""
         return sum(
@@ -105,10 +110,7 @@ def count_parameters(model: PreTrainedModel) -> Parameters:
 
 
 def model_size(config: Any, element_bytes: int, *, device: str = "cuda", trust_remote_code: bool = False) -> ModelSize:
-    """What is to be known of a model on a device of this type.
-
-    Raises `SkvError` for one that cannot be driven, or has no layers that a method serves.
-    """
+    """What is to be known of a model on a device of this type. Raises `SkvError` for one that cannot be driven."""
     from shadowkv.geometry import declared_layers
     from shadowkv.rope import rotary_module
     from shadowkv.survey import UnknownError, served_dims, survey
@@ -121,8 +123,6 @@ def model_size(config: Any, element_bytes: int, *, device: str = "cuda", trust_r
         if (small := _sample(config, trust_remote_code)) is not None:
             survey(small)
         layers = tuple(declared_layers(config))  # until it is loaded
-    if not any(layer.served for layer in layers):
-        raise SkvError("no layer of this model sees its whole context: there is nothing for a method to serve")
     dims = served_dims(layers, element_bytes, device)
     return ModelSize(
         dims=replace(dims, rotary=rotary_module(model) is not None),

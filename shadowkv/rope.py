@@ -115,7 +115,7 @@ class Rope:
 
     def _form(self, layer: int, keys: Tensor) -> Form | None:
         """How a layer turns its keys, from those of one token per row at several positions; None if it is not known."""
-        tolerance, keys = _TOLERANCE[keys.dtype], keys.float()
+        tolerance, keys = _TOLERANCE.get(keys.dtype, 1e-3), keys.float()
         if self._embed is None:
             cos, sin = keys.new_ones(keys.shape[2], 0), keys.new_zeros(keys.shape[2], 0)
             return fitting(keys, cos, sin, None, tolerance)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -68,22 +68,15 @@ def fitting(keys: Tensor, cos: Tensor, sin: Tensor, turn: Turn | None, tolerance
     """
     # At position 0 there is no more than the factor of YaRN and longrope.
     cos, sin = cos / cos[:1], sin / cos[:1]
-    found = [(_miss(form, keys, cos, sin), place, form) for place, form in enumerate(_forms(keys, cos, sin, turn))]
-    miss, _, best = min(found, key=lambda item: item[:2])
-    return best if miss <= tolerance else None
-
-
-def _forms(keys: Tensor, cos: Tensor, sin: Tensor, turn: Turn | None) -> Iterator[Form]:
-    yield Form(0, still)
-    if turn is None:
-        return
-    head_dim = keys.shape[-1]
-    yield Form(head_dim, turn)
-    if cos.shape[-1] < head_dim:
-        yield Form(cos.shape[-1], turn)
-    scaled = _scaled(Form(head_dim, turn), keys, cos, sin)
-    if scaled is not None:
-        yield scaled
+    head_dim, forms = keys.shape[-1], [Form(0, still)]
+    if turn is not None:
+        forms += [Form(channels, turn) for channels in dict.fromkeys((head_dim, min(cos.shape[-1], head_dim)))]
+    misses = [_miss(form, keys, cos, sin) for form in forms]
+    if min(misses) <= tolerance:
+        return forms[misses.index(min(misses))]
+    # Only now, since a scale would also fit the rounding of a form without one.
+    scaled = None if turn is None else _scaled(Form(head_dim, turn), keys, cos, sin)
+    return scaled if scaled is not None and _miss(scaled, keys, cos, sin) <= tolerance else None
 
 
 def _miss(form: Form, keys: Tensor, cos: Tensor, sin: Tensor) -> float:

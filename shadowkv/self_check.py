@@ -56,11 +56,12 @@ def self_check(model: PreTrainedModel) -> SelfCheck:
     """
     engine = Engine(model, prefill_chunk_tokens=1, reuse_prefix=False, graphs=False)
     windows = [layer.window for layer in engine.layers if layer.window is not None]
-    prompt = min(max(_LEAST_TOKENS, min(windows, default=0) + 32), _MOST_TOKENS)
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or _MOST_TOKENS
+    prompt = min(max(_LEAST_TOKENS, min(windows, default=0) + 32), _MOST_TOKENS, context - sum(_STEPS))
     engine.prefill_chunk_tokens = prompt * 2 // 5  # three chunks, the last one a short one
     total = prompt + sum(_STEPS)
     ids = _some_ids(model, total)
-    tolerance = _TOLERANCE[str(model.dtype).removeprefix("torch.")]
+    tolerance = _TOLERANCE.get(str(model.dtype).removeprefix("torch."), 1e-4)
     own = _Own.of(model, ids)
     if not own.finite:
         return SelfCheck(total, None, None, tolerance)
@@ -72,14 +73,14 @@ def self_check(model: PreTrainedModel) -> SelfCheck:
         if not miss <= tolerance:
             raise SkvError(
                 f"{type(model).__name__} is not what runs through skv's caches: layer {call} differs from the model's "
-                f"own by {miss:.1%} of its output, where {tolerance:.1%} may be rounding; no method can be judged on it"
+                f"own by {miss:.2%} of its output, where {tolerance:.2%} may be rounding; no method can be judged on it"
             )
     logits = _run(engine, ids, ends)
     miss = max(_relative(got, own.logits[:, end - 1]) for got, end in zip(logits, ends, strict=True))
     if not miss <= 3 * tolerance:  # rounding of all layers together
         raise SkvError(
             f"{type(model).__name__} is not what runs through skv's caches: its logits differ from the model's own by "
-            f"{miss:.1%}, though no layer does; no method can be judged on it"
+            f"{miss:.2%}, though no layer does; no method can be judged on it"
         )
     return SelfCheck(total, max(watched.misses, default=None), miss, tolerance)
 

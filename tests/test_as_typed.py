@@ -427,10 +427,11 @@ def test_a_sweep_on_a_gpu_stays_what_it_was():
 def test_ruler_is_brief_on_a_cpu_and_whole_on_a_gpu():
     from cli.eval_ruler import Prompts
 
-    brief, whole = (Prompts().generated(131072, runnable=True, brief=brief) for brief in (True, False))
+    brief, whole = (Prompts().generated(131072, runnable=True, thinking="auto", brief=brief) for brief in (True, False))
     assert (brief.lengths, brief.samples) == ((1024,), 2)
     assert (whole.lengths, whole.samples) == (tuple(1024 * k for k in (4, 8, 16, 32, 64, 128)), 500)
-    assert Prompts(samples=7, lengths="2k").generated(131072, runnable=True, brief=True).samples == 7
+    asked = Prompts(samples=7, lengths="2k").generated(131072, runnable=True, thinking="auto", brief=True)
+    assert asked.samples == 7
 
 
 def test_a_part_of_a_benchmark_says_how_many_of_how_many():

@@ -277,7 +277,7 @@ def test_an_embedding_of_its_own_is_held_but_not_read():
 )
 def test_models_that_no_method_serves_are_refused(kind, says):
     with pytest.raises(SkvError, match=says):
-        model_size(AutoConfig.for_model(kind), 2)
+        model_size(AutoConfig.for_model(kind), 2).require_served()
 
 
 def test_every_method_can_be_planned_for_every_preset():

@@ -291,7 +291,7 @@ def test_a_folder_of_an_adapter_alone_says_how_to_use_it(tiny_folder, tmp_path):
         ("adapter_config.json", b"[]", r"adapter_config\.json is damaged"),
         ("adapter_config.json", b'{"peft_type": "PREFIX_TUNING"}', "only a LoRA is merged"),
         ("", None, "no such folder"),
-        ("nothing", b"", r"pip install peft"),
+        ("nothing", b"", r"pip install 'skv\[adapters\]'"),
     ],
 )
 def test_damaged_adapters_are_one_line(tiny_folder, tmp_path, capsys, no_peft, name, content, says):
