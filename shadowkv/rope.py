@@ -99,6 +99,11 @@ class Rope:
         """What a layer's rotation depends on: its kind, whether the sequence is beyond a crossing, its form."""
         return (*self._frequencies(layer, length), self._known(layer))
 
+    def scale(self, layer: int, like: Tensor) -> Tensor:
+        """What each channel is multiplied by after the rotation, in relation to its partner. [D], 1 for most models."""
+        scale = self._known(layer).scale
+        return torch.ones_like(like) if scale is None else scale.to(like)
+
     def crossing(self, layer: int) -> int | None:
         """The sequence length beyond which a layer's frequencies are other ones, if there is one."""
         return self._crossing_of[self._kinds[layer]]

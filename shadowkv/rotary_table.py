@@ -19,7 +19,8 @@ from shadowkv.rope import Rope
 class RotaryTable(NamedTuple):
     """cos and sin [N,P] of P pairs at positions below N; per channel [D] its pair, its partner, and the sign of sin.
 
-    A channel that is not rotated has sign 0.
+    A channel that is not rotated has sign 0. Where a norm with weights follows the rotation, the sign is times what it
+    makes of the partner's channel in this one.
     """
 
     cos: Tensor
@@ -66,12 +67,15 @@ def _make(rope: Rope, layer: int, head_dim: int, tokens: int, length: int, like:
     partner = torch.where(rotated, mixed.int().argmax(dim=0), channel)
     first = rotated & (channel < partner)
     pair = torch.where(rotated, (first.cumsum(0) - 1)[torch.minimum(channel, partner)], 0)
-    sign = torch.where(rotated, torch.where(first, -1.0, 1.0), 0.0)
+    scale = rope.scale(layer, unit[0])
+    ratio = scale / scale[partner]
+    sign = torch.where(rotated, torch.where(first, -ratio, ratio), 0.0)
 
     # A probe that is 1 in the first channel of every pair comes back as cos there, and as sin in the partner.
     positions = torch.arange(tokens, device=device)
     answer = rope.rotate(layer, first.float().expand(1, 1, tokens, head_dim), positions, length)[0, 0]
-    table = RotaryTable(answer[:, first], answer[:, partner[first]], pair.int(), partner.int(), sign)
+    second = partner[first]
+    table = RotaryTable(answer[:, first], answer[:, second] / ratio[second], pair.int(), partner.int(), sign)
     if not torch.allclose(table.rotate(unit[None, None], one.expand(1, 1, head_dim)), turned, rtol=1e-5, atol=1e-6):
         raise SkvError("this model's rotary embedding does not turn pairs of channels: use engine=reference")
     return table._replace(cos=table.cos.to(like.dtype), sin=table.sin.to(like.dtype))

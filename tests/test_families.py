@@ -10,6 +10,7 @@ from families import DOCUMENT, FAMILIES, VOCAB, family_model, judge, known, own_
 from shadowkv.engine import Engine
 from shadowkv.errors import SkvError
 from shadowkv.model_size import model_size
+from shadowkv.rotary_table import rotary_table
 from shadowkv.self_check import self_check
 from shadowkv.wording import plain_line
 
@@ -59,6 +60,20 @@ def test_unrotated_keys_of_one_token_are_the_same_everywhere(family):
         assert (still - still[:, :, :1]).norm() < 1e-3 * still.norm()
         again = engine.rope.rotate(layer, still, positions, tokens)
         assert (again - keys).norm() < 1e-5 * keys.norm()
+
+
+@pytest.mark.parametrize(
+    "family", ["llama", "hunyuan_v1_dense", "smollm3", "phi", "cohere", "llama4_text", "gemma3_text"]
+)
+def test_rotary_tables_turn_keys_as_the_model_does(family):
+    """Those that the fast engine reads, in every layer that is served."""
+    engine = Engine(family_model(family))
+    keys, tokens = torch.randn(2, 1, 50, engine.dims.head_dim), 50
+    for layer in engine.dims.layer_ids:
+        table = rotary_table(engine.rope, layer, engine.dims.head_dim, tokens, tokens, keys)
+        positions = torch.arange(tokens)
+        expected = engine.rope.rotate(layer, keys, positions, tokens)
+        torch.testing.assert_close(table.rotate(keys, positions.expand(2, 1, tokens)), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_enough_families_are_looked_at():

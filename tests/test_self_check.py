@@ -171,3 +171,39 @@ def test_the_command_line_refuses_and_notes(monkeypatch, tmp_path, tiny_folder, 
     assert manifest["sessions"][0]["self_check"] is None
     assert any("--no-self-check" in note for note in manifest["notes"])
     assert "self-check was skipped" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("lost", ["a bias dropped", "a norm changed"])
+def test_weights_that_are_not_those_of_the_files_are_refused(lost, monkeypatch, tmp_path, tiny_folder, capsys):
+    """Full attention would be judged as something else than the files hold, by a model that agrees with itself."""
+    import shutil
+    from dataclasses import replace
+
+    from tiny_models import tiny_model
+    from transformers import AutoTokenizer
+
+    import shadowkv.loading as loading
+
+    folder = tmp_path / "qwen2"
+    shutil.copytree(tiny_folder, folder)
+    tiny_model("qwen2", vocab_size=len(AutoTokenizer.from_pretrained(tiny_folder))).save_pretrained(folder)
+    original = loading.load_model
+
+    def broken_load(*args, **kwargs):
+        loaded = original(*args, **kwargs)
+        layer = loaded.model.model.layers[1]
+        if lost == "a bias dropped":
+            layer.self_attn.k_proj.bias = None
+        else:
+            layer.input_layernorm.weight.add_(0.5)
+        return replace(loaded)
+
+    argv = ["eval", "niah", "--model", str(folder), "-m", "full", "--haystack", "synthetic", "--lengths", "512"]
+    argv += ["--depths", "1", "--max-new-tokens", "2", "--out", str(tmp_path / "run")]
+    monkeypatch.setattr(loading, "load_model", broken_load)
+    assert main(argv) == 2
+    said = capsys.readouterr().err
+    assert ("layers.1.self_attn.k_proj.bias" if lost == "a bias dropped" else "layers.1.input_layernorm") in said
+    assert not (tmp_path / "run").exists()
+    monkeypatch.setattr(loading, "load_model", original)
+    assert main(argv) == 0
