@@ -16,10 +16,8 @@ class NotFiniteError(SkvError):
     def __init__(self, dtype: str, answer: list[int], where: str | None = None) -> None:
         self.dtype, self.answer = dtype, answer
         first = f", first in {where}" if where else ""
-        super().__init__(
-            f"logits are not finite in {dtype} at step {len(answer)} of the answer{first}; "
-            "try --dtype float32 or bfloat16"
-        )
+        wider = {"float16": "; try --dtype bfloat16 or float32", "bfloat16": "; try --dtype float32"}.get(dtype, "")
+        super().__init__(f"logits are not finite in {dtype} at step {len(answer)} of the answer{first}{wider}")
 
     def first_in(self, where: str) -> NotFiniteError:
         """The same, saying where it begins."""
