@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-_SAMPLE_SIZES = {"num_hidden_layers": 2, "vocab_size": 512, "intermediate_size": 64, "moe_intermediate_size": 64}
+_SAMPLE_SIZES = {"vocab_size": 512, "intermediate_size": 64, "moe_intermediate_size": 64}
 
 
 @dataclass(frozen=True)
@@ -82,20 +83,29 @@ def blueprint(config: Any, *, trust_remote_code: bool = False) -> PreTrainedMode
     return model.eval()
 
 
-def _sample(config: Any, trust_remote_code: bool) -> PreTrainedModel | None:
-    """A model of two layers of this kind with small matrices, which can be run; None where it cannot be made so small.
+def _sample(config: Any, layers: Sequence[KVLayer], trust_remote_code: bool) -> PreTrainedModel | None:
+    """The first layers of this kind with small matrices, which can be run; None where it cannot be made so small.
 
-    For what computes in ways that the meta device cannot follow, such as some routers of experts.
+    For what computes in ways that the meta device cannot follow, such as some routers of experts, and the rotary
+    embeddings of older versions.
     """
+    import torch
     from transformers import AutoModelForCausalLM
 
+    kinds = [layer.window is None for layer in layers]
+    first = max(kinds.index(kind) for kind in set(kinds)) + 1
     small = deepcopy(config)
-    for name, most in _SAMPLE_SIZES.items():
+    for name, value in vars(small).items():
+        if isinstance(value, list) and len(value) == len(layers):
+            setattr(small, name, value[:first])
+    for name, most in {**_SAMPLE_SIZES, "num_hidden_layers": first}.items():
         if isinstance(getattr(small, name, None), int):
             setattr(small, name, min(getattr(small, name), most))
     small.pad_token_id = small.bos_token_id = small.eos_token_id = 0
     try:
-        made: PreTrainedModel = AutoModelForCausalLM.from_config(small, trust_remote_code=trust_remote_code)
+        made: PreTrainedModel = AutoModelForCausalLM.from_config(
+            small, dtype=torch.bfloat16, trust_remote_code=trust_remote_code
+        )
     except Exception:  # sizes that depend on each other in ways of this family's own
         return None
     return made.eval()
@@ -120,9 +130,10 @@ def model_size(config: Any, element_bytes: int, *, device: str = "cuda", trust_r
     try:
         layers = survey(model).layers
     except UnknownError:
-        if (small := _sample(config, trust_remote_code)) is not None:
-            survey(small)
-        layers = tuple(declared_layers(config))  # until it is loaded
+        layers = tuple(declared_layers(config))
+        if (small := _sample(config, layers, trust_remote_code)) is not None:
+            alike = {layer.window is None: layer for layer in survey(small).layers}
+            layers = tuple(replace(alike[layer.window is None], window=layer.window) for layer in layers)
     dims = served_dims(layers, element_bytes, device)
     return ModelSize(
         dims=replace(dims, rotary=rotary_module(model) is not None),

@@ -38,8 +38,10 @@ class Rope:
         decoder = model.get_decoder()
         config = model.config.get_text_config()
         self._embed = rotary_module(model)
-        per_kind = self._embed is not None and "layer_type" in inspect.signature(self._embed.forward).parameters
-        self._kinds: list[str | None] = list(config.layer_types) if per_kind else [None] * len(found.layers)
+        declared: list[str | None] = getattr(config, "layer_types", None) or []
+        asked = () if self._embed is None else inspect.signature(self._embed.forward).parameters
+        per_kind = bool(declared) and "layer_type" in asked
+        self._kinds: list[str | None] = declared if per_kind else [None] * len(found.layers)
         self._tables: dict[tuple[str | None, torch.device, bool], tuple[Tensor, Tensor]] = {}
         self.derived: dict[Hashable, Any] = {}  # what others make of these tables, once for all layers of a kind
         self._parameters = _by_kind(config, set(self._kinds))

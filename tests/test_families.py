@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
 import transformers
@@ -24,7 +26,8 @@ def test_a_family_is_exact_under_every_method_or_refused(family):
     assert verdict.wrong == []
     assert all(reason == plain_line(reason) for reason in verdict.refused.values())
     table = DOCUMENT.read_text(encoding="utf-8")
-    if f"transformers {transformers.__version__}," in table:
+    as_written = f"transformers {transformers.__version__}," in table
+    if as_written:
         assert row(family, verdict) in table.splitlines(), "python tests/families.py writes the table anew"
     if "" in verdict.refused:
         # What is known without weights is said by plans and dry runs too.
@@ -33,8 +36,14 @@ def test_a_family_is_exact_under_every_method_or_refused(family):
         return
     assert {"full", "quest", "snapkv", "kivi"} <= set(verdict.exact)
     size, engine = model_size(model.config, 4, device="cpu"), Engine(model)
-    assert size.layers == engine.layers
-    assert size.dims == engine.dims or not engine.dims.rotary
+    both = size.layers, engine.layers
+    shapes = [{(layer.q_heads, layer.kv_heads, layer.head_dim, layer.window) for layer in made} for made in both]
+    assert shapes[0] == shapes[1]
+    if as_written:  # older ones cannot run all of them without weights
+        assert size.layers == engine.layers
+        assert size.dims == engine.dims or not engine.dims.rotary
+    elif family == "gemma3n_text":
+        pytest.skip("older versions compute other keys in its last layers when they are given no cache")
     found = self_check(model)
     assert found.layer_error < 1e-5
     assert found.logit_error < 1e-4
@@ -98,6 +107,8 @@ def test_rotary_parameters_by_kind_of_layer_are_those_of_each(kind):
     usual = {"rope_type": "default", "rope_theta": 10000.0}
     given = {"full_attention": rotary[kind], "sliding_attention": usual}
     model = family_model("olmo3", rope_parameters=given, max_position_embeddings=256 if kind == "dynamic" else 2048)
+    if "layer_type" not in inspect.signature(model.model.rotary_emb.forward).parameters:
+        pytest.skip(f"transformers {transformers.__version__} gives all layers of this model the same")
     short, long = (torch.randint(3, VOCAB, (1, n), generator=torch.Generator().manual_seed(2)) for n in (200, 300))
     engine = Engine(model, prefill_chunk_tokens=64)
     from shadowkv.methods.full import Full

@@ -270,7 +270,7 @@ def test_an_embedding_of_its_own_is_held_but_not_read():
     ("kind", "says"),
     [
         ("deepseek_v3", "MLA"),
-        ("mamba", "not supported"),
+        ("mamba", "not supported|keeps no keys and values"),
         ("vit", "cannot be built as a decoder"),
         ("mistral", "no layer of this model sees its whole context"),
     ],
