@@ -14,7 +14,6 @@ from shadowkv.model_size import blueprint, count_parameters
 from shadowkv.packs import kept_checksums, sha256_of, unused_tensors
 from shadowkv.reading import read_text
 from shadowkv.resolving import ModelSource
-from shadowkv.weights import check_weights_loaded as check_weights_loaded
 from shadowkv.weights import (
     not_loaded,
     only_an_adapter,

@@ -83,6 +83,25 @@ def blueprint(config: Any, *, trust_remote_code: bool = False) -> PreTrainedMode
     return model.eval()
 
 
+def _layers(model: PreTrainedModel, config: Any, trust_remote_code: bool) -> tuple[KVLayer, ...]:
+    """Layers of a model without weights: as it runs, as a sample of it runs, or else as its config declares them."""
+    from shadowkv.geometry import declared_layers
+    from shadowkv.survey import CannotRunError, survey
+
+    try:
+        return survey(model).layers
+    except CannotRunError:
+        declared = tuple(declared_layers(config))
+    small = _sample(config, declared, trust_remote_code)
+    if small is None:
+        return declared
+    try:
+        alike = {layer.window is None: layer for layer in survey(small).layers}
+    except CannotRunError:
+        return declared  # the loaded model will tell
+    return tuple(replace(alike.get(layer.window is None, layer), window=layer.window) for layer in declared)
+
+
 def _sample(config: Any, layers: Sequence[KVLayer], trust_remote_code: bool) -> PreTrainedModel | None:
     """The first layers of this kind with small matrices, which can be run; None where it cannot be made so small.
 
@@ -121,19 +140,12 @@ def count_parameters(model: PreTrainedModel) -> Parameters:
 
 def model_size(config: Any, element_bytes: int, *, device: str = "cuda", trust_remote_code: bool = False) -> ModelSize:
     """What is to be known of a model on a device of this type. Raises `SkvError` for one that cannot be driven."""
-    from shadowkv.geometry import declared_layers
     from shadowkv.rope import rotary_module
-    from shadowkv.survey import UnknownError, served_dims, survey
+    from shadowkv.survey import served_dims
 
     model = blueprint(config, trust_remote_code=trust_remote_code)
     counted = count_parameters(model)
-    try:
-        layers = survey(model).layers
-    except UnknownError:
-        layers = tuple(declared_layers(config))
-        if (small := _sample(config, layers, trust_remote_code)) is not None:
-            alike = {layer.window is None: layer for layer in survey(small).layers}
-            layers = tuple(replace(alike[layer.window is None], window=layer.window) for layer in layers)
+    layers = _layers(model, config, trust_remote_code)
     dims = served_dims(layers, element_bytes, device)
     return ModelSize(
         dims=replace(dims, rotary=rotary_module(model) is not None),

@@ -26,8 +26,8 @@ from shadowkv.wording import one_line
 _ROWS, _TOKENS = 4, 8
 
 
-class UnknownError(SkvError):
-    """The model could not be run without its weights, so that nothing is known of it yet."""
+class CannotRunError(SkvError):
+    """The model's own code failed. Without weights, or in a small sample, that tells nothing of the model itself."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def served_dims(layers: Sequence[KVLayer], element_bytes: int, device: str = "cp
 @torch.inference_mode()
 def survey(model: PreTrainedModel) -> Survey:
     """Run `model` on a few tokens. Raises `SkvError` for one that attends in a way that no cache here can follow, and
-    `UnknownError` for one on the meta device that cannot be run there."""
+    `CannotRunError` for one whose own code fails, as some does on the meta device."""
     windows = sliding_windows(model.config)
     name = type(model).__name__
     attach(model)
@@ -74,9 +74,7 @@ def survey(model: PreTrainedModel) -> Survey:
     except (SkvError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # there is no end to what a model's own code asks of a cache
-        if model.device.type == "meta":
-            raise UnknownError(f"{name} cannot be run without its weights: {one_line(error)}") from error
-        raise SkvError(f"{name} cannot be driven: it fails with a cache of skv's: {one_line(error)}") from error
+        raise CannotRunError(f"{name} cannot be driven: it fails with a cache of skv's: {one_line(error)}") from error
     notes = _without_reusing(census.notes)
     layers = tuple(note.described(name, number) for number, note in enumerate(notes))
     served = [layer for layer in layers if layer.served]

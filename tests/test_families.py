@@ -14,6 +14,7 @@ from shadowkv.errors import SkvError
 from shadowkv.model_size import model_size
 from shadowkv.rotary_table import rotary_table
 from shadowkv.self_check import self_check
+from shadowkv.survey import CannotRunError
 from shadowkv.wording import plain_line
 
 
@@ -83,6 +84,17 @@ def test_rotary_tables_turn_keys_as_the_model_does(family):
         positions = torch.arange(tokens)
         expected = engine.rope.rotate(layer, keys, positions, tokens)
         torch.testing.assert_close(table.rotate(keys, positions.expand(2, 1, tokens)), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_model_that_cannot_be_run_without_weights_is_not_refused_for_that(monkeypatch):
+    """Nor if a sample of it fails: its config is believed until it is loaded."""
+
+    def fails(model):
+        raise CannotRunError("its own code fails here")
+
+    config, expected = family_model("gemma3_text").config, model_size(family_model("gemma3_text").config, 4).layers
+    monkeypatch.setattr("shadowkv.survey.survey", fails)
+    assert model_size(config, 4).layers == expected
 
 
 def test_enough_families_are_looked_at():

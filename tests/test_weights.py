@@ -17,9 +17,10 @@ from cli.main import main
 from evals.results import read_run
 from shadowkv.adapters import with_adapter
 from shadowkv.errors import SkvError
-from shadowkv.loading import check_weights_loaded, load_model, weights_sha256
+from shadowkv.loading import load_model, weights_sha256
 from shadowkv.packs import pack_path
 from shadowkv.resolving import resolve
+from shadowkv.weights import check_weights_loaded
 
 SMALL = ["--lengths", "512", "--depths", "1", "--haystack", "synthetic", "--max-new-tokens", "4", "-m", "full"]
 
