@@ -98,7 +98,9 @@ def _layers(model: PreTrainedModel, config: Any, trust_remote_code: bool) -> tup
     try:
         alike = {layer.window is None: layer for layer in survey(small).layers}
     except CannotRunError:
-        return declared  # the loaded model will tell
+        if _runs(small):
+            raise
+        return declared  # the sample is to blame; the loaded model will tell
     return tuple(replace(alike.get(layer.window is None, layer), window=layer.window) for layer in declared)
 
 
@@ -128,6 +130,17 @@ def _sample(config: Any, layers: Sequence[KVLayer], trust_remote_code: bool) -> 
     except Exception:  # sizes that depend on each other in ways of this family's own
         return None
     return made.eval()
+
+
+def _runs(model: PreTrainedModel) -> bool:
+    """Whether a model runs at all, with a cache of its own."""
+    import torch
+
+    try:
+        model(torch.zeros(1, 2, dtype=torch.long), use_cache=True)
+    except Exception:  # whatever its code raises, it does not
+        return False
+    return True
 
 
 def count_parameters(model: PreTrainedModel) -> Parameters:
