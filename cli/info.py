@@ -87,6 +87,7 @@ def methods(
                 "summary": cls.summary,
                 "parameters": method.params(),
                 "paper": f"https://arxiv.org/abs/{cls.paper}",
+                "compared": cls.compared or "not compared",
                 "bytes_per_token": {"model": model, "dtype": "bfloat16", "device": held.device, "host": held.host},
             }
         )
@@ -110,8 +111,17 @@ def methods(
     ]
     caption = (
         "Spell them as -m shadowkv:rank=64,budget=256; repeat -m to compare. Any of them can start from a sparse "
-        "prefill: -m shadowkv+minference."
+        "prefill: -m shadowkv+minference. " + _compared(rows)
     )
     print_table(
         Table(f"methods (bytes per prompt token on {model} in bf16)", columns, lines, caption, names=len(columns))
+    )
+
+
+def _compared(rows: list[dict[str, Any]]) -> str:
+    """Which methods were held against their authors' code, in one sentence."""
+    missing = [r["name"] for r in rows if r["compared"] == "not compared"]
+    return (
+        "Compared with their authors' code, on which revision and with what result: --json; "
+        f"not compared: {', '.join(missing) or 'none'}."
     )

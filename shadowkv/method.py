@@ -116,6 +116,8 @@ class Setting:
     name: ClassVar[str]
     summary: ClassVar[str]
     paper: ClassVar[str]
+    # "owner/repository@revision, date: what agreed", as `tests/fidelity/` holds it to; None is not compared.
+    compared: ClassVar[str | None] = None
 
     def params(self) -> dict[str, Any]:
         """Every hyper-parameter with its value."""

@@ -1,0 +1,70 @@
+"""Every method does what its authors' rule says: on seeded inputs, the tokens or values that their own code gave.
+
+Each JSON file beside this one holds numbers that came out of the authors' code (or, where it cannot run here, out of
+their rule written down again), with the revision and the way they were made. CONTRIBUTING says how to make one.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from inputs import Inputs, answered, attended
+
+from shadowkv.registry import methods, parse_method
+
+HERE = Path(__file__).parent
+CASES = sorted(HERE.glob("*.json"))
+OURS = ("full", "oracle")  # what others are measured by: nobody's method
+
+
+def load(path):
+    case = json.loads(path.read_text())
+    return case, Inputs(**case["input"])
+
+
+def agrees(label, case, given):
+    """Whether a setting gives what the file says."""
+    method = parse_method(label)
+    if "attended" in case:
+        return attended(method, given) == case["attended"]
+    return torch.allclose(answered(method, given), torch.tensor(case["answers"]), rtol=0, atol=case["within"])
+
+
+@pytest.mark.parametrize("path", CASES, ids=lambda path: path.stem)
+def test_a_method_gives_what_its_authors_code_gave(path):
+    case, given = load(path)
+    assert path.stem.split("-")[0] == parse_method(case["method"]).core.name
+    if "attended" in case:
+        assert attended(parse_method(case["method"]), given) == case["attended"]
+    else:
+        expected = torch.tensor(case["answers"])
+        torch.testing.assert_close(answered(parse_method(case["method"]), given), expected, rtol=0, atol=case["within"])
+
+
+@pytest.mark.parametrize("path", CASES, ids=lambda path: path.stem)
+def test_another_rule_would_not_pass_for_it(path):
+    case, given = load(path)
+    assert case["differs_from"], "a file that every setting fits proves nothing"
+    assert [label for label in case["differs_from"] if agrees(label, case, given)] == []
+
+
+@pytest.mark.parametrize("path", CASES, ids=lambda path: path.stem)
+def test_the_method_names_the_comparison(path):
+    """The class says which revision of whose code was compared, when and how well they agree."""
+    case, _ = load(path)
+    said = methods()[path.stem.split("-")[0]].compared
+    assert said is not None
+    for part in ("repository", "revision", "date"):
+        assert case["compared"][part] in said
+    assert len(case["made"]) > 40, "how the numbers were made is part of the file"
+
+
+def test_a_method_without_a_file_is_listed_as_not_compared():
+    """`skv methods` shows `compared`: it may say something only where a file here holds the method to it."""
+    held = {path.stem.split("-")[0] for path in CASES}
+    for name, cls in methods().items():
+        assert (cls.compared is not None) == (name in held), name
+        assert cls.compared is None or name not in OURS
