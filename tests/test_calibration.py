@@ -55,7 +55,7 @@ def test_a_calibrated_skew_is_used_and_read_back(home, tiny):
     assert {n: x.tolist() for n, x in method.rotations.items()} == {n: x.tolist() for n, x in layers.items()}
     engine = Engine(model)
     cache = engine.replay(engine.prefill(random_prompt(200)), method)
-    kept = cache._shares[0].cache._guessed[1][0]._skew[0]
+    kept = cache._shares[0].cache._guessed[1][0]._skews
     for head in range(engine.dims.kv_heads):
         for column in kept[head].T:
             assert (layers[1][head].T - column).abs().amax(dim=1).min() < 1e-6, "columns are the calibration's"

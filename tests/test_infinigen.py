@@ -29,7 +29,7 @@ def stream(method, groups, dim, steps, batch=1):
     """Outputs of `steps` single-token calls on layer 5, all that went in, and the states."""
     k, v = rand(batch, 2, PROMPT + steps, dim, seed=1), rand(batch, 2, PROMPT + steps, dim, seed=2)
     q, guess = (rand(batch, 2 * groups, steps, dim, seed=seed) for seed in (3, 4))
-    q_tail = rand(batch, 2 * groups, 60, dim, seed=5)  # more rows than columns are ever kept
+    q_tail = rand(batch, 2 * groups, 270, dim, seed=5)  # more rows than channels: all directions are theirs
     cache = method.new_state(rope=None)
     cache.ingest(5, LayerKV(k[:, :, :PROMPT], v[:, :, :PROMPT], q_tail, 0.3))
     outs = []
@@ -47,8 +47,9 @@ def expected_rows(method, k, guess, q_tail, row, tokens, groups):
         kv_head = head // groups
         stacked = torch.cat([q_tail[row, kv_head * groups + g] for g in range(groups)]).double()
         _, _, vectors = torch.linalg.svd(stacked)
-        columns = (stacked @ vectors.T).abs().sum(0).topk(method.columns(k.shape[-1])).indices
-        partial = vectors[columns].float()
+        both = (stacked, k[row, kv_head, :PROMPT].double())
+        lists = [(x @ vectors.T).abs().sum(0).topk(method.columns(k.shape[-1])).indices.tolist() for x in both]
+        partial = vectors[sorted({*lists[0], *lists[1]})].float()
         scores.append((k[row, kv_head, :tokens] @ partial.T) @ (partial @ guess[row, head]) * 0.3)
     counts = [(s.exp() > math.exp(-method.alpha) * s.max().exp()).sum().item() for s in scores]
     count = min(max(sum(counts) // len(counts), 1), method.budget - 1)
@@ -79,10 +80,22 @@ def test_each_step_reads_the_tokens_within_alpha_of_the_best_guess(groups, dim, 
 
 def test_the_skew_is_a_rotation_and_changes_no_score():
     q, k = rand(2, 6, 40, 16), rand(2, 2, 50, 16, seed=1)
-    turned = rotation(q, heads=2)
+    turned = rotation(q, k)
     torch.testing.assert_close(turned.mT @ turned, torch.eye(16).expand(2, 2, 16, 16), rtol=0, atol=1e-5)
     grouped = q.view(2, 2, -1, 16)
     torch.testing.assert_close((grouped @ turned) @ (k @ turned).mT, grouped @ k.mT, rtol=1e-4, atol=1e-4)
+
+
+def test_directions_that_no_query_has_are_those_of_the_keys():
+    """Fewer queries than channels, as of a model without groups: what is left over is no arbitrary basis."""
+    q, k = rand(1, 1, 3, 16), rand(1, 1, 50, 16, seed=1)
+    turned = rotation(q, k)[0, 0]
+    spanned = torch.linalg.svd(q[0, 0]).Vh[:3]
+    torch.testing.assert_close((turned[:, -3:].mT @ spanned.mT).square().sum(), torch.tensor(3.0))
+    rest = turned[:, :-3].double()
+    gram = rest.mT @ (k[0, 0].double().mT @ k[0, 0].double()) @ rest
+    torch.testing.assert_close(gram, gram.diag().diag(), rtol=0, atol=0.05)
+    assert gram.diag().tolist() == sorted(gram.diag().tolist())
 
 
 def test_a_larger_alpha_reads_more_up_to_the_budget():
@@ -113,8 +126,11 @@ def test_partial_keys_are_on_the_device_and_whole_ones_on_the_host():
     dims = Dims(layers=4, q_heads=4, kv_heads=2, head_dim=16, element_bytes=4)
     *_, cache = stream(InfiniGen(ratio=0.2), groups=2, dim=16, steps=0)
     assert cache.nbytes().host == 2 * PROMPT * 32 * 4
-    assert cache.nbytes().device == 2 * (PROMPT * 3 + 16 * 3) * 4
-    assert InfiniGen(ratio=0.2).bytes_per_token(dims) == (2 * 256 + 2 * 2 * 3 * 4, 2 * 256)
+    kept = [skew.shape[1] for skew in cache._guessed[5][0]._skews]
+    assert all(3 <= count <= 6 for count in kept), "the union of two lists of three"
+    assert len({*kept, 3, 6}) > 2, "lists that are equal, or share nothing, would prove little"
+    assert cache.nbytes().device == sum(kept) * (PROMPT + 16) * 4
+    assert InfiniGen(ratio=0.2).bytes_per_token(dims) == (2 * 256 + 2 * 2 * 6 * 4, 2 * 256)
 
 
 @pytest.mark.parametrize(

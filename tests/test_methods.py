@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import FrozenInstanceError, fields, replace
+from dataclasses import FrozenInstanceError, fields
 
 import pytest
 import torch
-from tiny_models import random_prompt
+from tiny_models import at_its_bound, random_prompt
 
 from shadowkv.dims import Bytes
 from shadowkv.engine import Engine
@@ -170,9 +170,7 @@ def test_short_prompts_work(engine, spec, tokens):
 @pytest.mark.parametrize("spec", CASES)
 def test_planned_bytes_are_held_bytes(engine, spec):
     """The slope of nbytes() over the prompt length is the planner's formula."""
-    method = parse_method(spec)
-    if getattr(method, "energy", 0):
-        method = replace(method, energy=1.0)
+    method = at_its_bound(parse_method(spec))
 
     def held(tokens: int) -> Bytes:
         cache = engine.replay(engine.prefill(random_prompt(tokens)), method)
@@ -188,9 +186,7 @@ def test_planned_bytes_are_held_bytes(engine, spec):
 @pytest.mark.parametrize("spec", CASES)
 def test_a_prompt_holds_what_was_planned(engine, spec):
     """Constant terms included, which the slope does not see; device and host by themselves."""
-    method = parse_method(spec)
-    if getattr(method, "energy", 0):
-        method = replace(method, energy=1.0)  # the rank depends on the prompt, and this is its bound
+    method = at_its_bound(parse_method(spec))
     for tokens in (60, 700, 1501):
         cache = engine.replay(engine.prefill(random_prompt(tokens)), method)
         parts, held = method.memory_parts(engine.dims, tokens), cache.nbytes()

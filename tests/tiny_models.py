@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.cache_utils import Cache
 
 from shadowkv.forward import cache_argument
+from shadowkv.method import Method
 
 VOCAB = 199
 _SHAPE: dict[str, Any] = {
@@ -84,3 +86,11 @@ def random_prompt(tokens: int, seed: int = 0, batch: int = 1) -> torch.Tensor:
 def through(model: PreTrainedModel, cache: Cache) -> dict[str, Any]:
     """The argument that takes a cache in a call of `model` or `model.generate`, in this version of transformers."""
     return {cache_argument(type(model).forward): cache}
+
+
+def at_its_bound(method: Method) -> Method:
+    """The method with what depends on the prompt at the largest number, which is what a plan counts."""
+    changed: Any = method
+    if getattr(method, "energy", 0):  # the rank
+        changed = replace(changed, energy=1.0)
+    return replace(changed, ratio=1.0) if hasattr(method, "ratio") else changed  # columns that two lists share

@@ -7,6 +7,9 @@ Paper: https://arxiv.org/abs/2406.19707. Known differences from the authors' cod
 - host keys stay as they are, since selected tokens are read with the true query: only the partial keys are skewed;
 - the guess applies the guessed layer's own norm to the earlier layer's input (theirs has the earlier layer's norm);
 - it is made when the guessed layer starts, from the same numbers: nothing is fetched ahead, so times are not theirs;
+- as in their accuracy code, the guess looks at the channels in which the prompt's queries are largest and at those in
+  which its keys are (the union of two lists of ratio * D); queries are the last ones, theirs all of them, and in a
+  grouped-query model those of a group count together;
 - every head has its own maximum for the threshold (their Llama code takes that of head 0), and how many tokens are
   fetched is decided per row of a batch;
 - grouped-query models work: one skew per KV head, and the reduction over a group as a parameter;
@@ -34,13 +37,16 @@ from shadowkv.ranges import ranged
 from shadowkv.rope import Rope
 from shadowkv.stored import CodedTokens
 
+_BLOCK_TOKENS = 8192  # keys that are turned at a time
+_TIE_BREAK = 1e-9  # weight of keys where queries do not tell directions apart
+
 
 @dataclass(frozen=True)
 class InfiniGen(Method):
     """budget: most tokens read per step · alpha: read tokens whose guessed score is within this of the best ·
-    ratio: share of the skewed key channels that the guess looks at · dense_layers: first layers left full, on the
-    device · reduce: per_q_head, group_max, group_mean or group_sum · skew: a calibration by `skv calibrate`, name or
-    file (auto: from the prompt itself)."""
+    ratio: share of the skewed channels that the guess takes from queries, and again from keys · dense_layers: first
+    layers left full, on the device · reduce: per_q_head, group_max, group_mean or group_sum · skew: a calibration by
+    `skv calibrate`, name or file (auto: from the prompt itself)."""
 
     name: ClassVar[str] = "infinigen"
     summary: ClassVar[str] = "full cache on the host, reads what the previous layer's input lets expect"
@@ -89,11 +95,15 @@ class InfiniGen(Method):
     def calibrate(kv: LayerKV) -> Tensor:
         """One layer's tensor of a calibration, from the prefill of a text with all its queries. [H,D,D] fp32."""
         assert kv.q_all is not None
-        return rotation(kv.q_all, kv.k.shape[1])[0]
+        return rotation(kv.q_all, kv.k)[0]
 
     def columns(self, head_dim: int) -> int:
-        """Channels of the partial keys."""
-        return max(round(self.ratio * head_dim), 1)
+        """Channels taken from queries, and again from keys."""
+        return max(int(self.ratio * head_dim), 1)
+
+    def most_columns(self, head_dim: int) -> int:
+        """Channels of the partial keys of a head, where queries and keys agree on none."""
+        return min(2 * self.columns(head_dim), head_dim)
 
     @property
     def speculates(self) -> bool:
@@ -105,7 +115,7 @@ class InfiniGen(Method):
     def bytes_per_token(self, dims: Dims) -> Bytes:
         guessed = dims.layers_from(self.dense_layers)
         dense_bytes = 2 * dims.width * dims.element_bytes
-        partial_bytes = dims.kv_heads * self.columns(dims.head_dim) * dims.element_bytes
+        partial_bytes = dims.kv_heads * self.most_columns(dims.head_dim) * dims.element_bytes
         return Bytes((dims.layers - guessed) * dense_bytes + guessed * partial_bytes, guessed * dense_bytes)
 
     def attended_tokens(self, dims: Dims, tokens: int, later: int = 0) -> float:
@@ -120,8 +130,8 @@ class InfiniGen(Method):
     def memory_parts(self, dims: Dims, tokens: int) -> dict[str, Bytes]:
         guessed = dims.layers_from(self.dense_layers)
         dense_bytes = 2 * dims.width * dims.element_bytes
-        skew = dims.head_dim * dims.kv_heads * self.columns(dims.head_dim) * dims.element_bytes
-        partial = tokens * dims.kv_heads * self.columns(dims.head_dim) * dims.element_bytes
+        skew = dims.head_dim * dims.kv_heads * self.most_columns(dims.head_dim) * dims.element_bytes
+        partial = tokens * dims.kv_heads * self.most_columns(dims.head_dim) * dims.element_bytes
         return {
             "keys and values": Bytes((dims.layers - guessed) * tokens * dense_bytes, guessed * tokens * dense_bytes),
             "partial keys": Bytes(guessed * (partial + skew), 0),
@@ -136,7 +146,7 @@ class InfiniGen(Method):
 
     def step_flop(self, dims: Dims, tokens: int) -> int:
         guessed = dims.layers_from(self.dense_layers)
-        guess = 2 * guessed * dims.q_heads * tokens * self.columns(dims.head_dim)
+        guess = 2 * guessed * dims.q_heads * tokens * self.most_columns(dims.head_dim)
         return super().step_flop(dims, tokens) + guess
 
     def with_budget(self, tokens: int) -> Method:
@@ -187,9 +197,11 @@ class _GuessedRow:
     def __init__(self, method: InfiniGen, given: Tensor | None, k: Tensor, v: Tensor, q_tail: Tensor) -> None:
         self._alpha, self._cap = method.alpha, method.budget - 1
         self._reduce = ops.GROUP_REDUCTIONS[method.reduce]
-        turned = rotation(q_tail, k.shape[1]) if given is None else given.to(k.device)[None]
-        self._skew = largest_directions(q_tail, turned, method.columns(k.shape[3])).to(k.dtype)
-        self._partial = TokenBuffer(k @ self._skew, axis=2)
+        turned = rotation(q_tail, k) if given is None else given.to(k.device)[None]
+        columns = telling_columns(q_tail, k, turned, method.columns(k.shape[3]))[0]
+        # Heads differ in how many channels they keep: theirs stand side by side, [1,n,sum of them].
+        self._skews = [head[:, kept].to(k.dtype) for head, kept in zip(turned[0], columns, strict=True)]
+        self._partial = TokenBuffer(self._project(k), axis=1)
         self._k, self._v = CodedTokens(k), CodedTokens(v)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, guess: Tensor, scaling: float) -> Tensor:
@@ -208,40 +220,57 @@ class _GuessedRow:
         out = ops.attend(q, [(fetch(self._k), fetch(self._v)), newest], scaling)
         self._k.append(k)
         self._v.append(v)
-        self._partial.append(k @ self._skew)
+        self._partial.append(self._project(k))
         return out
+
+    def _project(self, k: Tensor) -> Tensor:
+        """The kept channels of all heads. [1,H,n,D] -> [1,n,sum of channels]."""
+        return torch.cat([k[:, head] @ skew for head, skew in enumerate(self._skews)], dim=-1)
 
     @ranged("selection")
     def _choose(self, guess: Tensor, scaling: float) -> Tensor:
         """The tokens to read, for each list of a KV head. guess [1,Hq,1,D] -> [1,H,L,s]."""
-        partial = self._partial.view
-        grouped = guess.reshape(1, partial.shape[1], -1, guess.shape[3])
-        scores = ((grouped @ self._skew) @ partial.mT).float() * scaling
+        partial = self._partial.view.split([skew.shape[1] for skew in self._skews], dim=-1)
+        grouped = guess.reshape(1, len(self._skews), -1, guess.shape[3]).unbind(dim=1)
+        by_head = zip(grouped, self._skews, partial, strict=True)
+        scores = torch.stack([(q @ skew) @ keys.mT for q, skew, keys in by_head], dim=1).float() * scaling
         near = scores > scores.amax(dim=-1, keepdim=True) - self._alpha
         count = int(near.sum(dim=-1).double().mean())
         return ops.top_indices(self._reduce(scores), min(max(count, 1), self._cap))
 
     def nbytes(self) -> Bytes:
-        return Bytes(self._partial.nbytes() + self._skew.nbytes, 0) + self._k.nbytes() + self._v.nbytes()
+        partial = self._partial.nbytes() + sum(skew.nbytes for skew in self._skews)
+        return Bytes(partial, 0) + self._k.nbytes() + self._v.nbytes()
 
 
-def rotation(queries: Tensor, heads: int) -> Tensor:
-    """Right singular vectors of the queries of each KV head's group. [B,Hq,n,D] -> fp32 [B,H,D,D], in columns.
+def rotation(queries: Tensor, keys: Tensor) -> Tensor:
+    """Right singular vectors of the queries of each KV head's group: fp32 [B,H,D,D], in columns, rising.
 
-    Together they are a rotation, which changes no product of a query and a key.
+    queries [B,Hq,n,D], keys [B,H,m,D]. Together they are a rotation, which changes no product of a query and a key.
+    Directions that no query has (fewer queries than channels) are the singular vectors of the keys there.
     """
-    batch, _, _, head_dim = queries.shape
+    batch, heads, _, head_dim = keys.shape
     stacked = queries.reshape(batch, heads, -1, head_dim).double()
-    vectors: Tensor = torch.linalg.eigh(stacked.mT @ stacked).eigenvectors
+    of_queries, of_keys = stacked.mT @ stacked, _gram(keys)
+    sizes = [x.diagonal(dim1=-2, dim2=-1).sum(dim=-1)[..., None, None] for x in (of_queries, of_keys)]
+    vectors: Tensor = torch.linalg.eigh(of_queries + _TIE_BREAK * sizes[0] / sizes[1] * of_keys).eigenvectors
     return vectors.float()
 
 
-def largest_directions(queries: Tensor, rotation: Tensor, count: int) -> Tensor:
-    """The `count` columns a of a rotation along which a group's queries are largest, by the sum of |q a|.
+def _gram(keys: Tensor) -> Tensor:
+    """[B,H,m,D] -> fp64 [B,H,D,D]."""
+    blocks = (block.double() for block in keys.split(_BLOCK_TOKENS, dim=2))
+    return torch.stack([block.mT @ block for block in blocks]).sum(dim=0)
 
-    queries [B,Hq,n,D], rotation [B,H,D,D] -> [B,H,D,count].
+
+def telling_columns(queries: Tensor, keys: Tensor, rotation: Tensor, count: int) -> Tensor:
+    """The columns a of a rotation that are among the `count` largest by the sum of |q a|, or of |k a|.
+
+    queries [B,Hq,n,D], keys [B,H,m,D], rotation [B,H,D,D] -> bool [B,H,D].
     """
     batch, _, _, head_dim = queries.shape
-    stacked = queries.float().reshape(batch, rotation.shape[1], -1, head_dim)
-    best = ops.top_indices((stacked @ rotation).abs().sum(dim=2), count)
-    return rotation.gather(3, best[:, :, None].expand(-1, -1, head_dim, -1))
+    grouped = queries.float().reshape(batch, rotation.shape[1], -1, head_dim)
+    by_queries = (grouped @ rotation).abs().sum(dim=2)
+    blocks = keys.split(_BLOCK_TOKENS, dim=2)
+    by_keys = torch.stack([(block.float() @ rotation).abs().sum(dim=2) for block in blocks]).sum(dim=0)
+    return ops.top_mask(by_queries, count) | ops.top_mask(by_keys, count)
