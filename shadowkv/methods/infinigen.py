@@ -51,6 +51,7 @@ class InfiniGen(Method):
     name: ClassVar[str] = "infinigen"
     summary: ClassVar[str] = "full cache on the host, reads what the previous layer's input lets expect"
     paper: ClassVar[str] = "2406.19707"
+    compared: ClassVar[str | None] = "snu-comparch/InfiniGen@3754f52d, 2026-11-25: same channels and tokens"
 
     budget: int = 2048
     alpha: float = 5.0
