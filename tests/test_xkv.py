@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from tiny_models import random_prompt, tiny_model
@@ -31,11 +33,10 @@ def built(method, model):
 
 
 def truncated_svd(layers, rank):
-    """The best centred rank-`rank` approximation of [X_1|...|X_g], by a true SVD in fp64."""
+    """The best rank-`rank` approximation of [X_1|...|X_g], by a true SVD in fp64."""
     x = torch.cat([layer.transpose(1, 2).flatten(2) for layer in layers], dim=2)[0].double()
-    mean = x.mean(dim=0, keepdim=True)
-    u, s, v = torch.linalg.svd(x - mean, full_matrices=False)
-    return (u[:, :rank] * s[:rank]) @ v[:rank] + mean, s[rank:].square().sum()
+    u, s, v = torch.linalg.svd(x, full_matrices=False)
+    return (u[:, :rank] * s[:rank]) @ v[:rank], s[rank:].square().sum()
 
 
 @pytest.mark.parametrize("family", ["llama", "llama-mqa", "llama-mha"])
@@ -62,6 +63,22 @@ def test_factors_are_the_truncated_svd_of_the_layers_side_by_side(family, head_d
             assert (got[0] - original).square().sum().item() == pytest.approx(tail.item(), rel=1e-3, abs=1e-4)
 
 
+def test_what_is_rebuilt_of_chosen_tokens_is_what_is_rebuilt_of_all():
+    cache = built(XKV(group=2, rank_k=24, rank_v=40), tiny_model("llama"))
+    index = torch.stack([torch.randperm(TOKENS, generator=torch.Generator().manual_seed(head))[:9] for head in (0, 1)])
+    for factors, place in itertools.product(cache._groups[0], (0, 1)):
+        whole, weights = factors.rebuild(place, 2), torch.rand(1, 2, 3, TOKENS)
+        torch.testing.assert_close(factors.rebuild_at(place, index[None]), ops.gather_tokens(whole, index[None]))
+        torch.testing.assert_close(factors.weigh(weights, place), weights @ whole, rtol=1e-4, atol=1e-4)
+
+
+def test_ranks_are_shares_of_the_width_unless_given():
+    """Of four layers of Llama-3.1-8B, 512 and 768 of 4096; a group of two layers has half."""
+    assert XKV().ranks(1024, 4) == (512, 768)
+    assert XKV().ranks(192, 2) == (48, 72)
+    assert XKV(rank_k=30).ranks(192, 2) == (15, 72)
+
+
 def test_layers_that_are_alike_cost_one_layer():
     """Where the second layer repeats the first, a group needs the rank of one."""
     model = tiny_model("llama")
@@ -79,7 +96,7 @@ def test_layers_that_are_alike_cost_one_layer():
 def test_coefficients_are_held_once_for_all_layers_of_a_group():
     model = tiny_model("llama")
     held = built(XKV(group=3, rank_k=30, rank_v=33), model).nbytes()
-    assert held.device == 4 * (TOKENS * (30 + 33) + (30 + 33 + 2) * 3 * 32)
+    assert held.device == 4 * (TOKENS * (30 + 33) + (30 + 33) * 3 * 32)
 
 
 def test_ranks_beyond_a_group_are_refused():
@@ -90,11 +107,11 @@ def test_ranks_beyond_a_group_are_refused():
 
 
 @pytest.mark.parametrize("family", ["llama", "llama-mqa", "llama-mha", "glm"])
-@pytest.mark.parametrize("rank", [8, 16])
-def test_chosen_chunks_of_one_layer_are_those_of_shadowkv(family, rank):
-    """Groups of one layer and full-rank values: the same chunks, the same keys, as long as new tokens stay exact."""
+def test_chosen_chunks_of_one_layer_are_those_of_shadowkv(family):
+    """Groups of one layer and full ranks: the same chunks, the same keys, as long as new tokens stay exact."""
     model = tiny_model(family)
     engine = Engine(model)
+    rank = engine.dims.width
     settings = {"budget": 48, "chunk": 8, "local": 2, "outliers": 3}
     chosen = XKV(group=1, rank_k=rank, rank_v=engine.dims.width, select=True, **settings)
     prefill = engine.prefill(random_prompt(TOKENS))

@@ -1,7 +1,9 @@
 """xKV: neighbouring layers share the token side of a low-rank factorisation of their keys, and of their values.
 
 Paper: https://arxiv.org/abs/2503.18893. Known differences from the authors' code:
-- keys and values are centred before the factorisation, which is by the Gram matrix in fp64 instead of an SVD;
+- the factorisation is by the Gram matrix in fp64 instead of an SVD;
+- ranks are shares of a group's width where none are given: an eighth for keys and three sixteenths for values, the 512
+  and 768 of 4096 that theirs take for four layers of Llama-3.1-8B;
 - groups are of consecutive layers that the method serves; a last, smaller group has its ranks scaled down with it;
 - without `select`, a step rebuilds all keys of a layer; values are never rebuilt, since attention can weigh their
   coefficients. There is no fused kernel, so decoding is slower than full attention, while the bytes held are those of
@@ -27,36 +29,50 @@ from shadowkv.layerwise import LayeredCache, LayerState, StepwiseState
 from shadowkv.method import DecodeCache, LayerKV, Method, largest_within, require, require_rotary
 from shadowkv.rope import Rope
 
+_SHARE_K, _SHARE_V = 1 / 8, 3 / 16  # of a group's width
+
 
 @dataclass(frozen=True)
 class XKV(SelectsChunks):
-    """group: consecutive layers that share factors · rank_k, rank_v: directions kept of a group's keys, values ·
-    select: read a few chunks per step instead of everything; then budget, chunk, local, outliers as for shadowkv."""
+    """group: consecutive layers that share factors · rank_k, rank_v: directions kept of a group's keys (auto: 1/8 of
+    its width), values (auto: 3/16) · select: read a few chunks per step instead of everything; then budget, chunk,
+    local, outliers as for shadowkv."""
 
     name: ClassVar[str] = "xkv"
     summary: ClassVar[str] = "keys and values in low-rank factors shared by neighbouring layers"
     paper: ClassVar[str] = "2503.18893"
 
     group: int = 4
-    rank_k: int = 384
-    rank_v: int = 576
+    rank_k: int | None = None
+    rank_v: int | None = None
     select: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self.group >= 1, f"xkv: group must be at least 1, got {self.group}")
-        require(self.rank_k >= 1, f"xkv: rank_k must be at least 1, got {self.rank_k}")
-        require(self.rank_v >= 1, f"xkv: rank_v must be at least 1, got {self.rank_v}")
+        for name, rank in (("rank_k", self.rank_k), ("rank_v", self.rank_v)):
+            require(rank is None or rank >= 1, f"xkv: {name} must be at least 1, got {rank}")
 
     def check(self, dims: Dims) -> None:
         require_rotary(dims, self.name)
         width = self.group * dims.width
         for name, rank in (("rank_k", self.rank_k), ("rank_v", self.rank_v)):
             require(
-                rank <= width,
+                rank is None or rank <= width,
                 f"xkv: {name}={rank} exceeds the width of {self.group} layers of this model, {width}; "
                 f"give {name}={width} or less",
             )
+
+    def ranks(self, width: int, layers: int) -> tuple[int, int]:
+        """Directions kept of the keys and values of `layers` layers of this width each: a smaller last group gets its
+        share."""
+        whole = self.group * width
+        ranks = (
+            max(round(whole * share), 1) if rank is None else rank
+            for rank, share in ((self.rank_k, _SHARE_K), (self.rank_v, _SHARE_V))
+        )
+        rank_k, rank_v = (-(-rank * layers // self.group) for rank in ranks)
+        return rank_k, rank_v
 
     def new_state(self, rope: Rope) -> DecodeCache:
         return _XKVCache(self, rope)
@@ -71,10 +87,9 @@ class XKV(SelectsChunks):
         return Bytes(self._ranks_per_token(dims) * dims.element_bytes + landmarks, 0)
 
     def memory_parts(self, dims: Dims, tokens: int) -> dict[str, Bytes]:
-        directions = self._ranks_of_layers(dims) + 2 * dims.layers  # and the means of keys and values
         parts = {
             "coefficients": Bytes(tokens * self._ranks_per_token(dims) * dims.element_bytes, 0),
-            "directions": Bytes(directions * dims.width * dims.element_bytes, 0),
+            "directions": Bytes(self._ranks_of_layers(dims) * dims.width * dims.element_bytes, 0),
         }
         if self.select:
             parts["landmarks"] = Bytes(self.landmarks(tokens) * self._landmark_bytes(dims), 0)
@@ -82,12 +97,11 @@ class XKV(SelectsChunks):
         return parts
 
     def _ranks_per_token(self, dims: Dims) -> int:
-        return sum(self.share(self.rank_k, size) + self.share(self.rank_v, size) for size in self._groups(dims))
+        return sum(sum(self.ranks(dims.width, size)) for size in self._groups(dims))
 
     def _ranks_of_layers(self, dims: Dims) -> int:
         """Summed over layers, the directions of keys and values that each one has a share of."""
-        groups = self._groups(dims)
-        return sum(size * (self.share(self.rank_k, size) + self.share(self.rank_v, size)) for size in groups)
+        return sum(size * sum(self.ranks(dims.width, size)) for size in self._groups(dims))
 
     def _landmark_bytes(self, dims: Dims) -> int:
         """One landmark of every layer, and the numbers of its chunk."""
@@ -118,7 +132,7 @@ class XKV(SelectsChunks):
     def step_flop(self, dims: Dims, tokens: int) -> int:
         flop = 0
         for size in self._groups(dims):
-            rank_k, rank_v = self.share(self.rank_k, size), self.share(self.rank_v, size)
+            rank_k, rank_v = self.ranks(dims.width, size)
             if self.select:
                 rebuilt = dims.kv_heads * self.chosen_tokens(tokens) * (rank_k + rank_v) * dims.head_dim
                 scored = dims.q_heads * self.landmarks(tokens) * dims.head_dim
@@ -136,19 +150,15 @@ class XKV(SelectsChunks):
         whole, rest = divmod(dims.layers, self.group)
         return [self.group] * whole + [rest] * (rest > 0)
 
-    def share(self, rank: int, layers: int) -> int:
-        """The rank of a group of `layers` layers: a smaller last group gets its share."""
-        return -(-rank * layers // self.group)
-
     def with_kv_bytes(self, dims: Dims, tokens: int, kv_bytes: int) -> Method:
         # Keys and values keep the proportion of their ranks.
-        width, larger = self.group * dims.width, max(self.rank_k, self.rank_v)
+        given = self.ranks(dims.width, self.group)
 
         def of(rank: int) -> Method:
-            rank_k, rank_v = (max(rank * own // larger, 1) for own in (self.rank_k, self.rank_v))
+            rank_k, rank_v = (max(rank * own // max(given), 1) for own in given)
             return replace(self, rank_k=rank_k, rank_v=rank_v)
 
-        return largest_within(of, 1, width, dims, tokens, kv_bytes)
+        return largest_within(of, 1, self.group * dims.width, dims, tokens, kv_bytes)
 
     def lossless(self, dims: Dims, tokens: int) -> Method:
         whole = self.group * dims.width
@@ -234,13 +244,13 @@ class _XKVCache(LayeredCache):
 
     def _factorise(self) -> None:
         """Put the factors of the dense layers held in their place."""
-        layers, share = len(self._prompt), self._method.share
+        layers = len(self._prompt)
         keys = [self._pre_rope(layer, kv.k) for layer, kv in self._prompt.items()]
         values = [kv.v for kv in self._prompt.values()]
-        group = (
-            low_rank.share(keys, share(self._method.rank_k, layers), values[0].dtype),
-            low_rank.share(values, share(self._method.rank_v, layers), values[0].dtype),
-        )
+        width = values[0].shape[1] * values[0].shape[3]
+        rank_k, rank_v = self._method.ranks(width, layers)
+        dtype = values[0].dtype
+        group = low_rank.share(keys, rank_k, dtype), low_rank.share(values, rank_v, dtype)
         self._groups.append(group)
         for place, (layer, kv) in enumerate(self._prompt.items()):
             self.layers[layer] = self._method.new_layer(layer, kv, LayerFactors(*group, place), self._rope)
