@@ -128,7 +128,7 @@ def test_snapkv_refuses_what_it_cannot_do(parameters, said):
 # PyramidKV
 
 
-@pytest.mark.parametrize("tokens", [40, 101, 150, 4096])
+@pytest.mark.parametrize("tokens", [40, 101, 150, 170, 4096])
 @pytest.mark.parametrize("layers", [1, 2, 3, 7, 30])
 @pytest.mark.parametrize("beta", [1, 2, 20])
 def test_pyramidkv_gives_every_layer_its_share_of_the_same_total(tokens, layers, beta):
@@ -141,6 +141,13 @@ def test_pyramidkv_gives_every_layer_its_share_of_the_same_total(tokens, layers,
         assert budgets[-1] == 16 + 84 // beta
     steps = [high - low for high, low in pairwise(budgets)]
     assert not steps or max(steps) - min(steps) <= 1, "linear but for rounding"
+
+
+@pytest.mark.parametrize(("tokens", "first"), [(100, 100), (167, 100), (168, 168), (175, 175), (181, 180), (4096, 180)])
+def test_pyramidkv_is_flat_where_its_authors_code_is(tokens, first):
+    """Up to twice what is chosen of a prompt, every layer keeps the same; the first layer never more than there is."""
+    method = PyramidKV(budget=100, window=16)
+    assert [method.layer_budget(depth, tokens) for depth in (0.0, 0.5, 1.0)] == [first, 100, 200 - first]
 
 
 def test_pyramidkv_is_snapkv_with_the_budget_of_its_depth(tiny):
