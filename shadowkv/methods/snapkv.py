@@ -3,9 +3,12 @@
 Paper: https://arxiv.org/abs/2404.14469. Known differences from the authors' code:
 - one selection per KV head, by default from the mean over its query heads (theirs repeats keys and values for every
   query head first, selects per query head and so stores a group's tokens once per query head);
-- a prompt of exactly `budget` tokens is kept whole.
-As theirs: the defaults, scores pooled with zeros beyond both ends (which lowers those of the tokens right before the
-window), and a later turn sees only what the first one's queries selected.
+- scores are pooled per query head, as theirs, and then reduced over the group. PyramidKV's authors, whose code can also
+  keep one set per KV head, reduce first; kvpress pools first. Sums and means of averages do not depend on the order,
+  nor does group_max of maxima: what does is pooling=max with group_mean or group_sum, and group_max with pooling=avg;
+- of equal scores, which pooling=max makes, the earlier token is kept; theirs leaves it to torch's `topk`.
+As theirs: the defaults, a prompt of up to `budget` tokens kept whole, averages with zeros beyond both ends (which
+lowers those of the tokens right before the window), and a later turn sees only what the first one's queries selected.
 """
 
 from __future__ import annotations
@@ -39,6 +42,10 @@ class SnapKV(EvictingMethod):
     name: ClassVar[str] = "snapkv"
     summary: ClassVar[str] = "drops prompt tokens once, keeps those its last queries attend to"
     paper: ClassVar[str] = "2404.14469"
+    compared: ClassVar[str | None] = (
+        "FasterDecoding/SnapKV@e216ddc, 2026-11-25: same tokens per head; "
+        "of groups, by mean and avg, as Zefan-Cai/KVCache-Factory@c97f9d7"
+    )
 
     window: int = 32
     kernel: int = 5
