@@ -1,18 +1,23 @@
 """H2O: keep the tokens with the most attention so far ("heavy hitters") and the newest ones, drop the rest.
 
-Paper: https://arxiv.org/abs/2306.14048. The authors' code has two ways with the prompt, and so has `evict`:
+Paper: https://arxiv.org/abs/2306.14048. There are two ways with the prompt, of which `evict` names one:
 - `post_prefill`: scores are column sums of the prompt's full causal attention, then all but the budget is dropped
-  at once (their generation code). A second pass over the prompt's queries and keys, quadratic like the first;
-- `greedy`: tokens are dropped one by one while the prompt goes by (the paper's algorithm, their evaluation code).
-  A step per prompt token and layer: seconds per 1000 tokens on a CPU.
+  at once (theirs where tokens are really dropped, `utils_real_drop`). A second pass over the prompt's queries and keys,
+  quadratic like the first;
+- `greedy`: tokens are dropped one by one while the prompt goes by (the paper's algorithm; that code, if it is given the
+  prompt token by token). A step per prompt token and layer: seconds per 1000 tokens on a CPU.
 Both look at all queries of the prompt, which the prefill therefore keeps. Known differences from the authors' code:
-- hidden states of the prompt are dense in both ways; their greedy mask also changes what later layers see;
-- greedy scores are attention over the tokens still held, as while generating and as in the paper's algorithm;
-  their mask uses attention over all tokens, and the newest ones compete for the heavy places too;
+- hidden states of the prompt are dense in both ways; dropping token by token, and their masks, also change what later
+  layers see;
+- their evaluation code masks instead of dropping, by other rules. For OPT and GPT-NeoX scores are attention over all
+  tokens, and the newest ones compete for the heavy places too; for LLaMA they are sums over the whole text, later
+  queries included. LLaMA's mask while generating (`utils_hh`) lets a token come back, and leaves out for a step the
+  one that has just left the window;
 - one set per KV head, by the mean over its query heads (their sum would choose the same); theirs is for models
   without groups, and sums the scores of a batch;
-- budget and recent are tokens, not shares of the prompt. `budget` counts the newest token: the lightest goes right
-  before a new one comes, so that no step attends to more;
+- `budget` and `recent` are tokens (in their masks shares of the prompt) and count the newest: the lightest goes right
+  before a new one comes, so that no step attends to more. A step of theirs attends to hh_size + recent_size + 1, which
+  is `budget`, and `recent` is their recent_size + 1;
 - tokens keep their true positions (their streaming variant renumbers them).
 """
 
@@ -43,6 +48,7 @@ class H2O(EvictingMethod):
     name: ClassVar[str] = "h2o"
     summary: ClassVar[str] = "drops the token with the least attention so far, outside a window of the newest"
     paper: ClassVar[str] = "2306.14048"
+    compared: ClassVar[str | None] = "FMInference/H2O@ac75c2a, 2026-11-25: same tokens in every step, both ways"
 
     recent: int | None = None
     evict: str = "post_prefill"
