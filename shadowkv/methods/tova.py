@@ -1,11 +1,12 @@
 """TOVA: when the cache is full, the token that the newest query attends to least makes room.
 
 Paper: https://arxiv.org/abs/2401.06104. Known differences from the authors' code:
-- the prompt is computed densely, and its last query then chooses what is kept at once; in a stream of tokens, each
-  prompt query would have dropped one;
-- `budget` counts the newest token: the weakest goes right before a new one comes, so that no step attends to more;
-- the newest token is never dropped by its own query.
-As theirs, one choice serves all heads of a layer, and tokens keep their true positions.
+- `budget` counts the newest token: the weakest goes right before a new one comes, so that no step attends to more
+  (theirs drops it right after, and a step attends to cache_size + 1);
+- the newest token is never dropped by its own query; theirs can be.
+As theirs, a prompt given at once is computed densely, and its last query then chooses what is kept (the paper's stream
+of tokens would have dropped one at every prompt query); one choice serves all heads of a layer, and tokens keep their
+true positions.
 """
 
 from __future__ import annotations
@@ -30,6 +31,9 @@ class TOVA(EvictingMethod):
     name: ClassVar[str] = "tova"
     summary: ClassVar[str] = "drops the token that the newest query attends to least, over all heads of a layer"
     paper: ClassVar[str] = "2401.06104"
+    compared: ClassVar[str | None] = (
+        "schwartz-lab-NLP/TOVA@9c7d09b, 2026-11-25: same tokens, where theirs keeps the newest"
+    )
 
     def __post_init__(self) -> None:
         require(self.budget >= 1, f"tova: budget must be at least 1, got {self.budget}")
