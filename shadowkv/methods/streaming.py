@@ -1,13 +1,14 @@
 """StreamingLLM: attention sinks (the first tokens) and a rolling window of the newest ones, nothing between.
 
 Paper: https://arxiv.org/abs/2309.17453. Known differences from the authors' code:
-- the prompt is computed densely and then cropped, so that deeper layers have seen tokens that are gone; theirs
-  evicts while the prompt streams in;
+- the prompt is computed densely and then cropped, so that deeper layers have seen tokens that are gone. Theirs drops
+  token by token where perplexity is measured; in their chat example room is made before each prompt, for it and its
+  answer, and nothing is dropped until the next;
 - positions inside the cache (`rerotate`) by turning only the sinks, towards the window. RoPE sees nothing but
   distances, and those within the window are the true ones in the cache as well; the authors keep all keys before
   RoPE and turn each of them at every step. Attention is the same but for rounding. Where frequencies depend on the
   sequence's length (longrope), they stay those of the whole sequence;
-- `budget` counts the newest token.
+- `budget` counts the newest token: theirs holds start_size + recent_size between steps, and a step attends to one more.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ class StreamingLLM(EvictingMethod):
     name: ClassVar[str] = "streaming"
     summary: ClassVar[str] = "the first tokens and a rolling window of the newest, nothing between"
     paper: ClassVar[str] = "2309.17453"
+    compared: ClassVar[str | None] = "mit-han-lab/streaming-llm@2e50426, 2026-11-25: same attention to 1e-5"
 
     sinks: int = 4
     rerotate: bool = True
