@@ -41,6 +41,7 @@ class XKV(SelectsChunks):
     name: ClassVar[str] = "xkv"
     summary: ClassVar[str] = "keys and values in low-rank factors shared by neighbouring layers"
     paper: ClassVar[str] = "2503.18893"
+    compared: ClassVar[str | None] = "abdelfattah-lab/xKV@bfe5d720, 2026-11-25: same keys and values"
 
     group: int = 4
     rank_k: int | None = None

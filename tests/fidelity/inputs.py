@@ -78,10 +78,8 @@ class Inputs:
     @property
     def rope(self) -> Rope:
         """The rotation of `keys`, as a method is given it."""
-        model = tiny_model(
-            "llama", head_dim=self.head_dim, rope_parameters={"rope_type": "default", "rope_theta": ROPE_THETA}
-        )
-        return Rope(model)
+        rotary = {"rope_type": "default", "rope_theta": ROPE_THETA}
+        return Rope(tiny_model("llama", num_hidden_layers=self.layers, head_dim=self.head_dim, rope_parameters=rotary))
 
 
 def rotated(x: Tensor) -> Tensor:
