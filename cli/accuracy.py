@@ -31,6 +31,7 @@ class _Prepared(AskedModel):
     """Everything that can be known, and refused, before weights are loaded."""
 
     def __init__(self, make_task: MakeTask, settings: Settings) -> None:
+        from cli.calibrations import on_calibrations
         from cli.checks import check_run
         from cli.choosing import choose, parse_budgets, parse_kv_bytes, parse_specs, with_engine
         from cli.fetching import fetch_missing
@@ -51,7 +52,8 @@ class _Prepared(AskedModel):
         if settings.kv_bytes is not None:
             longest = max(question.length_tokens for question in self.questions)
             alike = parse_kv_bytes(settings.kv_bytes, self.dims, longest)
-        self.chosen = choose(asked, alike, self.source, self.dims)
+        asked, uncalibrated = on_calibrations(asked, self, settings, make=not settings.dry_run)
+        self.chosen = choose(asked, alike, self.source, self.dims, uncalibrated)
         self.methods, self.unsupported = self.chosen.methods, self.chosen.unsupported
 
     def _chat(self) -> Chat | None:

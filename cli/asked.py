@@ -24,7 +24,7 @@ class AskedModel:
         from shadowkv.resolving import resolve
 
         assert options.model is not None, "with_model gives one"
-        self._dummy, self._trusted, self._self_check = dummy, options.trust_remote_code, options.self_check
+        self.dummy, self._trusted, self._self_check = dummy, options.trust_remote_code, options.self_check
         allowed = ",".join(options.allow_unexpected_weights or ()).split(",")
         self._allowed = [pattern.strip() for pattern in allowed if pattern.strip()]
         if dummy and (options.adapter is not None or self._allowed):
@@ -72,7 +72,7 @@ class AskedModel:
             self.source,
             device=self.device,
             dtype=self.dtype,
-            dummy=self._dummy,
+            dummy=self.dummy,
             trust_remote_code=self._trusted,
             allow_unexpected=self._allowed,
         )

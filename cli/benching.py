@@ -27,6 +27,7 @@ class Prepared(AskedModel):
     """Everything that can be known, and refused, before weights are loaded."""
 
     def __init__(self, settings: BenchSettings) -> None:
+        from cli.calibrations import on_calibrations
         from cli.choosing import choose, parse_budgets, parse_kv_bytes, parse_specs
         from evals.lengths import parse_lengths
         from shadowkv.sizes import parse_bytes
@@ -45,7 +46,8 @@ class Prepared(AskedModel):
         self.contexts = tuple(sorted(parse_lengths(asked, self.context_tokens, "--context")))
         if settings.kv_bytes is not None:
             alike = parse_kv_bytes(settings.kv_bytes, self.dims, max(self.contexts))
-        self.chosen = choose(specs, alike, self.source, self.dims)
+        specs, uncalibrated = on_calibrations(specs, self, settings, make=not settings.dry_run)
+        self.chosen = choose(specs, alike, self.source, self.dims, uncalibrated)
         self.methods, self.unsupported = self.chosen.methods, self.chosen.unsupported
         if settings.synthetic_kv:
             self._refuse_made_up_keys({_name(asked.method) for asked in specs if not asked.of_a_set})

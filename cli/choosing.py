@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from operator import methodcaller
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
@@ -105,14 +106,20 @@ def parse_kv_bytes(text: str | None, dims: Dims, tokens: int) -> list[Alike]:
     ]
 
 
-def choose(asked: Sequence[Asked], alike: Sequence[Alike], source: ModelSource, dims: Dims) -> Chosen:
-    """The methods that these specifications mean on this model.
+def choose(
+    asked: Sequence[Asked],
+    alike: Sequence[Alike],
+    source: ModelSource,
+    dims: Dims,
+    unsupported: Mapping[str, str] = MappingProxyType({}),
+) -> Chosen:
+    """The methods that these specifications mean on this model; some are known to be `unsupported`, and why.
 
     A method appears once per thing that all are given, or once if it can take none. Raises `SkvError` if none can run.
     """
     from shadowkv.errors import SkvError
 
-    chosen = Chosen()
+    chosen = Chosen(unsupported=dict(unsupported))
     for one in asked:
         method = _suggested(one.method, source, dims) if one.of_a_set else one.method
         for option, give in alike or [Alike("", lambda _: None)]:

@@ -11,16 +11,19 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from evals.sources import haystack
+from shadowkv.calibration import Calibration
 from shadowkv.engine import Engine
 from shadowkv.errors import SkvError
 from shadowkv.method import LayerKV
 from shadowkv.methods.infinigen import InfiniGen
+from shadowkv.methods.loki import Loki
 from shadowkv.names import did_you_mean
+from shadowkv.rope import Rope
 
 _MIN_TOKENS = 256
-# One layer of a text's prefill, with all queries -> what a method keeps of it.
-Learner = Callable[[LayerKV], Tensor]
-LEARNERS: Mapping[str, Learner] = MappingProxyType({InfiniGen.name: InfiniGen.calibrate})
+# The layers that methods serve of a text's prefill, by number and with all queries -> what a method keeps of them.
+Learner = Callable[[Mapping[int, LayerKV], Rope], Calibration]
+LEARNERS: Mapping[str, Learner] = MappingProxyType({InfiniGen.name: InfiniGen.calibrate, Loki.name: Loki.calibrate})
 
 
 def find_calibrated(method: str) -> Learner:
@@ -46,8 +49,10 @@ def calibration_ids(tokenizer: Any, text: str, tokens: int, context_tokens: int)
     return torch.tensor([ids[:tokens]]), {"text": source.name, "text_sha256": source.sha256, "tokens": str(tokens)}
 
 
-def calibration_of(learner: Learner, model: PreTrainedModel, ids: Tensor) -> dict[int, Tensor]:
-    """What is learnt in each layer that methods serve, by layer number, on the CPU."""
-    recording = Engine(model, record_queries=True).prefill(ids).recording
-    served = [(n, layer) for n, layer in enumerate(recording.recorded) if layer.served]
-    return {n: learner(layer.layer_kv(None, 0)).cpu() for n, layer in served}
+def calibration_of(learner: Learner, model: PreTrainedModel, ids: Tensor) -> Calibration:
+    """What is learnt of the layers that methods serve, on the CPU."""
+    engine = Engine(model, record_queries=True)
+    recording = engine.prefill(ids).recording
+    served = {n: layer.layer_kv(None, 0) for n, layer in enumerate(recording.recorded) if layer.served}
+    layers, about = learner(served, engine.rope)
+    return Calibration({n: x.cpu() for n, x in layers.items()}, about)

@@ -6,6 +6,7 @@ import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -15,6 +16,13 @@ from shadowkv.errors import SkvError
 from shadowkv.packs import skv_home
 
 _LAYER = "layer."
+
+
+class Calibration(NamedTuple):
+    """What was learned: a tensor per layer number, and what is to be said of it."""
+
+    layers: dict[int, Tensor]
+    about: dict[str, str]
 
 
 def calibration_file(method: str, name: str) -> Path:

@@ -139,6 +139,8 @@ class Setting:
 class Method(Setting, ABC):
     """A KV-cache method."""
 
+    calibration: ClassVar[str | None] = None  # the parameter that names what `skv calibrate` made of a model
+
     @property
     def core(self) -> Method:
         """The method that decodes: this one, or the one that it only adds something to."""
@@ -239,6 +241,13 @@ class Method(Setting, ABC):
     def lossless(self, dims: Dims, tokens: int) -> Method | None:
         """The setting that must equal full attention up to `tokens` held tokens, or None if there is none."""
         return None
+
+    def on_calibration(self, name: str | None) -> Method:
+        """This method on the calibration of that name, where it asks for the model's own (`skv calibrate`).
+
+        None: there can be none, because weights are random.
+        """
+        return self
 
     def check(self, dims: Dims) -> None:
         """Raise `SkvError` if these parameters cannot work on a model of this geometry."""

@@ -43,6 +43,9 @@ class Wrapper(Method):
     def with_engine(self, engine: str) -> Method:
         return replace(self, method=self.method.with_engine(engine))
 
+    def on_calibration(self, name: str | None) -> Method:
+        return replace(self, method=self.method.on_calibration(name))
+
     def new_state(self, rope: Rope) -> DecodeCache:
         return self.method.new_state(rope)
 

@@ -301,7 +301,7 @@ def test_host_memory_of_this_machine_is_read():
 
 @pytest.mark.parametrize("name", methods())
 def test_made_up_keys_cost_what_real_ones_do(engine, prompts, tokenizer, name):
-    method = at_its_bound(methods()[name]())
+    method = at_its_bound(methods()[name]()).on_calibration(None)
     if method.params().get("budget"):
         method = replace(method, budget=64)
     if name == "kivi":
@@ -636,7 +636,7 @@ def test_batches():
 
 
 @pytest.mark.parametrize(
-    "spec", ["full", "shadowkv:rank=8,budget=64", "quest:budget=64", "loki:budget=32", "kivi:group=16"]
+    "spec", ["full", "shadowkv:rank=8,budget=64", "quest:budget=64", "loki:basis=prompt,budget=32", "kivi:group=16"]
 )
 def test_latency_finds_the_parts_of_a_step(engine, prompts, tmp_path, spec):
     contender = SkvContender(engine, prompts, parse_method(spec))

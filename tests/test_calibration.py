@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -11,11 +12,15 @@ from safetensors.torch import load_file, save_file
 from tiny_models import random_prompt, tiny_model
 
 from cli.main import main
-from evals.calibrating import calibration_of, find_calibrated
+from evals.calibrating import LEARNERS, calibration_of, find_calibrated
 from shadowkv.calibration import calibration_file, save_calibration
 from shadowkv.engine import Engine
 from shadowkv.errors import SkvError
+from shadowkv.method import LayerKV
 from shadowkv.methods.infinigen import InfiniGen
+from shadowkv.methods.loki import Loki
+from shadowkv.registry import methods, parse_method
+from shadowkv.rope import Rope
 
 
 @pytest.fixture
@@ -32,7 +37,7 @@ def text(tmp_path):
 
 
 def calibrated(model, name="given", seed=9):
-    layers = calibration_of(find_calibrated("infinigen"), model, random_prompt(300, seed=seed))
+    layers = calibration_of(find_calibrated("infinigen"), model, random_prompt(300, seed=seed)).layers
     save_calibration(calibration_file("infinigen", name), layers, {"model": "tiny"})
     return layers
 
@@ -40,7 +45,7 @@ def calibrated(model, name="given", seed=9):
 @pytest.mark.parametrize("family", ["llama", "llama-mha", "gemma3", "phi3-longrope"])
 def test_every_layer_served_gets_a_rotation(family):
     model = tiny_model(family)
-    layers = calibration_of(find_calibrated("infinigen"), model, random_prompt(200))
+    layers = calibration_of(find_calibrated("infinigen"), model, random_prompt(200)).layers
     engine = Engine(model)
     assert tuple(layers) == engine.dims.layer_ids
     for turned in layers.values():
@@ -124,3 +129,116 @@ def test_texts_that_do_not_do_are_refused(home, tiny_folder, text, capsys, more,
 def test_methods_that_learn_nothing_say_so(capsys):
     assert main(["calibrate", "infinigne", "--model", "smollm2-135m"]) == 2
     assert "needs no calibration (did you mean 'infinigen'?)" in capsys.readouterr().err
+
+
+# Loki
+
+
+@pytest.mark.parametrize("family", ["llama", "llama-mqa", "gemma3", "phi3-longrope"])
+def test_components_are_orthonormal_and_of_one_kind(family):
+    model = tiny_model(family)
+    layers, about = calibration_of(find_calibrated("loki"), model, random_prompt(200))
+    dims = Engine(model).dims
+    assert tuple(layers) == dims.layer_ids
+    for rows in layers.values():
+        assert rows.shape == (dims.kv_heads, dims.head_dim, dims.head_dim)
+        torch.testing.assert_close(rows @ rows.mT, torch.eye(dims.head_dim).expand_as(rows), rtol=0, atol=1e-4)
+    assert about["components"].startswith(("of pre-RoPE keys", "of post-RoPE keys"))
+
+
+def spelled_text(*, before_rope, tokens=240, dim=32):
+    """A text whose keys have two directions, before RoPE or after, and whose queries ask for them."""
+    rope = Rope(tiny_model("llama", head_dim=dim))
+    made = torch.Generator().manual_seed(3)
+    few = torch.randn(1, 2, tokens, 2, generator=made) @ torch.randn(2, dim, generator=made)
+    q = torch.randn(1, 4, tokens, 2, generator=made) @ torch.randn(2, dim, generator=made)
+    positions = torch.arange(tokens)
+    k = rope.rotate(0, few, positions, tokens) if before_rope else few
+    q = rope.rotate(0, q, positions, tokens) if before_rope else q
+    return {0: LayerKV(k, k, q[:, :, -64:], dim**-0.5, q)}, rope
+
+
+@pytest.mark.parametrize("before_rope", [True, False])
+def test_the_kind_of_components_that_holds_more_attention_is_kept(before_rope):
+    layers, rope = spelled_text(before_rope=before_rope)
+    found, about = Loki.calibrate(layers, rope)
+    shares = {kind: float(share) for kind, share in re.findall(r"(p\w+-RoPE) (0\.\d+)", about["components"])}
+    assert set(shares) == {"pre-RoPE", "post-RoPE"}
+    assert about["components"].startswith(f"of {max(shares, key=shares.get)} keys")
+    if not before_rope:
+        keys = layers[0].k[0, 0]
+        torch.testing.assert_close((keys @ found[0][0, :2].T).norm(), keys.norm(), rtol=1e-3, atol=1e-3)
+
+
+def test_calibrated_components_rank_and_every_query_head_reads_its_own(home, tiny):
+    """With the prompt's own components as a calibration, the same tokens as `basis=prompt`."""
+    model = tiny("llama")
+    engine, prompt = Engine(model), random_prompt(200)
+    recorded = [layer.layer_kv(None, 0) for layer in engine.prefill(prompt).recording.recorded]
+    own = {n: torch.linalg.svd(kv.k[0] - kv.k[0].mean(1, keepdim=True)).Vh for n, kv in enumerate(recorded)}
+    save_calibration(calibration_file("loki", "own"), own, {"model": "tiny"})
+    logits = [
+        engine.extend(engine.replay(engine.prefill(prompt), Loki(budget=40, basis=basis)), torch.tensor([[7]]))
+        for basis in ("own", "prompt")
+    ]
+    torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-4)
+
+
+def test_a_models_own_calibration_is_asked_for_by_name_or_not_at_all():
+    assert parse_method("loki") == Loki()
+    assert Loki().on_calibration("tiny").label == "loki:basis=tiny"
+    assert Loki().on_calibration(None).label == "loki:basis=prompt"
+    assert Loki(basis="mine").on_calibration("tiny").label == "loki:basis=mine"
+    assert parse_method("loki+minference").on_calibration("tiny").label == "loki:basis=tiny+minference"
+    assert Loki().files() == Loki(basis="prompt").files() == {}
+    with pytest.raises(SkvError, match="has to be named: basis=NAME"):
+        Loki().new_state(None)
+
+
+@pytest.mark.parametrize("method", LEARNERS)
+def test_what_can_be_calibrated_names_its_parameter(home, tiny, method):
+    parameter = methods()[method].calibration
+    assert parameter in methods()[method]().params()
+    given = parse_method(f"{method}:{parameter}=given")
+    assert given.files() == {parameter: home / "calibrations" / f"{method}-given.safetensors"}
+    with pytest.raises(SkvError, match=f"no calibration 'given'; make it with: skv calibrate {method}"):
+        given.check(Engine(tiny("llama")).dims)
+    save_calibration(calibration_file(method, "given"), {0: torch.eye(3)[None]}, {"model": "another"})
+    with pytest.raises(SkvError, match="another geometry"):
+        parse_method(f"{method}:{parameter}=given").check(Engine(tiny("llama")).dims)
+
+
+@pytest.fixture
+def essays(text, monkeypatch):
+    """The essays are there, and are this text."""
+    monkeypatch.setattr("cli.calibrations.DEFAULT_TEXT", str(text))
+    monkeypatch.setattr("cli.calibrations.DEFAULT_TOKENS", 300)
+
+
+def test_a_run_makes_the_calibration_that_it_needs_once(home, essays, tiny_folder, tmp_path, capsys):
+    argv = ["eval", "niah", "--model", str(tiny_folder), "--haystack", "synthetic", "--lengths", "512", "--depths", "1"]
+    argv += ["-m", "full", "-m", "loki:budget=64", "--out", str(tmp_path / "run")]
+    assert main([*argv, "--dry-run"]) == 0
+    assert "loki:budget=64" in capsys.readouterr().out
+    assert not list(home.rglob("*.safetensors")), "a dry run makes nothing"
+    assert main(argv) == 0
+    assert "skv: calibrated loki on 300 tokens of text.txt" in capsys.readouterr().err
+    recorded = json.loads((tmp_path / "run" / "run.json").read_text())["methods"]
+    assert len(recorded["loki:basis=tiny-llama,budget=64"]["basis.sha256"]) == 64
+    assert main(argv) == 0
+    assert "calibrated" not in capsys.readouterr().err
+
+
+def test_without_a_text_a_set_goes_on_and_a_name_does_not(home, tiny_folder, tmp_path, capsys):
+    argv = ["eval", "niah", "--model", str(tiny_folder), "--haystack", "synthetic", "--lengths", "512", "--depths", "1"]
+    argv += ["--offline", "-q", "--out", str(tmp_path / "run")]
+    assert main([*argv, "-m", "full", "-m", "loki"]) == 2
+    assert "skv pull essays" in capsys.readouterr().err
+    assert main([*argv, "-m", "@retrieval", "--budget", "128"]) == 1
+    assert "unsupported: loki: " in capsys.readouterr().err
+
+
+def test_random_weights_rank_by_the_prompt(home, tiny_folder, capsys):
+    argv = ["bench", "throughput", "--model", "smollm2-135m", "--dummy", "-m", "loki", "--dry-run", "--json"]
+    assert main(argv) == 0
+    assert {row["method"] for row in json.loads(capsys.readouterr().out)["rows"]} == {"loki:basis=prompt"}

@@ -38,7 +38,11 @@ SMALL = {
         "snapkv:budget=48,window=32,kernel=7,pooling=max,reduce=group_max",
     ],
     "pyramidkv": ["pyramidkv:budget=64,window=16", "pyramidkv:budget=48,window=8,beta=2,pooling=max"],
-    "loki": ["loki:budget=48", "loki:budget=32,rank=3,reduce=group_max", "loki:budget=32,rank=16,reduce=group_sum"],
+    "loki": [
+        "loki:basis=prompt,budget=48",
+        "loki:basis=prompt,budget=32,rank=3,reduce=group_max",
+        "loki:basis=prompt,budget=32,rank=16,reduce=group_sum",
+    ],
     "streaming": [
         "streaming:budget=64",
         "streaming:budget=40,sinks=8,rerotate=false",

@@ -82,7 +82,7 @@ _SMALL = {
     "tova": {"budget": 40},
     "h2o": {"budget": 40},
     "pyramidkv": {"budget": 40},
-    "loki": {"budget": 40},
+    "loki": {"budget": 40, "basis": "prompt"},
 }
 
 
@@ -130,7 +130,7 @@ def test_the_oracle_refuses_what_means_nothing(parameters, said):
 @pytest.mark.parametrize("rank", [None, 5])
 def test_loki_ranks_by_the_first_principal_components(group, reduce, rank):
     """Components by a full SVD of the prompt's centred keys; scores of the keys as they are."""
-    stream, method = Spelled(group, steps=6), Loki(budget=20, rank=rank, reduce=reduce)
+    stream, method = Spelled(group, steps=6), Loki(basis="prompt", budget=20, rank=rank, reduce=reduce)
     true, got = stream.true_weights(), stream.weights(method)
     for kv_head in range(HEADS):
         keys = stream.k[0, kv_head].double()
@@ -154,13 +154,15 @@ def test_loki_with_all_components_is_the_oracle(head_dim):
     k, v, q = rand(1, 2, 81, head_dim, seed=1), rand(1, 2, 81, head_dim, seed=2), rand(1, 6, 81, head_dim, seed=3)
     kv = LayerKV(k[:, :, :80], v[:, :, :80], q[:, :, 16:80], SCALING)
     new = q[:, :, 80:], k[:, :, 80:], v[:, :, 80:]
-    loki, oracle = (m.new_layer(0, kv, None) for m in (Loki(budget=20, rank=head_dim), Oracle(budget=20)))
+    loki, oracle = (
+        m.new_layer(0, kv, None) for m in (Loki(basis="prompt", budget=20, rank=head_dim), Oracle(budget=20))
+    )
     torch.testing.assert_close(loki.attend(*new, SCALING), oracle.attend(*new, SCALING))
 
 
 def test_loki_ranks_alike_if_all_keys_move():
     """A bias on the keys, as Qwen2 has, moves all scores of a query by the same amount."""
-    stream, method = Spelled(3, steps=3), Loki(budget=20, rank=16)
+    stream, method = Spelled(3, steps=3), Loki(basis="prompt", budget=20, rank=16)
     before = stream.weights(method)
     stream.k = stream.k + 3 * rand(1, HEADS, 1, DIM, seed=9)
     torch.testing.assert_close(stream.weights(method), before, rtol=1e-3, atol=1e-5)

@@ -19,6 +19,7 @@ Paper: https://arxiv.org/abs/2406.19707. Known differences from the authors' cod
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -29,7 +30,7 @@ from torch import Tensor
 
 from shadowkv import ops
 from shadowkv.buffers import TokenBuffer
-from shadowkv.calibration import calibration_file, load_calibration
+from shadowkv.calibration import Calibration, calibration_file, load_calibration
 from shadowkv.dims import Bytes, Dims
 from shadowkv.layerwise import DenseLayer
 from shadowkv.method import DecodeCache, Guess, LayerKV, Method, require
@@ -52,6 +53,7 @@ class InfiniGen(Method):
     summary: ClassVar[str] = "full cache on the host, reads what the previous layer's input lets expect"
     paper: ClassVar[str] = "2406.19707"
     compared: ClassVar[str | None] = "snu-comparch/InfiniGen@3754f52d, 2026-11-25: same channels and tokens"
+    calibration: ClassVar[str | None] = "skew"
 
     budget: int = 2048
     alpha: float = 5.0
@@ -93,10 +95,9 @@ class InfiniGen(Method):
         return load_calibration(self.name, self.skew)
 
     @staticmethod
-    def calibrate(kv: LayerKV) -> Tensor:
-        """One layer's tensor of a calibration, from the prefill of a text with all its queries. [H,D,D] fp32."""
-        assert kv.q_all is not None
-        return rotation(kv.q_all, kv.k)[0]
+    def calibrate(layers: Mapping[int, LayerKV], rope: Rope) -> Calibration:
+        """[H,D,D] fp32 of each layer, from the prefill of a text with all its queries."""
+        return Calibration({n: rotation(kv.q_all, kv.k)[0] for n, kv in layers.items() if kv.q_all is not None}, {})
 
     def columns(self, head_dim: int) -> int:
         """Channels taken from queries, and again from keys."""

@@ -1,0 +1,84 @@
+"""Calibrations on the way: what methods need to know of a model is learned when it is first asked for."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cli.asked import AskedModel
+
+if TYPE_CHECKING:
+    from cli.choosing import Asked
+    from cli.options import WeightOptions
+
+DEFAULT_TEXT, DEFAULT_TOKENS = "essays", 2048
+
+
+def name_for(asked: AskedModel) -> str:
+    """What a model's own calibration is called."""
+    return asked.source.name.replace("/", "--")
+
+
+def on_calibrations(
+    specs: Sequence[Asked], asked: AskedModel, options: WeightOptions, *, make: bool
+) -> tuple[list[Asked], dict[str, str]]:
+    """Every specification on the model's own calibration, where it asks for that; and those for which none can be had.
+
+    make: learn what is not there yet. Raises `SkvError` where a method that was named cannot have its calibration.
+    """
+    from shadowkv.errors import SkvError
+
+    found: list[Asked] = []
+    missing: dict[str, str] = {}
+    for one in specs:
+        method = one.method.on_calibration(None if asked.dummy else name_for(asked))
+        if method == one.method:
+            found.append(one)
+            continue
+        there = all(path.is_file() for path in method.files().values())
+        try:
+            if make and not there:
+                tokens = min(DEFAULT_TOKENS, asked.context_tokens)
+                make_calibration(asked, options, method.core.name, DEFAULT_TEXT, tokens, name_for(asked))
+        except SkvError as error:
+            if not one.of_a_set:
+                raise
+            missing[one.spec] = str(error)
+            continue
+        found.append(one._replace(method=method) if make or there or asked.dummy else one)
+    return found, missing
+
+
+def make_calibration(asked: AskedModel, options: WeightOptions, method: str, text: str, tokens: int, name: str) -> Path:
+    """Learn what a method needs to know about a model from a text, and keep it; says so on stderr."""
+    import torch
+
+    from cli.fetching import fetch_missing
+    from cli.render import say, status
+    from evals.calibrating import calibration_ids, calibration_of, find_calibrated
+    from evals.manifest import model_entry, weight_notes
+    from shadowkv.calibration import calibration_file, save_calibration
+
+    learner = find_calibrated(method)
+    if text == "essays":
+        fetch_missing(["essays"], offline=options.offline, silent=options.silent)
+    ids, about = calibration_ids(asked.tokenizer, text, tokens, asked.context_tokens)
+    path = calibration_file(method, name)
+    with status(f"calibrating {method} on {tokens} tokens", quiet=options.quiet):
+        loaded = asked.load()
+        learned = calibration_of(learner, loaded.model, ids)
+    origin = {"model": loaded.name, "weights_sha256": loaded.weights_sha256 or "unknown"}
+    origin |= {"adapter_sha256": loaded.adapter.sha256} if loaded.adapter else {}
+    save_calibration(path, learned.layers, {**about, **learned.about, **origin})
+    if not options.quiet:
+        for note in weight_notes(model_entry(loaded)):
+            say(f"note: {note}")
+        said = "".join(f", {key} {value}" for key, value in learned.about.items())
+        say(f"calibrated {method} on {tokens} tokens of {about['text']}{said}: {path}")
+    del loaded  # before the run loads the weights for itself
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return path
