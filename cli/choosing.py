@@ -16,12 +16,15 @@ if TYPE_CHECKING:
     from shadowkv.method import Method
     from shadowkv.resolving import ModelSource
 
-# What a name with @ stands for; `all` is every method there is.
+# What a name with @ stands for; `all` is every method there is. Either way `_BESIDE` comes with its method.
 METHOD_SETS = {
     "@paper": ("full", "shadowkv", "quest", "infinigen", "loki", "snapkv", "streaming"),
     "@retrieval": ("full", "oracle", "shadowkv", "quest", "infinigen", "loki"),
     "@eviction": ("full", "snapkv", "pyramidkv", "h2o", "tova", "streaming"),
 }
+# Settings that sets list beside a method's own. In 2 bits, KIVI's default, a small model answers little by its authors'
+# code too, which says nothing about the method in 4.
+_BESIDE = {"kivi": ("kivi:bits=4",)}
 _DEFAULT = ("full", "shadowkv", "quest")
 
 
@@ -36,6 +39,11 @@ class Asked(NamedTuple):
     def given(self) -> set[str]:
         """Names of the parameters that were spelled out."""
         return set(re.findall(r"[:,]\s*(\w+)\s*=", self.spec))
+
+    @property
+    def beside(self) -> bool:
+        """Whether a set lists it as one more setting of a method: not what the user spelled out."""
+        return self.of_a_set and bool(self.given)
 
 
 class Alike(NamedTuple):
@@ -66,7 +74,8 @@ def parse_specs(specs: Sequence[str]) -> list[Asked]:
             known = ", ".join(METHOD_SETS)
             raise SkvError(f"unknown set of methods '{spec}'{did_you_mean(spec, METHOD_SETS)}; sets: all, {known}")
         members = tuple(methods()) if spec == "all" else METHOD_SETS.get(spec)
-        names = [(member, True) for member in members] if members else [(spec, not specs)]
+        listed = [setting for name in members or () for setting in (name, *_BESIDE.get(name, ()))]
+        names = [(setting, True) for setting in listed] or [(spec, not specs)]
         found += [Asked(name, parse_method(name), of_a_set) for name, of_a_set in names]
     return found
 
@@ -115,7 +124,8 @@ def choose(
 ) -> Chosen:
     """The methods that these specifications mean on this model; some are known to be `unsupported`, and why.
 
-    A method appears once per thing that all are given, or once if it can take none. Raises `SkvError` if none can run.
+    A method appears once per thing that all are given, or once if it can take none. A setting that a set lists beside
+    another is the same row where an option decides what tells them apart. Raises `SkvError` if none can run.
     """
     from shadowkv.errors import SkvError
 
@@ -128,10 +138,11 @@ def choose(
                 setting = changed or method
                 setting.check(dims)
             except SkvError as error:
-                chosen.unsupported[f"{one.spec} at {option}" if option else one.spec] = str(error)
+                if not (one.beside and str(error) in chosen.unsupported.values()):
+                    chosen.unsupported[f"{one.spec} at {option}" if option else one.spec] = str(error)
                 continue
             own = sorted(k for k in one.given if setting.params().get(k) != method.params().get(k))
-            if own:
+            if own and not one.beside:
                 raise SkvError(f"{one.spec} has a {own[0]} of its own; give that or {option.partition(' ')[0]}")
             if setting not in chosen.methods:
                 chosen.methods.append(setting)

@@ -205,6 +205,22 @@ def test_sets_name_many_methods_with_parameters_that_fit_the_model(capsys, tiny_
     assert "shadowkv:budget=256,rank=64" in methods_of_plan(capsys, *preset, "-m", "@paper")
 
 
+def test_all_lists_kivi_in_2_and_4_bits_unless_bytes_decide(capsys):
+    argv = ["eval", "niah", "--model", "smollm2-135m", "--dummy", "--haystack", "synthetic", "--lengths", "512"]
+
+    def kivi(*option):
+        return [m for m in methods_of_plan(capsys, *argv, "-m", "all", *option) if m.startswith("kivi")]
+
+    assert kivi() == kivi("--budget", "128,256") == ["kivi", "kivi:bits=4"]
+    for share, label in (("40%", "kivi:bits=8"), ("30%", "kivi:bits=4"), ("23%", "kivi")):
+        assert kivi("--kv-bytes", share) == [label]
+    assert kivi("--kv-bytes", "40%,30%") == ["kivi:bits=8", "kivi:bits=4"]
+    capsys.readouterr()
+    assert main([*argv, "-m", "all", "--kv-bytes", "20%", "--dry-run"]) == 0
+    assert capsys.readouterr().err.count("unsupported: kivi") == 1
+    assert "has a bits of its own" in mistake(capsys, *argv, "-m", "kivi:bits=4", "--kv-bytes", "55%")
+
+
 def test_one_budget_is_given_to_every_method_that_chooses(capsys, tiny_folder):
     argv = ["eval", "niah", "--model", str(tiny_folder), "--haystack", "synthetic", "--lengths", "512", "--depths", "1"]
     chosen = ["-m", "full", "-m", "quest", "-m", "shadowkv:rank=8", "-m", "kivi:group=16"]
