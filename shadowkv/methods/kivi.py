@@ -36,6 +36,7 @@ class Kivi(LayerwiseMethod):
     name: ClassVar[str] = "kivi"
     summary: ClassVar[str] = "all tokens in 2 or 4 bits, the newest ones in full precision"
     paper: ClassVar[str] = "2402.02750"
+    compared: ClassVar[str | None] = "jy-yuan/KIVI@876b4d2, 2026-11-25: the same answers but for scales in fp16"
 
     bits: int = 2
     group: int = 32
