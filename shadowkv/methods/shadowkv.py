@@ -5,6 +5,7 @@ Paper: https://arxiv.org/abs/2410.21465. Known differences from the authors' cod
   earlier step happened to hold (their fast path keeps exact keys for as long as a chunk stays selected);
 - all prompt chunks but the newest `local` ones are candidates, whatever the prompt's length;
 - outlier chunks scale with the budget (24 per 1024 tokens) instead of being 48, or 0 below a budget of 1024;
+- chunks are weighed with the model's own softmax scaling (theirs is that of heads of 128 channels, whatever they are);
 - keys are centred before the factorisation, which is by the Gram matrix in fp64 instead of a full SVD;
 - generated tokens never run out of room: the newest `window` stay exact, older ones become chunks, projected on
   the prompt's basis. They are not searched for outliers;
@@ -58,6 +59,7 @@ class ShadowKV(LayerwiseMethod, SelectsChunks):
     name: ClassVar[str] = "shadowkv"
     summary: ClassVar[str] = "low-rank keys on the device, values on the host, landmark-selected chunks rebuilt"
     paper: ClassVar[str] = "2410.21465"
+    compared: ClassVar[str | None] = "ByteDance-Seed/ShadowKV@e51904c, 2026-11-25: the same tokens and rebuilt keys"
 
     rank: int = 160
     energy: float = 0.0
