@@ -13,7 +13,7 @@ from shadowkv.engine import Engine
 from shadowkv.errors import SkvError
 from shadowkv.layerwise import DenseLayer
 from shadowkv.method import LayerKV
-from shadowkv.methods.duo import Duo, far_mass
+from shadowkv.methods.duo import Duo, far_peak
 
 HEADS, DIM, PROMPT, LAYERS = 2, 16, 90, 3
 
@@ -35,26 +35,24 @@ def built(method, layers):
     return cache
 
 
-def naive_mass(kv, head, row, sinks, recent):
+def naive_peak(kv, head, row, sinks, recent):
     """One query at a time."""
     groups, best = kv.q_tail.shape[1] // HEADS, 0.0
     for group in range(groups):
-        mass = []
         for t in range(20):
             position = PROMPT - 20 + t
             weights = (kv.k[row, head, : position + 1] @ kv.q_tail[row, head * groups + group, t] * 0.4).softmax(-1)
-            mass.append(weights[sinks : max(position + 1 - recent, sinks)].sum().item())
-        best = max(best, sum(mass) / len(mass))
+            best = max(best, weights[sinks : max(position + 1 - recent, sinks)].max().item())
     return best
 
 
 @pytest.mark.parametrize("groups", [1, 3, 4])
-def test_heads_are_chosen_by_the_mass_that_streaming_would_lose(groups):
+def test_heads_are_chosen_by_the_one_token_that_streaming_would_lose(groups):
     layers = [prompt_of(layer, groups, batch=2) for layer in range(LAYERS)]
     naive = torch.tensor(
-        [[[naive_mass(kv, head, row, 3, 30) for head in range(HEADS)] for kv in layers] for row in range(2)]
+        [[[naive_peak(kv, head, row, 3, 30) for head in range(HEADS)] for kv in layers] for row in range(2)]
     )
-    torch.testing.assert_close(torch.stack([far_mass(kv, 3, 30) for kv in layers], dim=1), naive)
+    torch.testing.assert_close(torch.stack([far_peak(kv, 3, 30) for kv in layers], dim=1), naive)
     cache = built(Duo(sinks=3, recent=30, retrieval=0.34), layers)
     for row in range(2):
         expected = {divmod(i, HEADS) for i in naive[row].flatten().topk(2).indices.tolist()}

@@ -2,8 +2,8 @@
 
 Paper: https://arxiv.org/abs/2410.10819. Known differences from the authors' code:
 - their gates are trained once per model. `heads=FILE` reads such a table (theirs: `full_attention_heads.tsv`);
-  without one, heads are scored on the prompt itself, without training: by how much of the last queries' attention
-  falls outside the sinks and the recent tokens. A KV head is worth what its best query head is worth;
+  without one, heads are judged on the prompt itself, without training: by the most that any of its last queries
+  attends to one token outside the sinks and the recent ones. A KV head is worth what its best query head is worth;
 - ties go to the earlier head; theirs are broken by noise;
 - heads keep their order and weights stay untouched; theirs are permuted at load;
 - the prefill is dense in all heads, however long; theirs is in one pass, and streams in the chunked demo.
@@ -120,7 +120,7 @@ class _DuoCache(LayeredCache):
         batch, heads = layers[0].k.shape[:2]
         gates = self._method.gates()
         if gates is None:
-            scores = torch.stack([far_mass(kv, self._method.sinks, self._method.recent) for kv in layers], dim=1)
+            scores = torch.stack([far_peak(kv, self._method.sinks, self._method.recent) for kv in layers], dim=1)
         else:
             scores = torch.tensor(gates, device=layers[0].k.device).expand(batch, -1, -1)
         count = self._method.retrieval_heads(len(layers) * heads)
@@ -188,20 +188,25 @@ class _StreamingHeads(StepwiseState):
         return Bytes(sum(buffer.nbytes() for buffer in buffers), 0)
 
 
-def far_mass(kv: LayerKV, sinks: int, recent: int) -> Tensor:
-    """Attention of the last queries to what a streaming head would not keep. [B,H] fp32, the most in each group."""
+# Of the tokens that full attention answers with, kept (17 prompts of 3k and 4k tokens: 8 NIAH, 6 RULER, 3 essays
+# gone on with; SmolLM2-135M, 2026-11-25) with 50, 25 and 10 % of the heads: 98, 98 and 97 %. By the mean over queries
+# 99, 96 and 95 %; by what streaming does to the output 98, 98 and 93 %; by attention of the mean query to the mean key
+# 98, 98 and 90 % (that of the last queries, group maximum: 99, 98 and 96 %, and it has to know RoPE); by all attention
+# outside, which diffuse heads of low layers have most of, 74, 63 and 64 %; at random 90, 74 and 66 %.
+def far_peak(kv: LayerKV, sinks: int, recent: int) -> Tensor:
+    """The most that any of the last queries attends to one token that a streaming head would not keep. [B,H] fp32."""
     batch, heads, tokens, head_dim = kv.k.shape
     observed = kv.q_tail.shape[2]
     grouped = kv.q_tail.reshape(batch, heads, -1, observed, head_dim)
     key = torch.arange(tokens, device=kv.k.device)
     query = torch.arange(tokens - observed, tokens, device=kv.k.device)[:, None]
     far = (key >= sinks) & (query - key >= recent)
-    mass = []
+    peaks = []
     for head in range(heads):  # one at a time: [B,G,observed,tokens] is large enough
         scores = (grouped[:, head] @ kv.k[:, head, None].mT).float() * kv.scaling
         weights = scores.masked_fill(key > query, float("-inf")).softmax(dim=-1)
-        mass.append((weights * far).sum(dim=-1).mean(dim=-1).amax(dim=1))
-    return torch.stack(mass, dim=1)
+        peaks.append((weights * far).flatten(1).amax(dim=1))
+    return torch.stack(peaks, dim=1)
 
 
 def _take(x: Tensor, index: Tensor) -> Tensor:
