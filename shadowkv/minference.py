@@ -4,7 +4,9 @@ Paper: https://arxiv.org/abs/2407.02490. Known differences from the authors' cod
 - what a head reads is estimated for each chunk of the prefill from the last queries of that chunk, not once from
   those of the whole prompt: later tokens influence nothing before them, and prefixes can be shared. With a chunk as
   long as the prompt (`--prefill-chunk`), or in `model.generate`, it is the authors' estimate;
-- the diagonals of a block of 64 queries are those of any of its rows, not rounded to a grid of 64 keys;
+- the diagonals of a block of 64 queries are those of any of its rows. Their kernel reads further keys where it makes up
+  whole blocks of 64, at the first token and where diagonals overlap;
+- of fewer than 100 diagonals, which are all among the nearest 100, those are read that are nearest; theirs takes any;
 - block-sparse always reads the block of the query itself, and a last, shorter block is the mean of its own tokens;
 - without a table (`heads=FILE`, in the authors' format) all heads have the same shape;
 - plain torch, one head and one block of queries at a time: memory and products are those of a sparse prefill, times
@@ -34,8 +36,10 @@ from shadowkv.reading import read_text
 
 _BLOCK_TOKENS = 64  # queries that share what they read; also the queries that estimates are made from
 _FIRST_COLUMNS, _NEAR_DIAGONALS = 30, 100  # read before any other, whatever the estimate
+_FEWEST_COLUMNS, _FEWEST_DIAGONALS = 30, 50  # read even where fewer are asked for
 
-# (first, last) position of a block of queries -> which of the tokens 0 .. last it reads, bool [last + 1].
+# (first, last) position of a block of queries -> which of the tokens 0 .. last it reads, bool [last + 1]; or each of
+# the queries, bool [last + 1 - first, last + 1].
 _Reads = Callable[[int, int], Tensor]
 
 
@@ -49,8 +53,9 @@ class _Shape(NamedTuple):
 
 @dataclass(frozen=True)
 class MInference(SparsePrefill):
-    """pattern: vertical_slash, a_shape or block_sparse · vertical, slash: columns and diagonals · sinks, local: first
-    and newest tokens of an A-shape · blocks: blocks of 64 keys · heads: file of patterns by head (auto: all alike)."""
+    """pattern: vertical_slash, a_shape or block_sparse · vertical, slash: columns and diagonals, at least 30 and 50 ·
+    sinks, local: first and newest tokens of an A-shape · blocks: blocks of 64 keys · heads: file of patterns by head
+    (auto: all alike)."""
 
     name: ClassVar[str] = "minference"
     summary: ClassVar[str] = "sparse prefill: columns and diagonals, A-shape or blocks per head"
@@ -130,8 +135,9 @@ def _attend(shape: _Shape, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> T
     outs = []
     for start, rows in zip(range(begin, k.shape[0], _BLOCK_TOKENS), q.split(_BLOCK_TOKENS), strict=True):
         positions = torch.arange(start, start + len(rows), device=q.device)
-        keys = reads(start, start + len(rows) - 1).nonzero()[:, 0]
-        seen = keys <= positions[:, None]
+        read = reads(start, start + len(rows) - 1).expand(len(rows), -1)
+        keys = read.any(dim=0).nonzero()[:, 0]
+        seen = read[:, keys] & (keys <= positions[:, None])
         outs.append(F.scaled_dot_product_attention(rows[None], k[None, keys], v[None, keys], seen[None], scale=scaling))
     return torch.cat(outs, dim=1)[0]
 
@@ -146,13 +152,18 @@ def _vertical_slash(shape: _Shape, q: Tensor, k: Tensor, scaling: float) -> _Rea
     # What a query sees at a distance of d is what the key at its position minus d gets.
     diagonals = weights.gather(1, offset.clamp(min=0)).masked_fill(offset < 0, 0).sum(dim=0)
     columns[:_FIRST_COLUMNS], diagonals[:_NEAR_DIAGONALS] = float("inf"), float("inf")
-    return _lines(tokens, ops.top_indices(columns, shape.a), ops.top_indices(diagonals, max(shape.b, 1)))
+    best_columns = ops.top_indices(columns, max(shape.a, _FEWEST_COLUMNS))
+    return _lines(tokens, best_columns, ops.top_indices(diagonals, max(shape.b, _FEWEST_DIAGONALS)))
 
 
 def _a_shape(shape: _Shape, q: Tensor, k: Tensor, scaling: float) -> _Reads:
-    """The first tokens and the newest ones."""
-    key = torch.arange(k.shape[0], device=q.device)
-    return _lines(k.shape[0], key[: shape.a], key[: max(shape.b, 1)])
+    """The first tokens and each query's newest ones."""
+
+    def reads(first: int, last: int) -> Tensor:
+        key, position = torch.arange(last + 1, device=q.device), torch.arange(first, last + 1, device=q.device)
+        return (key < shape.a) | (position[:, None] - key < max(shape.b, 1))
+
+    return reads
 
 
 def _lines(tokens: int, columns: Tensor, diagonals: Tensor) -> _Reads:

@@ -32,10 +32,8 @@ def naive_mask(method, q, k, scaling):
         columns[: i + 1] += weights
         diagonals[: i + 1] += weights.flip(0)
     columns[:30], diagonals[:100] = float("inf"), float("inf")
-    best_columns = set(columns.sort(descending=True, stable=True).indices[: method.vertical].tolist())
-    best_diagonals = set(diagonals.sort(descending=True, stable=True).indices[: method.slash].tolist())
-    if method.pattern == "a_shape":
-        best_columns, best_diagonals = set(range(method.sinks)), set(range(method.local))
+    best_columns = set(columns.sort(descending=True, stable=True).indices[: max(method.vertical, 30)].tolist())
+    best_diagonals = set(diagonals.sort(descending=True, stable=True).indices[: max(method.slash, 50)].tolist())
     for start in range(begin, tokens, 64):
         rows = range(start, min(start + 64, tokens))
         if method.pattern == "block_sparse":
@@ -48,6 +46,8 @@ def naive_mask(method, q, k, scaling):
         else:
             read = best_columns | {i - o for i in rows for o in best_diagonals}
         for i in rows:
+            if method.pattern == "a_shape":
+                read = {*range(method.sinks), *range(i - method.local + 1, i + 1)}
             for j in read:
                 if 0 <= j <= i:
                     mask[i - begin, j] = True
