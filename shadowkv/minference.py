@@ -60,6 +60,7 @@ class MInference(SparsePrefill):
     name: ClassVar[str] = "minference"
     summary: ClassVar[str] = "sparse prefill: columns and diagonals, A-shape or blocks per head"
     paper: ClassVar[str] = "2407.02490"
+    compared: ClassVar[str | None] = "microsoft/MInference@fb56c91, 2026-11-25: the same columns, diagonals and blocks"
 
     pattern: str = "vertical_slash"
     vertical: int = 1000

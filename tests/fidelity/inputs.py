@@ -10,6 +10,7 @@ from tiny_models import tiny_model
 from torch import Tensor
 
 from shadowkv.method import LayerKV, Method
+from shadowkv.prefills import SparsePrefill
 from shadowkv.rope import Rope
 
 ROPE_THETA = 10000.0
@@ -118,3 +119,22 @@ def attended(method: Method, given: Inputs) -> list[list[list[list[int]]]]:
     """The tokens that each query head attends to: by step, layer and head, ascending."""
     assert given.unit_values
     return [[[head.nonzero()[:, 0].tolist() for head in layer] for layer in step] for step in answered(method, given)]
+
+
+def read(prefill: SparsePrefill, given: Inputs, queries: list[int]) -> list[list[list[list[list[int]]]]]:
+    """The tokens that these queries of the prompt read: by layer, head and query, first and last of each run."""
+    n, width, heads = given.prompt_tokens, given.head_dim, given.kv_heads
+    layers = []
+    for q, k in zip(given.queries[..., :n, :], given.keys[..., :n, :], strict=True):
+        # Unit values, as many channels of them at a time as there are.
+        units = torch.eye(n, -(-n // width) * width).split(width, dim=1)
+        parts = [prefill.attention(0, q, k, unit.expand(1, heads, n, width), given.scaling) for unit in units]
+        weights = torch.cat(parts, dim=-1)[0, :, queries, :n]
+        layers.append([[runs(weight > 0) for weight in head] for head in weights])
+    return layers
+
+
+def runs(chosen: Tensor) -> list[list[int]]:
+    """First and last index of every run of True. chosen bool [n]."""
+    edges = torch.nn.functional.pad(chosen.int(), (1, 1)).diff()
+    return torch.stack(((edges == 1).nonzero()[:, 0], (edges == -1).nonzero()[:, 0] - 1), dim=1).tolist()

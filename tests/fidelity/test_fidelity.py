@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from inputs import Inputs, answered, attended
+from inputs import Inputs, answered, attended, read
 
-from shadowkv.registry import methods, parse_method
+from shadowkv.registry import methods, parse_method, prefills
 
 HERE = Path(__file__).parent
 CASES = sorted(HERE.glob("*.json"))
@@ -25,20 +25,33 @@ def load(path):
     return case, Inputs(**case["input"])
 
 
+def subject(label):
+    """The method that a file is about, or the prefill of `full+prefill`."""
+    method = parse_method(label)
+    return method.prefill or method.core
+
+
+def chosen(label, case, given):
+    """Which tokens a setting chooses, as the file lists them: of each step, or of the prompt."""
+    method = parse_method(label)
+    return read(method.prefill, given, case["queries"]) if "read" in case else attended(method, given)
+
+
 def agrees(label, case, given):
     """Whether a setting gives what the file says."""
-    method = parse_method(label)
-    if "attended" in case:
-        return attended(method, given) == case["attended"]
-    return torch.allclose(answered(method, given), torch.tensor(case["answers"]), rtol=0, atol=case["within"])
+    if "answers" not in case:
+        return chosen(label, case, given) == case.get("attended", case.get("read"))
+    return torch.allclose(
+        answered(parse_method(label), given), torch.tensor(case["answers"]), rtol=0, atol=case["within"]
+    )
 
 
 @pytest.mark.parametrize("path", CASES, ids=lambda path: path.stem)
 def test_a_method_gives_what_its_authors_code_gave(path):
     case, given = load(path)
-    assert path.stem.split("-")[0] == parse_method(case["method"]).core.name
-    if "attended" in case:
-        assert attended(parse_method(case["method"]), given) == case["attended"]
+    assert path.stem.split("-")[0] == subject(case["method"]).name
+    if "answers" not in case:
+        assert chosen(case["method"], case, given) == case.get("attended", case.get("read"))
     else:
         expected = torch.tensor(case["answers"])
         torch.testing.assert_close(answered(parse_method(case["method"]), given), expected, rtol=0, atol=case["within"])
@@ -55,7 +68,7 @@ def test_another_rule_would_not_pass_for_it(path):
 def test_the_method_names_the_comparison(path):
     """The class says which revision of whose code was compared, when and how well they agree."""
     case, _ = load(path)
-    said = methods()[path.stem.split("-")[0]].compared
+    said = type(subject(case["method"])).compared
     assert said is not None
     for part in ("repository", "revision", "date"):
         assert case["compared"][part] in said
@@ -65,6 +78,6 @@ def test_the_method_names_the_comparison(path):
 def test_a_method_without_a_file_is_listed_as_not_compared():
     """`skv methods` shows `compared`: it may say something only where a file here holds the method to it."""
     held = {path.stem.split("-")[0] for path in CASES}
-    for name, cls in methods().items():
+    for name, cls in {**methods(), **prefills()}.items():
         assert (cls.compared is not None) == (name in held), name
         assert cls.compared is None or name not in OURS
