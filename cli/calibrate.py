@@ -24,7 +24,9 @@ def calibrate(
     text: Annotated[str, typer.Option(help="essays (skv pull essays), synthetic, or a .txt, .json, .jsonl file.")] = (
         "essays"
     ),
-    tokens: Annotated[int, typer.Option(help="Tokens of the text to use.")] = 2048,
+    tokens: Annotated[
+        int | None, typer.Option(help="Tokens of the text to use (4096, or the model's context).")
+    ] = None,
     name: Annotated[str | None, typer.Option(help="What to call the result (the model's name).")] = None,
 ) -> int:
     """Compute from a text what a method needs to know about a model, and keep it under $SKV_HOME."""

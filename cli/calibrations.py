@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from cli.choosing import Asked
     from cli.options import WeightOptions
 
-DEFAULT_TEXT, DEFAULT_TOKENS = "essays", 2048
+# Loki's kinds of components are told apart by a text of 4096 tokens and not yet by 2048, on SmolLM2.
+DEFAULT_TEXT, DEFAULT_TOKENS = "essays", 4096
 
 
 def name_for(asked: AskedModel) -> str:
@@ -40,8 +41,7 @@ def on_calibrations(
         there = all(path.is_file() for path in method.files().values())
         try:
             if make and not there:
-                tokens = min(DEFAULT_TOKENS, asked.context_tokens)
-                make_calibration(asked, options, method.core.name, DEFAULT_TEXT, tokens, name_for(asked))
+                make_calibration(asked, options, method.core.name, DEFAULT_TEXT, None, name_for(asked))
         except SkvError as error:
             if not one.of_a_set:
                 raise
@@ -51,8 +51,13 @@ def on_calibrations(
     return found, missing
 
 
-def make_calibration(asked: AskedModel, options: WeightOptions, method: str, text: str, tokens: int, name: str) -> Path:
-    """Learn what a method needs to know about a model from a text, and keep it; says so on stderr."""
+def make_calibration(
+    asked: AskedModel, options: WeightOptions, method: str, text: str, tokens: int | None, name: str
+) -> Path:
+    """Learn what a method needs to know about a model from a text, and keep it; says so on stderr.
+
+    tokens: of the text; None for the usual number, or the model's context.
+    """
     import torch
 
     from cli.fetching import fetch_missing
@@ -62,6 +67,7 @@ def make_calibration(asked: AskedModel, options: WeightOptions, method: str, tex
     from shadowkv.calibration import calibration_file, save_calibration
 
     learner = find_calibrated(method)
+    tokens = min(DEFAULT_TOKENS, asked.context_tokens) if tokens is None else tokens
     if text == "essays":
         fetch_missing(["essays"], offline=options.offline, silent=options.silent)
     ids, about = calibration_ids(asked.tokenizer, text, tokens, asked.context_tokens)
