@@ -1,7 +1,7 @@
 """Every method does what its authors' rule says: on seeded inputs, the tokens or values that their own code gave.
 
 Each JSON file beside this one holds numbers that came out of the authors' code (or, where it cannot run here, out of
-their rule written down again), with the revision and the way they were made. CONTRIBUTING says how to make one.
+their rule written down again), with the revision and the way they were made. CONTRIBUTING.md says how to make one.
 """
 
 from __future__ import annotations
