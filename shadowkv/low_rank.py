@@ -1,9 +1,11 @@
 """Rank-r approximation of keys before RoPE, and of values, by eigendecomposition of their Gram matrix.
 
 The Gram matrix is W x W however long the prompt is, and a sum over its tokens: no SVD of [S, W] is ever taken, nor does
-the prompt have to be there as a whole. Whether the fit is affine (around the mean of the tokens) or linear is for the
-method to say: the affine one has the smaller error as a matrix, but takes the norm of short rows away, such as the
-first token's value, which much attention goes to.
+the prompt have to be there as a whole. What is kept of keys or values is a linear fit, as in the authors' codes: one
+around the mean has the smaller error as a matrix and the larger one after attention, because it spoils short rows, such
+as the first token's, which much attention goes to. On SmolLM2 at 4k and rank 32, with no token kept exact, the
+divergence from full attention (KL, three needle prompts and a text) is 0.25, 0.22, 0.18 and 0.78 around the mean, and
+0.02, 0.02, 0.03 and 0.28 around zero.
 """
 
 from __future__ import annotations
@@ -21,44 +23,36 @@ from shadowkv.ranges import ranged
 BLOCK_TOKENS = 8192  # what is made of a prompt in fp32 at a time
 
 
-class Basis(NamedTuple):
-    """x ~ coefficients @ vectors + mean, for x [B,n,W]."""
+def fit(blocks: Iterable[Tensor], rank: int, energy: float = 0.0, *, centred: bool = False) -> Tensor:
+    """The best `rank` directions or, given `energy`, as many as hold that share of the squared norm. fp32 [B,r,W].
 
-    vectors: Tensor  # [B,r,W] orthonormal rows
-    mean: Tensor  # [B,1,W]
-
-    def project(self, x: Tensor) -> Tensor:
-        """Coefficients of x. [B,n,W] -> [B,n,r], fp32."""
-        return (x.float() - self.mean.float()) @ self.vectors.float().mT
-
-
-def fit(blocks: Iterable[Tensor], rank: int, energy: float = 0.0, centred: bool = True) -> Basis:
-    """The best basis of `rank` directions or, given `energy`, of as many as hold that share of the squared norm.
-
-    centred: around the mean of the tokens; otherwise around zero, which is then the mean of the basis.
-    blocks: x [B,n,W], in pieces along n. Products are accumulated in fp64, so that small singular values survive being
-    squared. Directions beyond the rank of x are arbitrary but orthonormal.
+    blocks: x [B,n,W], in pieces along n; x ~ (x @ directions.mT) @ directions. Rows are orthonormal, the strongest
+    first. Products are accumulated in fp64, so that small singular values survive being squared. Directions beyond the
+    rank of x are arbitrary but orthonormal. centred: of x less the mean of its tokens, which is principal components.
     """
     pieces = iter(blocks)
     first = next(pieces).double()
     # What is squared stays small around a point near the mean, which is known only at the end.
-    origin = first.mean(dim=1, keepdim=True)
+    origin = first.mean(dim=1, keepdim=True) if centred else torch.zeros_like(first[:, :1])
     total, gram, tokens = torch.zeros_like(origin), torch.zeros_like(origin.mT @ origin), 0
     for block in chain([first], pieces):
         shifted = block.double() - origin
         total += shifted.sum(dim=1, keepdim=True)
         gram += shifted.mT @ shifted
         tokens += shifted.shape[1]
-    offset = total / tokens
-    gram -= tokens * offset.mT @ offset
-    mean = origin + offset
-    if not centred:
-        gram += tokens * mean.mT @ mean
-        mean = torch.zeros_like(mean)
+    if centred:
+        offset = total / tokens
+        gram -= tokens * offset.mT @ offset
     values, vectors = torch.linalg.eigh(gram)
     if energy:
         rank = _rank_for(values.flip(-1), energy)
-    return Basis(vectors.flip(-1)[..., :rank].mT.float().contiguous(), mean.float())
+    directions: Tensor = vectors.flip(-1)[..., :rank].mT.float().contiguous()
+    return directions
+
+
+def project(x: Tensor, directions: Tensor) -> Tensor:
+    """Coefficients of x [B,n,W] on rows of directions [B,r,W]. fp32 [B,n,r]."""
+    return x.float() @ directions.float().mT
 
 
 def _rank_for(descending: Tensor, energy: float) -> int:
@@ -103,7 +97,7 @@ class SharedFactors(NamedTuple):
 
 
 def share(layers: list[Tensor], rank: int, dtype: torch.dtype) -> SharedFactors:
-    """The best linear factors of the layers side by side. layers [B,H,n,D] each."""
+    """The best factors of the layers side by side. layers [B,H,n,D] each."""
     side_by_side = torch.cat([x.float().transpose(1, 2).flatten(2) for x in layers], dim=2)
-    basis = fit(side_by_side.split(BLOCK_TOKENS, dim=1), rank, centred=False)
-    return SharedFactors(basis.project(side_by_side).to(dtype), basis.vectors.to(dtype), len(layers))
+    vectors = fit(side_by_side.split(BLOCK_TOKENS, dim=1), rank)
+    return SharedFactors(project(side_by_side, vectors).to(dtype), vectors.to(dtype), len(layers))

@@ -183,19 +183,19 @@ def page_bounds(q: Tensor, low: Tensor, high: Tensor) -> Tensor:
 
 
 @ranged("rebuild")
-def rebuild(coefficients: Tensor, vectors: Tensor, mean: Tensor, index: Tensor) -> Tensor:
+def rebuild(coefficients: Tensor, vectors: Tensor, index: Tensor) -> Tensor:
     """Pre-RoPE keys of the chosen tokens from their low-rank factors.
 
-    coefficients [B,n,r] (shared by the heads), vectors [B,r,W], mean [B,1,W], index [B,H,s] -> [B,H,s,D].
+    coefficients [B,n,r] (shared by the heads), vectors [B,r,W], index [B,H,s] -> [B,H,s,D].
     """
-    return expand(gather_shared(coefficients, index), vectors, mean)
+    return expand(gather_shared(coefficients, index), vectors)
 
 
-def expand(rows: Tensor, vectors: Tensor, mean: Tensor) -> Tensor:
-    """Keys of each head from rows of coefficients. rows [B,H,s,r], vectors [B,r,W], mean [B,1,W] -> [B,H,s,D]."""
+def expand(rows: Tensor, vectors: Tensor) -> Tensor:
+    """Keys of each head from rows of coefficients. rows [B,H,s,r], vectors [B,r,W] -> [B,H,s,D]."""
     batch, heads, _, rank = rows.shape
     by_head = vectors.reshape(batch, rank, heads, -1).transpose(1, 2)
-    return rows @ by_head + mean.reshape(batch, 1, heads, -1).transpose(1, 2)
+    return rows @ by_head
 
 
 def gather_shared(x: Tensor, index: Tensor) -> Tensor:

@@ -134,8 +134,7 @@ class ResidentLayer(SteadyState):
 
     def _key_factors(self, rows: slice) -> Factors:
         coefficients, *scale = (part.data[rows] for part in self._coefficients)
-        vectors, mean = self._factors.basis
-        return Factors(coefficients, scale[0] if scale else None, vectors[rows], mean[rows])
+        return Factors(coefficients, scale[0] if scale else None, self._factors.vectors[rows])
 
     def _rotary(self, like: Tensor) -> RotaryTable:
         longest = max(row.tokens for row in self._lengths.rows)

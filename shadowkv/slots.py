@@ -34,15 +34,14 @@ class Regions(NamedTuple):
 
 
 class Factors(NamedTuple):
-    """Low-rank keys of one layer: pre-RoPE key of token t and head h ~ (scale_t *) coefficients_t @ vectors_h + mean_h.
+    """Low-rank keys of one layer: pre-RoPE key of token t and head h ~ (scale_t *) coefficients_t @ vectors_h.
 
-    coefficients [B,n,r] in the keys' dtype, or int8 with scale [B,n,1] fp16; vectors [B,r,W]; mean [B,1,W].
+    coefficients [B,n,r] in the keys' dtype, or int8 with scale [B,n,1] fp16; vectors [B,r,W].
     """
 
     coefficients: Tensor
     scale: Tensor | None
     vectors: Tensor
-    mean: Tensor
 
 
 @ranged("selection")
@@ -97,8 +96,7 @@ def fill_keys(factors: Factors, rotary: RotaryTable, held: Tensor, fill: Tensor,
     if factors.scale is not None:
         coefficients = coefficients * factors.scale[rows, index].float()
     by_head = factors.vectors.unflatten(2, (heads, -1)).transpose(1, 2).float()
-    keys = coefficients @ by_head + factors.mean.unflatten(2, (heads, -1)).transpose(1, 2).float()
-    _write(out, rotary.rotate(keys, index).to(out.dtype), target, filled)
+    _write(out, rotary.rotate(coefficients @ by_head, index).to(out.dtype), target, filled)
 
 
 @ranged("attention")

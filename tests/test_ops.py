@@ -117,42 +117,41 @@ def spectrum(rank, rows=400, width=24, seed=0):
 
 
 def test_low_rank_error_is_the_tail_of_the_spectrum():
-    x, _ = spectrum(24)
-    centred = (x - x.mean(1, keepdim=True)).double()
-    values = torch.linalg.svdvals(centred[0])
+    x, values = spectrum(24)
     errors = []
     for rank in (1, 4, 12, 23, 24):
-        basis = low_rank.fit([x], rank)
-        rebuilt = basis.project(x) @ basis.vectors + basis.mean
+        directions = low_rank.fit([x], rank)
+        rebuilt = low_rank.project(x, directions) @ directions
         errors.append((x - rebuilt).norm().item())
         assert errors[-1] == pytest.approx(values[rank:].square().sum().sqrt().item(), abs=2e-5)
     assert errors == sorted(errors, reverse=True)
     assert errors[-1] < 1e-4
 
 
-def test_centring_absorbs_a_bias_at_no_rank():
+def test_principal_components_do_not_see_a_bias():
     x, _ = spectrum(4)
-    basis = low_rank.fit([x + 100.0], 4)
-    rebuilt = basis.project(x + 100.0) @ basis.vectors + basis.mean
-    assert ((x + 100.0 - rebuilt).norm() / x.norm()).item() < 1e-3
+    with_bias, without = (low_rank.fit([y], 4, centred=True) for y in (x + 100.0, x))
+    torch.testing.assert_close(with_bias.mT @ with_bias, without.mT @ without, rtol=0, atol=1e-4)
+    biased = low_rank.fit([x + 100.0], 1)
+    assert biased.abs().std().item() < 1e-3, "around zero the bias is the first direction"
 
 
 def test_a_prompt_in_pieces_has_the_basis_of_the_whole():
     x = spectrum(24)[0] + 100.0
     x[:, 100:] += rand(1, 1, x.shape[-1], seed=9)  # the mean of the first piece is not that of all
-    whole = low_rank.fit([x], 12)
-    for pieces in (x.split(7, dim=1), x.split(100, dim=1), [x[:, :1], x[:, 1:]]):
-        basis = low_rank.fit(iter(pieces), 12)
-        torch.testing.assert_close(basis.mean, whole.mean)
-        projected = [b.project(x) @ b.vectors for b in (basis, whole)]
-        torch.testing.assert_close(*projected, rtol=1e-4, atol=1e-4)
+    for centred in (True, False):
+        whole = low_rank.fit([x], 12, centred=centred)
+        for pieces in (x.split(7, dim=1), x.split(100, dim=1), [x[:, :1], x[:, 1:]]):
+            directions = low_rank.fit(iter(pieces), 12, centred=centred)
+            projected = [low_rank.project(x, d) @ d for d in (directions, whole)]
+            torch.testing.assert_close(*projected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("energy", [0.5, 0.9, 0.99, 1.0])
 def test_energy_picks_the_smallest_sufficient_rank(energy):
     x, _ = spectrum(24)
-    values = torch.linalg.svdvals((x - x.mean(1, keepdim=True)).double()[0]).square()
-    rank = low_rank.fit([x], 1, energy).vectors.shape[1]
+    values = torch.linalg.svdvals(x.double()[0]).square()
+    rank = low_rank.fit([x], 1, energy).shape[1]
     assert values[:rank].sum() >= energy * values.sum() * (1 - 1e-9)
     assert rank == 1 or values[: rank - 1].sum() < energy * values.sum()
 
@@ -161,19 +160,17 @@ def test_small_singular_values_survive_the_gram_matrix():
     """fp32 products would lose everything below 1e-4 of the largest value."""
     x, _ = spectrum(24)
     x = x + 1e4 * rand(1, 400, 1, seed=5)  # one huge direction that every column takes part in
-    centred = (x - x.mean(1, keepdim=True)).double()
-    best = torch.linalg.svdvals(centred[0])[20:].square().sum().sqrt().item()
-    basis = low_rank.fit([x], 20)
-    vectors = basis.vectors.double()
-    left_over = centred - centred @ vectors.mT @ vectors
+    best = torch.linalg.svdvals(x[0].double())[20:].square().sum().sqrt().item()
+    vectors = low_rank.fit([x], 20).double()
+    left_over = x.double() - x.double() @ vectors.mT @ vectors
     assert left_over.norm().item() == pytest.approx(best, rel=0.02)
 
 
 def test_rebuild_gathers_rows_for_each_head():
-    coefficients, vectors, mean = rand(2, 20, 3), rand(2, 3, 8, seed=1), rand(2, 1, 8, seed=2)
+    coefficients, vectors = rand(2, 20, 3), rand(2, 3, 8, seed=1)
     index = torch.randint(0, 20, (2, 2, 5), generator=torch.Generator().manual_seed(3))
-    dense = (coefficients @ vectors + mean).view(2, 20, 2, 4).transpose(1, 2)
-    torch.testing.assert_close(ops.rebuild(coefficients, vectors, mean, index), ops.gather_tokens(dense, index))
+    dense = (coefficients @ vectors).view(2, 20, 2, 4).transpose(1, 2)
+    torch.testing.assert_close(ops.rebuild(coefficients, vectors, index), ops.gather_tokens(dense, index))
 
 
 def test_token_buffer_never_writes_to_what_it_was_given():

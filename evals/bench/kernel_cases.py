@@ -124,7 +124,6 @@ def key_inputs(case: Case, rotary: RotaryTable) -> dict[str, Any]:
             parts[0],
             parts[1] if len(parts) > 1 else None,
             case.randn(case.batch, case.rank, case.width) / case.rank**0.5,
-            case.randn(case.batch, 1, case.width),
         ),
         "rotary": rotary,
     }

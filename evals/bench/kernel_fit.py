@@ -21,19 +21,18 @@ def factorisation(case: Case) -> Subject:
     mixing = torch.linalg.qr(torch.randn(case.width, case.width, device=case.device)).Q
     x = (torch.randn(1, case.tokens, case.width, device=case.device) * decay) @ mixing
     rank = min(case.rank, case.width)
-    centred = (x - x.mean(dim=1, keepdim=True))[0]
 
     def by_svd() -> Tensor:
-        directions: Tensor = torch.linalg.svd(centred, full_matrices=False).Vh
+        directions: Tensor = torch.linalg.svd(x[0], full_matrices=False).Vh
         return directions[:rank]
 
     return Subject(
-        (lambda: low_rank.fit(x.split(low_rank.BLOCK_TOKENS, dim=1), rank).vectors[0],),
+        (lambda: low_rank.fit(x.split(low_rank.BLOCK_TOKENS, dim=1), rank)[0],),
         (by_svd,),
         _EXCESS_BOUND,
         besides=(Way("torch.linalg.svd", lambda: [by_svd], False),),
         capturable=False,
-        error=partial(_excess_error, centred),
+        error=partial(_excess_error, x[0]),
     )
 
 

@@ -6,7 +6,7 @@ parts. Of what it reads by index they are the rows that are asked for, those tha
 - chunk_scores: landmarks and queries, scores. choose_chunks: scores and chunk numbers, the chosen ones.
 - plan_fill: chosen and held chunks, held chunks and slots to fill.
 - fill_values: stored bytes of the missed tokens, over the link to the host; not what is then written on the device.
-- fill_keys: coefficients (and scales) of the missed tokens, directions and mean, cos and sin; the keys. Its FLOP are
+- fill_keys: coefficients (and scales) of the missed tokens, directions, cos and sin; the keys. Its FLOP are
   those of one product: the second one, which takes the place of exchanging channels for RoPE, is not counted.
 - attend_resident: queries, and keys and values in use; outputs. FLOP: 4 per query head, position and channel.
 - page_bounds: extremes of all pages and queries, bounds. attend_pages: queries, keys and values of the pages that any
@@ -132,7 +132,7 @@ def _keys(work: Workload, kernels: Any, coding: str) -> Subject:
     places = len(number.unique()) * case.chunk
     written = number.numel() * case.chunk * case.head_dim
     of_token = [part[0, 0].nbytes for part in (factors.coefficients, factors.scale) if part is not None]
-    read = asked * sum(of_token) + factors.vectors.nbytes + factors.mean.nbytes
+    read = asked * sum(of_token) + factors.vectors.nbytes
     read += places * (rotary.cos[0].nbytes + rotary.sin[0].nbytes)
     return Subject(
         (partial(kernels.fill_keys, factors, rotary, *plan.values()),),

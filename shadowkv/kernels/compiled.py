@@ -68,7 +68,7 @@ def variants(dtype: str, head_dim: int) -> Iterator[Variant]:
     for coded, coefficients, scales in ((0, dtype, dtype), (1, "i8", "fp16")):
         yield Variant(
             rebuild_chunks,
-            {"coefficients": coefficients, "scales": scales, "vectors": dtype, "mean": dtype, **table, **placed},
+            {"coefficients": coefficients, "scales": scales, "vectors": dtype, **table, **placed},
             {"CODED": coded, "TOKENS": tokens_at_once(head_dim), "RANK": 32, "HEAD_DIM": head_dim, **plain},
             8,
         )

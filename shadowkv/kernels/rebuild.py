@@ -24,7 +24,6 @@ def rebuild_chunks(
     coefficients,
     scales,
     vectors,
-    mean,
     cos,
     sin,
     pair,
@@ -42,7 +41,6 @@ def rebuild_chunks(
     coefficients_b,
     scales_b,
     vectors_b,
-    mean_b,
     held_b,
     held_h,
     out_b,
@@ -84,9 +82,6 @@ def rebuild_chunks(
         if CODED:
             scale = tl.load(scales + batch * scales_b + token, mask=filled, other=0.0).to(tl.float32)
             own, mixed = own * scale[:, None], mixed * scale[:, None]
-        centre = mean + batch * mean_b + head * head_dim
-        own += tl.load(centre + d, mask=known, other=0.0).to(tl.float32)[None, :]
-        mixed += tl.load(centre + other, mask=known, other=0.0).to(tl.float32)[None, :]
         turn = tl.load(sign + d, mask=known, other=0.0)
         angle = token[:, None] * pairs + tl.load(pair + d, mask=known, other=0)[None, :]
         rotated = filled[:, None] & (turn != 0.0)[None, :]
@@ -111,9 +106,9 @@ def fill_keys(factors: Factors, rotary: RotaryTable, held: Tensor, fill: Tensor,
     scale = factors.coefficients if factors.scale is None else factors.scale
     tokens = tokens_at_once(head_dim)
     rebuild_chunks[(batch * heads, triton.cdiv(slots * chunk, tokens))](
-        factors.coefficients, scale, factors.vectors, factors.mean, *rotary, held, fill, out,
+        factors.coefficients, scale, factors.vectors, *rotary, held, fill, out,
         heads, slots, chunk, rank, head_dim, rotary.cos.shape[1],
-        *rows_of(factors.coefficients, 2), *rows_of(scale, 2), *rows_of(factors.vectors, 2), *rows_of(factors.mean, 2),
+        *rows_of(factors.coefficients, 2), *rows_of(scale, 2), *rows_of(factors.vectors, 2),
         *rows_of(held, 1), *rows_of(out, 2),
         CODED=factors.scale is not None, TOKENS=tokens, RANK=_BLOCK_RANK, HEAD_DIM=padded(head_dim),
         INTERPRETED=interpreted(), num_warps=8,

@@ -10,8 +10,6 @@ Paper: https://arxiv.org/abs/2406.02542. Known differences from the authors' cod
 - `budget` is in tokens; theirs is a share of the context (a quarter);
 - the projected keys are a copy beside the full ones, which stay as they are; theirs turns the full keys and reads
   their first columns, which costs no memory but strided reads;
-- a prompt's own keys are centred before the projection, which moves all scores of a query alike and so changes no
-  weight.
 As theirs, each query head ranks for itself and the newest token is a candidate like any other.
 """
 
@@ -100,7 +98,7 @@ class Loki(LayerwiseMethod):
             kinds["pre-RoPE"] = {n: _unrotated(rope, n, kv.k) for n, kv in layers.items()}
         found, mass = {}, {}
         for kind, keys in kinds.items():
-            found[kind] = {n: _components(k[:, :, : _fitted(k)], k.shape[3]).vectors for n, k in keys.items()}
+            found[kind] = {n: _components(k[:, :, : _fitted(k)], k.shape[3]) for n, k in keys.items()}
             mass[kind] = fmean(_mass_held(kv, found[kind][n]) for n, kv in layers.items())
         best = max(mass, key=mass.__getitem__)
         masses = ", ".join(f"{kind} {share:.3f}" for kind, share in mass.items())
@@ -126,7 +124,7 @@ class Loki(LayerwiseMethod):
 
     def memory_parts(self, dims: Dims, tokens: int) -> dict[str, Bytes]:
         heads, rank = dims.layers * dims.kv_heads, self.rank_for(dims.head_dim)
-        basis = heads * (rank + 1) * dims.head_dim * 4  # components and mean of the keys, fp32
+        basis = heads * rank * dims.head_dim * 4  # fp32
         return {
             "keys and values": Bytes(tokens * dims.full_bytes_per_token, 0),
             "projected keys": Bytes(heads * tokens * rank * dims.element_bytes + basis, 0),
@@ -159,13 +157,12 @@ class _LokiLayer(StepwiseState):
         if method.basis == _PROMPT:
             self._basis = _components(kv.k, rank)
         else:
-            rows = method.components[layer][:, :rank].to(kv.k.device).repeat(kv.k.shape[0], 1, 1)
-            self._basis = low_rank.Basis(rows, torch.zeros_like(rows[:, :1]))
+            self._basis = method.components[layer][:, :rank].to(kv.k.device).repeat(kv.k.shape[0], 1, 1)
         self._projected = TokenBuffer(self._project(kv.k), axis=2)
 
     def _project(self, k: Tensor) -> Tensor:
         """[B,H,n,D] -> [B,H,n,r]."""
-        return self._basis.project(k.flatten(0, 1)).view(*k.shape[:3], -1).to(k.dtype)
+        return low_rank.project(k.flatten(0, 1), self._basis).view(*k.shape[:3], -1).to(k.dtype)
 
     def step(self, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
         self._k.append(k)
@@ -181,19 +178,19 @@ class _LokiLayer(StepwiseState):
     def _best(self, q: Tensor, scaling: float) -> Tensor:
         """The tokens to attend to, for each list of a KV head. [B,H,L,s]."""
         by_group = q.reshape(q.shape[0] * self._k.view.shape[1], -1, q.shape[-1])
-        q_projected = (by_group.float() @ self._basis.vectors.mT).view(*q.shape[:3], -1)
+        q_projected = (by_group.float() @ self._basis.mT).view(*q.shape[:3], -1)
         # Weights and not scores, which have no common zero that would let heads of a group be compared.
         weights = self._reduce(ops.attention_weights(q_projected, self._projected.view, scaling))
         return ops.top_indices(weights, self._budget)
 
     def nbytes(self) -> Bytes:
         buffers = sum(buffer.nbytes() for buffer in (self._k, self._v, self._projected))
-        return Bytes(buffers + sum(t.nbytes for t in self._basis), 0)
+        return Bytes(buffers + self._basis.nbytes, 0)
 
 
-def _components(k: Tensor, rank: int) -> low_rank.Basis:
-    """Principal components of the keys of each head: heads are rows of a batch to `low_rank`. k [B,H,n,D]."""
-    return low_rank.fit(k.flatten(0, 1).split(low_rank.BLOCK_TOKENS, dim=1), rank)
+def _components(k: Tensor, rank: int) -> Tensor:
+    """Principal components of each head's keys: heads are rows of a batch to `low_rank`. [B,H,n,D] -> [B*H,r,D]."""
+    return low_rank.fit(k.flatten(0, 1).split(low_rank.BLOCK_TOKENS, dim=1), rank, centred=True)
 
 
 def _unrotated(rope: Rope, layer: int, k: Tensor) -> Tensor:

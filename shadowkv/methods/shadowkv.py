@@ -6,9 +6,9 @@ Paper: https://arxiv.org/abs/2410.21465. Known differences from the authors' cod
 - all prompt chunks but the newest `local` ones are candidates, whatever the prompt's length;
 - outlier chunks scale with the budget (24 per 1024 tokens) instead of being 48, or 0 below a budget of 1024;
 - chunks are weighed with the model's own softmax scaling (theirs is that of heads of 128 channels, whatever they are);
-- keys are centred before the factorisation, which is by the Gram matrix in fp64 instead of a full SVD;
+- the factorisation is by the Gram matrix in fp64 instead of a full SVD;
 - generated tokens never run out of room: the newest `window` stay exact, older ones become chunks, projected on
-  the prompt's basis. They are not searched for outliers;
+  the prompt's directions. They are not searched for outliers;
 - values can be kept in 8 or 4 bits (`values`), which halves or quarters what a step fetches, and beside the keys
   (`offload=none`); factors can be kept in 8 bits (`factors`). Theirs are bf16, and values always on the host;
 - several new tokens at once (a second turn) each choose their own chunks, as they would one by one.
@@ -121,14 +121,14 @@ class ShadowKV(LayerwiseMethod, SelectsChunks):
             context, landmarks = context + self.room_tokens(False), landmarks + self.room_tokens(False) // self.chunk
         exact = self.regions.outliers + self.regions.ring if fast else self.exact_tokens(tokens)
         rank = self._largest_rank(dims)
-        basis = (rank + 1) * dims.width  # directions and mean of the keys
+        directions = rank * dims.width
         if self.factors == "int8":
-            basis += rank * dims.width  # what projects is not what rebuilds
+            directions += rank * dims.width  # what projects is not what rebuilds
         number_bytes = 4  # which chunk a landmark or a slot stands for
         landmark = dims.width * dims.element_bytes + dims.kv_heads * number_bytes
         values = dims.layers * valued * dims.kv_heads * self._value_bytes(dims)
         parts = {
-            "factors": Bytes(dims.layers * (context * self._factor_bytes(dims) + basis * dims.element_bytes), 0),
+            "factors": Bytes(dims.layers * (context * self._factor_bytes(dims) + directions * dims.element_bytes), 0),
             "landmarks": Bytes(dims.layers * landmarks * landmark, 0),
             "outlier and local tokens": Bytes(exact * dims.full_bytes_per_token, 0),
             "values": Bytes(0, values) if self.offload == "host" else Bytes(values, 0),
@@ -188,10 +188,10 @@ class ShadowKV(LayerwiseMethod, SelectsChunks):
     def read_bytes(self, dims: Dims, tokens: int) -> int:
         # Every head rebuilds its own tokens, from rows of the coefficients that all heads share.
         rows = round(dims.kv_heads * self._filled_tokens(dims, tokens) * self._factor_bytes(dims))
-        basis = (self._largest_rank(dims) + 1) * dims.width * dims.element_bytes
+        directions = self._largest_rank(dims) * dims.width * dims.element_bytes
         landmarks = self.landmarks(tokens) * (dims.width * dims.element_bytes + dims.kv_heads * 4)
         attended = round(self.attended_tokens(dims, tokens) * dims.full_bytes_per_token)
-        return dims.layers * (rows + basis + landmarks) + attended
+        return dims.layers * (rows + directions + landmarks) + attended
 
     def step_flop(self, dims: Dims, tokens: int) -> int:
         scored = dims.q_heads * self.landmarks(tokens)
