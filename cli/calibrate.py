@@ -33,10 +33,10 @@ def calibrate(
     from cli.checks import check_dtype
     from cli.render import console
     from cli.which_model import with_model
-    from evals.calibrating import find_calibrated
+    from evals.calibrating import find_model_learner
     from shadowkv.registry import methods
 
-    find_calibrated(method)
+    find_model_learner(method)
     check_dtype(options.dtype)
     options = with_model(options)
     asked = AskedModel(options)

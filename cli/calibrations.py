@@ -57,19 +57,19 @@ def make_calibration(asked: AskedModel, options: WeightOptions, method: str, tex
 
     from cli.fetching import fetch_missing
     from cli.render import say, status
-    from evals.calibrating import calibration_ids, calibration_of, find_calibrated
+    from evals.calibrating import calibration_ids, find_model_learner
     from evals.manifest import model_entry, weight_notes
-    from shadowkv.calibration import calibration_file, save_calibration
+    from shadowkv.calibration import UNKNOWN, calibration_file, save_calibration
 
-    learner = find_calibrated(method)
+    learn = find_model_learner(method)
     if text == "essays":
         fetch_missing(["essays"], offline=options.offline, silent=options.silent)
     ids, about = calibration_ids(asked.tokenizer, text, tokens, asked.context_tokens)
     path = calibration_file(method, name)
     with status(f"calibrating {method} on {tokens} tokens", quiet=options.quiet):
         loaded = asked.load()
-        learned = calibration_of(learner, loaded.model, ids)
-    origin = {"model": loaded.name, "weights_sha256": loaded.weights_sha256 or "unknown"}
+        learned = learn(loaded.model, asked.tokenizer, ids)
+    origin = {"model": loaded.name, "weights_sha256": loaded.weights_sha256 or UNKNOWN}
     origin |= {"adapter_sha256": loaded.adapter.sha256} if loaded.adapter else {}
     save_calibration(path, learned.layers, {**about, **learned.about, **origin})
     if not options.quiet:
