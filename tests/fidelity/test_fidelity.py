@@ -25,9 +25,14 @@ def load(path):
     return case, Inputs(**case["input"])
 
 
+def method_of(label):
+    """`{here}` in a label is the folder of files that its parameters name."""
+    return parse_method(label.replace("{here}", str(HERE)))
+
+
 def agrees(label, case, given):
     """Whether a setting gives what the file says."""
-    method = parse_method(label)
+    method = method_of(label)
     if "attended" in case:
         return attended(method, given) == case["attended"]
     return torch.allclose(answered(method, given), torch.tensor(case["answers"]), rtol=0, atol=case["within"])
@@ -36,12 +41,12 @@ def agrees(label, case, given):
 @pytest.mark.parametrize("path", CASES, ids=lambda path: path.stem)
 def test_a_method_gives_what_its_authors_code_gave(path):
     case, given = load(path)
-    assert path.stem.split("-")[0] == parse_method(case["method"]).core.name
+    assert path.stem.split("-")[0] == method_of(case["method"]).core.name
     if "attended" in case:
-        assert attended(parse_method(case["method"]), given) == case["attended"]
+        assert attended(method_of(case["method"]), given) == case["attended"]
     else:
         expected = torch.tensor(case["answers"])
-        torch.testing.assert_close(answered(parse_method(case["method"]), given), expected, rtol=0, atol=case["within"])
+        torch.testing.assert_close(answered(method_of(case["method"]), given), expected, rtol=0, atol=case["within"])
 
 
 @pytest.mark.parametrize("path", CASES, ids=lambda path: path.stem)
