@@ -220,7 +220,8 @@ class _StreamingHeads(StepwiseState):
 # gone on with; SmolLM2-135M, 2026-11-25) with 50, 25 and 10 % of the heads: 98, 98 and 97 %. By the mean over queries
 # 99, 96 and 95 %; by what streaming does to the output 98, 98 and 93 %; by attention of the mean query to the mean key
 # 98, 98 and 90 % (that of the last queries, group maximum: 99, 98 and 96 %, and it has to know RoPE); by all attention
-# outside, which diffuse heads of low layers have most of, 74, 63 and 64 %; at random 90, 74 and 66 %.
+# outside, which diffuse heads of low layers have most of, 74, 63 and 64 %; at random 90, 74 and 66 %. In gemma3-270m,
+# with two of its three heads, 100 % (8 NIAH); by output 55 %, by all attention outside 89 %.
 def far_peak(kv: LayerKV, sinks: int, recent: int) -> Tensor:
     """The most that any of the last queries attends to one token that a streaming head would not keep. [B,H] fp32."""
     batch, heads, tokens, head_dim = kv.k.shape
