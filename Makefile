@@ -11,8 +11,8 @@ TORCH ?= $(LOCKED_TORCH)
 # The ends of what pyproject.toml allows, and the tests that notice when transformers changes.
 TRANSFORMERS_oldest := transformers==5.2.0
 TRANSFORMERS_newest := transformers>=5.2,<6
-TRANSFORMERS_TESTS := $(wildcard $(patsubst %,tests/test_%.py,calibration duo engine exports families geometries graphs \
-	infinigen joining loading methods minference real_model refusals rope self_check streamed turns))
+TRANSFORMERS_TESTS := $(wildcard $(patsubst %,tests/test_%.py,calibration duo engine exports families gate_training geometries \
+	graphs infinigen joining loading methods minference real_model refusals rope self_check streamed turns))
 
 .PHONY: demo test test-newest test-oldest lint lock regression clean
 

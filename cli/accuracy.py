@@ -222,7 +222,7 @@ def _left_out_lines(left_out: dict[str, str]) -> list[str]:
 
 def _manifest(ready: _Prepared, told: Circumstances) -> Manifest:
     from cli.choosing import untouched_note
-    from evals.manifest import Manifest, described, plain, unchecked_note, weight_notes
+    from evals.manifest import Manifest, described, method_notes, plain, unchecked_note, weight_notes
 
     task = ready.task
     streamed = {"streamed": True} if ready.settings.stream else {}
@@ -236,6 +236,7 @@ def _manifest(ready: _Prepared, told: Circumstances) -> Manifest:
         notes.append(f"answered by {count} processes side by side: times are of a shared machine")
     notes += [*unchecked_note(told.session), *weight_notes(told.model), *ready.chat_notes]
     notes += task.notes()
+    notes += method_notes(ready.methods)
     notes += _left_out_lines(ready.left_out)
     notes += [f"unsupported: {label}: {why}" for label, why in ready.unsupported.items()]
     notes += untouched_note(ready.chosen, ready.settings)

@@ -68,6 +68,7 @@ def _begin(
 
     from evals.manifest import Circumstances, model_entry, session_of
     from evals.runner import Run
+    from shadowkv.calibration import check_weights
     from shadowkv.engine import Engine
 
     if count > 1 and "--debug" not in sys.argv:
@@ -86,5 +87,6 @@ def _begin(
     )
     for method in methods:
         method.check(engine.dims)
+        check_weights(method, loaded)
     run = Run(engine, loaded, task, diagnostics=settings.diagnostics, streamed=settings.stream)
     return run, Circumstances(model_entry(loaded), engine.prefill_chunk_tokens, session_of(loaded))

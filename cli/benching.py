@@ -139,6 +139,7 @@ def load(ready: Prepared, *, graphs: bool = True) -> Loaded:
     from evals.bench.prompts import RealPrompts, SyntheticPrompts, warm_up
     from evals.bench.vllm_engine import VllmContender
     from evals.manifest import this_session
+    from shadowkv.calibration import check_weights
     from shadowkv.engine import Engine
 
     settings = ready.settings
@@ -153,6 +154,7 @@ def load(ready: Prepared, *, graphs: bool = True) -> Loaded:
     )
     for method in ready.methods:
         method.check(engine.dims)
+        check_weights(method, model)
     for context in ready.contexts:
         engine.rope.check_span(context, settings.warmup + settings.steps + max(STEPS_OF_HITS, settings.steps + 1))
     ready.room.hold_cap()
@@ -177,7 +179,16 @@ def manifest_of(loaded: Loaded, benchmark: str, selection: dict[str, Any]) -> Ma
     """run.json of a benchmark of speed: the machine is part of what must stay the same."""
     from cli.choosing import untouched_note
     from evals.bench.vllm_engine import UNTESTED
-    from evals.manifest import Manifest, described, model_entry, plain, session_of, unchecked_note, weight_notes
+    from evals.manifest import (
+        Manifest,
+        described,
+        method_notes,
+        model_entry,
+        plain,
+        session_of,
+        unchecked_note,
+        weight_notes,
+    )
 
     ready, model = loaded.ready, loaded.model
     settings = ready.settings
@@ -192,6 +203,7 @@ def manifest_of(loaded: Loaded, benchmark: str, selection: dict[str, Any]) -> Ma
         notes.append(f"device memory capped at {settings.memory_cap}, {how}")
     if "vllm" in ready.engines:
         notes.append(UNTESTED)
+    notes += method_notes(ready.methods)
     notes += [f"unsupported: {label}: {why}" for label, why in ready.unsupported.items()]
     notes += untouched_note(ready.chosen, settings)
     sources = {}

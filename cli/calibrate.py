@@ -12,7 +12,7 @@ EPILOG = (
     "Examples:\n\n"
     "skv calibrate\n\n"
     "skv calibrate infinigen --model smollm2-135m\n\n"
-    "skv calibrate loki --model smollm2-135m --tokens 4096\n\n"
+    "skv calibrate loki --model smollm2-135m --text book.txt\n\n"
     "skv eval niah --model smollm2-135m -m infinigen -m infinigen:skew=smollm2-135m"
 )
 
@@ -25,7 +25,7 @@ def calibrate(
         "essays"
     ),
     tokens: Annotated[
-        int | None, typer.Option(help="Tokens of the text to use (4096, or the model's context).")
+        int | None, typer.Option(help="Tokens of the text (2048, for loki 4096; the model's context if less).")
     ] = None,
     name: Annotated[str | None, typer.Option(help="What to call the result (the model's name).")] = None,
 ) -> int:
@@ -35,10 +35,10 @@ def calibrate(
     from cli.checks import check_dtype
     from cli.render import console
     from cli.which_model import with_model
-    from evals.calibrating import find_calibrated
+    from evals.calibrating import find_model_learner
     from shadowkv.registry import methods
 
-    find_calibrated(method)
+    find_model_learner(method)
     check_dtype(options.dtype)
     options = with_model(options)
     asked = AskedModel(options)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from cli.asked import AskedModel
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     from cli.options import WeightOptions
 
 # Loki's kinds of components are told apart by a text of 4096 tokens and not yet by 2048, on SmolLM2.
-DEFAULT_TEXT, DEFAULT_TOKENS = "essays", 4096
+DEFAULT_TEXT, DEFAULT_TOKENS, TOKENS = "essays", 2048, MappingProxyType({"loki": 4096})
 
 
 def name_for(asked: AskedModel) -> str:
@@ -62,20 +63,20 @@ def make_calibration(
 
     from cli.fetching import fetch_missing
     from cli.render import say, status
-    from evals.calibrating import calibration_ids, calibration_of, find_calibrated
+    from evals.calibrating import calibration_ids, find_model_learner
     from evals.manifest import model_entry, weight_notes
-    from shadowkv.calibration import calibration_file, save_calibration
+    from shadowkv.calibration import UNKNOWN, calibration_file, save_calibration
 
-    learner = find_calibrated(method)
-    tokens = min(DEFAULT_TOKENS, asked.context_tokens) if tokens is None else tokens
+    learn = find_model_learner(method)
+    tokens = min(TOKENS.get(method, DEFAULT_TOKENS), asked.context_tokens) if tokens is None else tokens
     if text == "essays":
         fetch_missing(["essays"], offline=options.offline, silent=options.silent)
     ids, about = calibration_ids(asked.tokenizer, text, tokens, asked.context_tokens)
     path = calibration_file(method, name)
     with status(f"calibrating {method} on {tokens} tokens", quiet=options.quiet):
         loaded = asked.load()
-        learned = calibration_of(learner, loaded.model, ids)
-    origin = {"model": loaded.name, "weights_sha256": loaded.weights_sha256 or "unknown"}
+        learned = learn(loaded.model, asked.tokenizer, ids)
+    origin = {"model": loaded.name, "weights_sha256": loaded.weights_sha256 or UNKNOWN}
     origin |= {"adapter_sha256": loaded.adapter.sha256} if loaded.adapter else {}
     save_calibration(path, learned.layers, {**about, **learned.about, **origin})
     if not options.quiet:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -10,11 +12,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from evals.passkeys import passkeys
 from evals.sources import haystack
 from shadowkv.calibration import Calibration
 from shadowkv.engine import Engine
 from shadowkv.errors import SkvError
+from shadowkv.gate_training import Training, learn_gates
 from shadowkv.method import LayerKV
+from shadowkv.methods.duo import Duo
 from shadowkv.methods.infinigen import InfiniGen
 from shadowkv.methods.loki import Loki
 from shadowkv.names import did_you_mean
@@ -24,13 +29,21 @@ _MIN_TOKENS = 256
 # The layers that methods serve of a text's prefill, by number and with all queries -> what a method keeps of them.
 Learner = Callable[[Mapping[int, LayerKV], Rope], Calibration]
 LEARNERS: Mapping[str, Learner] = MappingProxyType({InfiniGen.name: InfiniGen.calibrate, Loki.name: Loki.calibrate})
+# A model, its tokenizer and the tokens of a text, [1,n] -> what a method learns by running the model itself.
+ModelLearner = Callable[[PreTrainedModel, Any, Tensor], Calibration]
 
 
 def find_calibrated(method: str) -> Learner:
-    """How a method learns; raises `SkvError` where it does not."""
+    """How a method learns from a prefill; raises `SkvError` where it does not."""
     if method not in LEARNERS:
-        raise SkvError(f"'{method}' needs no calibration{did_you_mean(method, LEARNERS)}; only: {', '.join(LEARNERS)}")
+        known = sorted([*LEARNERS, *_MODEL_LEARNERS])
+        raise SkvError(f"'{method}' needs no calibration{did_you_mean(method, known)}; only: {', '.join(known)}")
     return LEARNERS[method]
+
+
+def find_model_learner(method: str) -> ModelLearner:
+    """How a method learns, be it from a prefill alone; raises `SkvError` where it does not."""
+    return _MODEL_LEARNERS[method] if method in _MODEL_LEARNERS else partial(_from_prefill, find_calibrated(method))
 
 
 def calibration_ids(tokenizer: Any, text: str, tokens: int, context_tokens: int) -> tuple[Tensor, dict[str, str]]:
@@ -56,3 +69,22 @@ def calibration_of(learner: Learner, model: PreTrainedModel, ids: Tensor) -> Cal
     served = {n: layer.layer_kv(None, 0) for n, layer in enumerate(recording.recorded) if layer.served}
     layers, about = learner(served, engine.rope)
     return Calibration({n: x.cpu() for n, x in layers.items()}, about)
+
+
+def _from_prefill(learner: Learner, model: PreTrainedModel, tokenizer: Any, ids: Tensor) -> Calibration:
+    return calibration_of(learner, model, ids)
+
+
+def gates_of(
+    model: PreTrainedModel, tokenizer: Any, ids: Tensor, texts: int = 6, training: Training | None = None
+) -> Calibration:
+    """DuoAttention's gates, learnt on `texts` texts as long as the given one, which is what codes are hidden in."""
+    method, training = Duo(), training or Training()
+    around, tokens = ids[0].tolist(), ids.shape[1]
+    lessons = [passkeys(tokenizer, around, tokens, method.sinks, method.recent, seed) for seed in range(texts)]
+    gates = learn_gates(Engine(model), lessons, method.sinks, method.recent, training)
+    made = {"sinks": method.sinks, "recent": method.recent, "texts": texts, **asdict(training)}
+    return Calibration(gates, {key: str(value) for key, value in made.items()})
+
+
+_MODEL_LEARNERS: Mapping[str, ModelLearner] = MappingProxyType({Duo.name: gates_of})

@@ -9,7 +9,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -100,9 +100,15 @@ class Manifest:
             **{
                 **{name: getattr(self, name) for name in self.__dataclass_fields__},
                 "methods": {**older.methods, **self.methods},
+                "notes": [*self.notes, *older._notes_beside(self)],
                 "sessions": [*older.sessions, *self.sessions],
             }
         )
+
+    def _notes_beside(self, newer: Manifest) -> list[str]:
+        """What is noted of methods that a later command does not name."""
+        others = tuple(f"{label}: " for label in self.methods.keys() - newer.methods.keys())
+        return [note for note in self.notes if note.startswith(others)]
 
     @property
     def marks(self) -> list[str]:
@@ -206,6 +212,11 @@ def weight_notes(model: Mapping[str, Any]) -> list[str]:
     if left := model.get("not_loaded"):
         notes.append(f"not loaded, of what the files hold: {left['first']} ({left['count']} in all)")
     return notes
+
+
+def method_notes(methods: Iterable[Setting]) -> list[str]:
+    """What every table must say of these settings."""
+    return [f"{method.label}: {note}" for method in methods for note in method.notes()]
 
 
 def described(method: Setting) -> dict[str, Any]:

@@ -24,6 +24,13 @@ def last_logits(model: PreTrainedModel, input_ids: Tensor, through: Cache, **mor
     return logits[:, -1].float()
 
 
+def last_hidden(model: PreTrainedModel, input_ids: Tensor, through: Cache) -> Tensor:
+    """Feed [B,T] tokens to `through` and return the hidden states that logits are made of, [B,T,hidden]."""
+    decoder = model.get_decoder()
+    hidden: Tensor = decoder(input_ids, **{cache_argument(type(decoder).forward): through}, use_cache=True)[0]
+    return hidden
+
+
 def check_ids(model: PreTrainedModel, input_ids: Tensor) -> None:
     """Refuse token ids that the model has no embedding for: its tokenizer may belong to a larger model.
 

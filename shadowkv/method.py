@@ -127,6 +127,10 @@ class Setting:
         """Files that parameters name, by parameter: their contents are part of the setting."""
         return {}
 
+    def notes(self) -> list[str]:
+        """What every report must say of this setting beyond its label, a line each."""
+        return []
+
     @property
     def label(self) -> str:
         """Canonical spelling: the name and what differs from the defaults, sorted; `parse_method` reads it."""

@@ -91,6 +91,9 @@ class Wrapper(Method):
     def files(self) -> dict[str, Path]:
         return self.method.files()
 
+    def notes(self) -> list[str]:
+        return self.method.notes()
+
     @property
     def label(self) -> str:
         return self.method.label

@@ -5,20 +5,24 @@ from __future__ import annotations
 import json
 import math
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_models import random_prompt, tiny_model
 
 from cli.main import main
 from evals.calibrating import LEARNERS, calibration_of, find_calibrated
-from shadowkv.calibration import calibration_file, save_calibration
+from shadowkv.calibration import calibration_file, check_weights, save_calibration
 from shadowkv.engine import Engine
 from shadowkv.errors import SkvError
 from shadowkv.method import LayerKV
+from shadowkv.methods.duo import Duo
 from shadowkv.methods.infinigen import InfiniGen
 from shadowkv.methods.loki import Loki
+from shadowkv.packs import sha256_of
 from shadowkv.registry import methods, parse_method
 from shadowkv.rope import Rope
 
@@ -195,7 +199,7 @@ def test_a_models_own_calibration_is_asked_for_by_name_or_not_at_all():
         Loki().new_state(None)
 
 
-@pytest.mark.parametrize("method", LEARNERS)
+@pytest.mark.parametrize("method", [*LEARNERS, "duo"])
 def test_what_can_be_calibrated_names_its_parameter(home, tiny, method):
     parameter = methods()[method].calibration
     assert parameter in methods()[method]().params()
@@ -212,7 +216,7 @@ def test_what_can_be_calibrated_names_its_parameter(home, tiny, method):
 def essays(text, monkeypatch):
     """The essays are there, and are this text."""
     monkeypatch.setattr("cli.calibrations.DEFAULT_TEXT", str(text))
-    monkeypatch.setattr("cli.calibrations.DEFAULT_TOKENS", 300)
+    monkeypatch.setattr("cli.calibrations.TOKENS", {"loki": 300})
 
 
 def test_a_run_makes_the_calibration_that_it_needs_once(home, essays, tiny_folder, tmp_path, capsys):
@@ -242,3 +246,73 @@ def test_random_weights_rank_by_the_prompt(home, tiny_folder, capsys):
     argv = ["bench", "throughput", "--model", "smollm2-135m", "--dummy", "-m", "loki", "--dry-run", "--json"]
     assert main(argv) == 0
     assert {row["method"] for row in json.loads(capsys.readouterr().out)["rows"]} == {"loki:basis=prompt"}
+
+
+def test_a_calibration_of_other_weights_is_refused(home, tiny_folder, tmp_path, capsys):
+    """Equal geometry is not enough: what was learnt of one model says nothing of another."""
+    for method, shape in {"duo": (2,), "infinigen": (2, 16, 16)}.items():
+        about = {"model": "another", "weights_sha256": "0" * 64}
+        save_calibration(calibration_file(method, "given"), {n: torch.rand(shape) for n in range(3)}, about)
+        given = f"{method}:{methods()[method].calibration}=given"
+        argv = ["eval", "niah", "--model", str(tiny_folder), "--haystack", "synthetic", "--lengths", "512"]
+        assert main([*argv, "--depths", "1", "-m", given, "-q", "--out", str(tmp_path / method)]) == 2
+        said = capsys.readouterr().err
+        assert "was calibrated on other weights than these of" in said
+        assert said.count("\n") == 1
+        argv = ["bench", "latency", "--model", str(tiny_folder), "--context", "512", "--steps", "1", "-m", given]
+        assert main([*argv, "-q", "--out", str(tmp_path / f"{method}-bench")]) == 2
+        assert "was calibrated on other weights than these of" in capsys.readouterr().err
+
+
+def test_a_calibration_that_does_not_say_what_it_was_made_on_is_taken(home, tiny):
+    loaded = SimpleNamespace(weights_sha256="1" * 64, adapter=None, name="here")
+    for about in ({}, {"weights_sha256": "unknown"}, {"weights_sha256": "1" * 64}):
+        save_calibration(calibration_file("duo", "given"), {0: torch.rand(2)}, about)
+        check_weights(Duo(heads="given"), loaded)
+    adapted = SimpleNamespace(weights_sha256="1" * 64, adapter=SimpleNamespace(sha256="2" * 64), name="here")
+    with pytest.raises(SkvError, match="other weights"):
+        check_weights(Duo(heads="given"), adapted)
+    check_weights(Duo(heads="given"), SimpleNamespace(weights_sha256=None, adapter=None, name="dummy"))
+
+
+# DuoAttention
+
+
+def test_gates_are_learnt_used_and_named_in_every_table(home, tiny_folder, text, tmp_path, capsys):
+    argv = ["calibrate", "duo", "--model", str(tiny_folder), "--text", str(text), "--tokens", "2400"]
+    assert main([*argv, "--name", "mine"]) == 0
+    assert "-m duo:heads=mine" in capsys.readouterr().out
+    path = home / "calibrations" / "duo-mine.safetensors"
+    gates = load_file(path)
+    assert gates.keys() == {"layer.0", "layer.1", "layer.2"}
+    assert all(x.shape == (2,) and bool(((x >= 0) & (x <= 1)).all()) for x in gates.values())
+    with safe_open(path, "pt") as file:
+        about = file.metadata()
+    assert {"text_sha256", "weights_sha256", "sinks", "recent", "texts", "steps", "lr", "penalty"} <= about.keys()
+    table = tmp_path / "gates.tsv"
+    table.write_text("0 1\n0.5 0.2\n0.9 0.4\n")
+    out = tmp_path / "run"
+    run = ["eval", "niah", "--model", str(tiny_folder), "--haystack", "synthetic", "--lengths", "600", "--depths", "1"]
+    run += ["-q", "--out", str(out)]
+    assert main([*run, "-m", "duo", "-m", "duo:heads=mine"]) == 0
+    assert main([*run, "-m", f"duo:heads={table}"]) == 0
+    says = [
+        "duo: gates: judged on each prompt",
+        f"duo:heads=mine: gates: calibration mine (sha256 {sha256_of(path)[:8]}...)",
+        f"duo:heads={table}: gates: {table} (sha256 {sha256_of(table)[:8]}...)",
+    ]
+    notes = json.loads((out / "run.json").read_text())["notes"]
+    assert sorted(note for note in notes if "gates" in note) == sorted(says)
+    for file in ("summary.md", "summary.csv"):
+        assert all(said in (out / file).read_text() for said in says), file
+
+
+@pytest.mark.parametrize(
+    ("tokens", "says"), [("1000", "leaves no room for 6 codes between 128 sinks and 256"), ("9999", "beyond this")]
+)
+def test_texts_without_room_for_codes_are_refused(home, tiny_folder, text, capsys, tokens, says):
+    argv = ["calibrate", "duo", "--model", str(tiny_folder), "--text", str(text), "--tokens", tokens, "-q"]
+    assert main(argv) == 2
+    said = capsys.readouterr().err
+    assert says in said
+    assert said.count("\n") == 1

@@ -1,9 +1,12 @@
 """DuoAttention: some KV heads keep the whole context, the others only its first tokens and the newest ones.
 
 Paper: https://arxiv.org/abs/2410.10819. Known differences from the authors' code:
-- their gates are trained once per model. `heads=FILE` reads such a table (theirs: `full_attention_heads.tsv`);
-  without one, heads are judged on the prompt itself, without training: by the most that any of its last queries
-  attends to one token outside the sinks and the recent ones. A KV head is worth what its best query head is worth;
+- their gates are trained once per model. `heads=NAME` takes what `skv calibrate duo` trained like them, on fewer and
+  shorter texts (head of `shadowkv/gate_training.py`); `heads=FILE` a table such as theirs
+  (`full_attention_heads.tsv`). Without either, heads are judged on the prompt itself, without training: by the most
+  that any of its last queries attends to one token outside the sinks and the recent ones. A KV head is worth what its
+  best query head is worth;
+- `recent` counts the newest token, as in their training; their engine keeps that many before it;
 - ties go to the earlier head; theirs are broken by noise;
 - heads keep their order and weights stay untouched; theirs are permuted at load;
 - the prefill is dense in all heads, however long; theirs is in one pass, and streams in the chunked demo.
@@ -14,6 +17,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import ClassVar
 
@@ -22,23 +26,31 @@ from torch import Tensor
 
 from shadowkv import ops
 from shadowkv.buffers import TokenBuffer
+from shadowkv.calibration import calibration_file, load_calibration
 from shadowkv.dims import Bytes, Dims
 from shadowkv.errors import SkvError
 from shadowkv.layerwise import DenseLayer, LayeredCache, LayerState, StepwiseState
 from shadowkv.method import DecodeCache, LayerKV, Method, largest_within, require
+from shadowkv.packs import sha256_of
 from shadowkv.reading import read_text
 from shadowkv.rope import Rope
+
+_TABLES = (".tsv", ".txt", ".json")  # any other name is a calibration's
 
 
 @dataclass(frozen=True)
 class Duo(Method):
     """retrieval: share of all KV heads that keep everything · sinks: first tokens kept by the other heads ·
-    recent: newest tokens kept by the other heads · heads: file of gates, layers x KV heads, JSON or columns (auto:
-    judged on the prompt)."""
+    recent: newest tokens kept by the other heads · heads: gates by `skv calibrate`, a name or .safetensors file, or a
+    table of them, layers x KV heads, in a .tsv, .txt or .json file (auto: judged on the prompt)."""
 
     name: ClassVar[str] = "duo"
     summary: ClassVar[str] = "retrieval heads keep everything, the others sinks and the newest tokens"
     paper: ClassVar[str] = "2410.10819"
+    compared: ClassVar[str | None] = (
+        "mit-han-lab/duo-attention@fe93c31, 2026-11-25: same heads and tokens, by their engine and by their training"
+    )
+    calibration: ClassVar[str | None] = "heads"
 
     retrieval: float = 0.5
     sinks: int = 128
@@ -50,21 +62,38 @@ class Duo(Method):
         require(self.sinks >= 0, f"duo: sinks must not be negative, got {self.sinks}")
         require(self.recent >= 1, f"duo: recent must be at least 1, got {self.recent}")
 
+    @property
+    def _table(self) -> bool:
+        """Whether `heads` is a file of gates and not a calibration."""
+        return self.heads is not None and Path(self.heads).suffix in _TABLES
+
     def files(self) -> dict[str, Path]:
-        return {} if self.heads is None else {"heads": Path(self.heads).expanduser()}
+        if self.heads is None:
+            return {}
+        return {"heads": Path(self.heads).expanduser() if self._table else calibration_file(self.name, self.heads)}
+
+    def notes(self) -> list[str]:
+        if self.heads is None:
+            return ["gates: judged on each prompt"]
+        digest = sha256_of(self.files()["heads"])[:8]
+        return [f"gates: {self.heads if self._table else f'calibration {self.heads}'} (sha256 {digest}...)"]
 
     def check(self, dims: Dims) -> None:
-        gates = self.gates()
-        if gates is None:
+        if self.heads is None:
             return
-        require(
-            len(gates) == dims.layers and all(len(row) == dims.kv_heads for row in gates),
-            f"duo: {self.heads} must hold {dims.layers} rows (layers) of {dims.kv_heads} gates (KV heads)",
-        )
+        said = f"{self.heads} must hold {dims.layers} rows (layers) of {dims.kv_heads} gates (KV heads)"
+        if not self._table:
+            said = f"the calibration '{self.heads}' is of a model of another geometry than this one"
+        require([len(row) for row in self.gates] == [dims.kv_heads] * dims.layers, f"duo: {said}")
 
-    def gates(self) -> list[list[float]] | None:
-        """The table of `heads`, layers x KV heads, or None where the prompt decides."""
-        return None if self.heads is None else _read_gates(self.heads)
+    @cached_property
+    def gates(self) -> list[list[float]]:
+        """What `heads` names: layers x KV heads."""
+        assert self.heads is not None
+        if self._table:
+            return _read_gates(self.heads)
+        learnt = load_calibration(self.name, self.heads)
+        return [learnt[layer].flatten().tolist() for layer in sorted(learnt)]
 
     def new_state(self, rope: Rope) -> DecodeCache:
         return _DuoCache(self)
@@ -118,11 +147,10 @@ class _DuoCache(LayeredCache):
         if not layers:
             return
         batch, heads = layers[0].k.shape[:2]
-        gates = self._method.gates()
-        if gates is None:
+        if self._method.heads is None:
             scores = torch.stack([far_peak(kv, self._method.sinks, self._method.recent) for kv in layers], dim=1)
         else:
-            scores = torch.tensor(gates, device=layers[0].k.device).expand(batch, -1, -1)
+            scores = torch.tensor(self._method.gates, device=layers[0].k.device).expand(batch, -1, -1)
         count = self._method.retrieval_heads(len(layers) * heads)
         best = ops.top_indices(scores.flatten(1), count)
         retrieval = torch.zeros_like(scores.flatten(1), dtype=torch.bool).scatter_(1, best, True).view_as(scores)
@@ -192,7 +220,8 @@ class _StreamingHeads(StepwiseState):
 # gone on with; SmolLM2-135M, 2026-11-25) with 50, 25 and 10 % of the heads: 98, 98 and 97 %. By the mean over queries
 # 99, 96 and 95 %; by what streaming does to the output 98, 98 and 93 %; by attention of the mean query to the mean key
 # 98, 98 and 90 % (that of the last queries, group maximum: 99, 98 and 96 %, and it has to know RoPE); by all attention
-# outside, which diffuse heads of low layers have most of, 74, 63 and 64 %; at random 90, 74 and 66 %.
+# outside, which diffuse heads of low layers have most of, 74, 63 and 64 %; at random 90, 74 and 66 %. In gemma3-270m,
+# with two of its three heads, 100 % (8 NIAH); by output 55 %, by all attention outside 89 %.
 def far_peak(kv: LayerKV, sinks: int, recent: int) -> Tensor:
     """The most that any of the last queries attends to one token that a streaming head would not keep. [B,H] fp32."""
     batch, heads, tokens, head_dim = kv.k.shape

@@ -25,15 +25,20 @@ def load(path):
     return case, Inputs(**case["input"])
 
 
+def method_of(label):
+    """`{here}` in a label is the folder of files that its parameters name."""
+    return parse_method(label.replace("{here}", str(HERE)))
+
+
 def subject(label):
     """The method that a file is about, or the prefill of `full+prefill`."""
-    method = parse_method(label)
+    method = method_of(label)
     return method.prefill or method.core
 
 
 def chosen(label, case, given):
     """Which tokens a setting chooses, as the file lists them: of each step, or of the prompt."""
-    method = parse_method(label)
+    method = method_of(label)
     return read(method.prefill, given, case["queries"]) if "read" in case else attended(method, given)
 
 
@@ -41,9 +46,7 @@ def agrees(label, case, given):
     """Whether a setting gives what the file says."""
     if "answers" not in case:
         return chosen(label, case, given) == case.get("attended", case.get("read"))
-    return torch.allclose(
-        answered(parse_method(label), given), torch.tensor(case["answers"]), rtol=0, atol=case["within"]
-    )
+    return torch.allclose(answered(method_of(label), given), torch.tensor(case["answers"]), rtol=0, atol=case["within"])
 
 
 @pytest.mark.parametrize("path", CASES, ids=lambda path: path.stem)
@@ -54,7 +57,7 @@ def test_a_method_gives_what_its_authors_code_gave(path):
         assert chosen(case["method"], case, given) == case.get("attended", case.get("read"))
     else:
         expected = torch.tensor(case["answers"])
-        torch.testing.assert_close(answered(parse_method(case["method"]), given), expected, rtol=0, atol=case["within"])
+        torch.testing.assert_close(answered(method_of(case["method"]), given), expected, rtol=0, atol=case["within"])
 
 
 @pytest.mark.parametrize("path", CASES, ids=lambda path: path.stem)
