@@ -163,7 +163,7 @@ def spelled_text(*, before_rope, tokens=240, dim=32):
 
 
 @pytest.mark.parametrize("before_rope", [True, False])
-def test_the_kind_of_components_that_holds_more_attention_is_kept(before_rope):
+def test_the_kind_of_components_that_chooses_more_of_the_best_tokens_is_kept(before_rope):
     layers, rope = spelled_text(before_rope=before_rope)
     found, about = Loki.calibrate(layers, rope)
     shares = {kind: float(share) for kind, share in re.findall(r"(p\w+-RoPE) (0\.\d+)", about["components"])}
