@@ -166,7 +166,7 @@ def spelled_text(*, before_rope, tokens=240, dim=32):
 def test_the_kind_of_components_that_chooses_more_of_the_best_tokens_is_kept(before_rope):
     layers, rope = spelled_text(before_rope=before_rope)
     found, about = Loki.calibrate(layers, rope)
-    shares = {kind: float(share) for kind, share in re.findall(r"(p\w+-RoPE) (0\.\d+)", about["components"])}
+    shares = {kind: float(share) for kind, share in re.findall(r"(p\w+-RoPE) (\d\.\d+)", about["components"])}
     assert set(shares) == {"pre-RoPE", "post-RoPE"}
     assert about["components"].startswith(f"of {max(shares, key=shares.get)} keys")
     if not before_rope:
