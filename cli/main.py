@@ -15,27 +15,18 @@ from typing import Annotated
 import typer
 from typer.exceptions import TyperException
 
-from cli import (
-    baseline,
-    bench_kernels,
-    bench_latency,
-    bench_throughput,
-    calibrate,
-    compare,
-    data_ruler,
-    doctor,
-    eval_longbench,
-    eval_niah,
-    eval_ruler,
-    info,
-    leaderboard,
-    paper,
-    plan,
-    pull,
-    report,
-)
-from cli.quiet import quieten
-from shadowkv.errors import SkvError
+from cli import paper, plan
+from cli.bench import kernels as bench_kernels
+from cli.bench import latency as bench_latency
+from cli.bench import throughput as bench_throughput
+from cli.eval import data_ruler
+from cli.eval import longbench as eval_longbench
+from cli.eval import niah as eval_niah
+from cli.eval import ruler as eval_ruler
+from cli.models import calibrate, doctor, info, pull
+from cli.reports import baseline, compare, leaderboard, report
+from cli.shared.quiet import quieten
+from shadowkv.common.errors import SkvError
 
 _INTERRUPTED = "interrupted; run the same command to continue"
 _DISK = {errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT}
@@ -131,7 +122,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _fail(message: str, code: int) -> int:
-    from shadowkv.wording import plain_line
+    from shadowkv.common.wording import plain_line
 
     print(f"skv: {plain_line(message)}", file=sys.stderr)
     return code

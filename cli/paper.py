@@ -45,8 +45,8 @@ def paper(
     Interrupt at will: the same command continues.
     """
     from evals.paper.recipes import find_recipe, recipes
-    from shadowkv.errors import SkvError
-    from shadowkv.names import did_you_mean
+    from shadowkv.common.errors import SkvError
+    from shadowkv.common.names import did_you_mean
 
     if listed or name is None:
         _list(list(recipes().values()))
@@ -73,8 +73,8 @@ def paper(
 
 
 def _list(known: Sequence[Recipe]) -> None:
-    from cli.render import print_table
-    from evals.tables import Table
+    from cli.shared.render import print_table
+    from evals.tables.table import Table
 
     rows = [
         [recipe.name, recipe.summary, f"skv pull {' '.join(recipe.needs)}" if recipe.needs else "–"] for recipe in known
@@ -97,7 +97,7 @@ def _run(commands: dict[Path, list[str]]) -> int:
 
 
 def _report(recipe: Recipe, scale: str, folder: Path, steps: Sequence[Step]) -> None:
-    from cli.render import print_notes, print_table
+    from cli.shared.render import print_notes, print_table
     from evals.paper.figures import accuracy_summary, notes_of_runs, throughput_summary, write_ablations
     from evals.paper.recipes import ABLATION_BASE
 

@@ -70,18 +70,18 @@ def plan(
     """
     import json
 
-    from cli.checks import check_dtype, check_writable
-    from cli.choosing import choose, parse_budgets, parse_specs, tell_unsupported
-    from cli.render import print_table
-    from evals.lengths import parse_lengths
-    from evals.planning import Setup, parts_table, plan_all, plan_table, write_plot
-    from evals.planning import as_json as to_json
-    from shadowkv.errors import SkvError
-    from shadowkv.gpus import find_gpu
-    from shadowkv.loading import context_tokens, load_config
-    from shadowkv.model_size import model_size
-    from shadowkv.resolving import resolve
-    from shadowkv.sizes import parse_bytes
+    from cli.shared.checks import check_dtype, check_writable
+    from cli.shared.choosing import choose, parse_budgets, parse_specs, tell_unsupported
+    from cli.shared.render import print_table
+    from evals.common.lengths import parse_lengths
+    from evals.tables.planning import Setup, parts_table, plan_all, plan_table, write_plot
+    from evals.tables.planning import as_json as to_json
+    from shadowkv.common.errors import SkvError
+    from shadowkv.common.sizes import parse_bytes
+    from shadowkv.models.loading import context_tokens, load_config
+    from shadowkv.models.model_size import model_size
+    from shadowkv.models.resolving import resolve
+    from shadowkv.planning.gpus import find_gpu
 
     check_dtype(dtype, _ELEMENT_BYTES)
     if batch is not None and batch < 1:
@@ -125,7 +125,7 @@ def plan(
 
 def _settled(model: str | None, gpu: str | None, *, silent: bool) -> tuple[str, str]:
     """What is planned for, with what was not asked for said in one line."""
-    from cli.render import say
+    from cli.shared.render import say
 
     told = []
     if model is None:
@@ -143,7 +143,7 @@ def _gpu_here() -> str | None:
     """The name of this machine's GPU, if it is one of the table."""
     import torch
 
-    from shadowkv.gpus import gpu_called
+    from shadowkv.planning.gpus import gpu_called
 
     found = gpu_called(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
     return found.name if found else None

@@ -10,7 +10,7 @@ from typing import Any
 from test_results import RECORD, manifest
 
 from evals.bench.records import BenchRecord
-from evals.results import Record
+from evals.runs.results import Record
 
 MODEL = {"name": "m", "weights_sha256": "abc", "dummy": False, "dtype": "float32", "device": "cpu"}
 

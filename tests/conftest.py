@@ -16,15 +16,15 @@ from tiny_models import tiny_model
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from shadowkv.loading import load_tokenizer
-from shadowkv.presets import find_preset
-from shadowkv.resolving import ModelSource
+from shadowkv.models.loading import load_tokenizer
+from shadowkv.models.presets import find_preset
+from shadowkv.models.resolving import ModelSource
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Quiet libraries, and one thread per process that runs tests: several of them with a thread per core each would
     wait for each other."""
-    logging.set_verbosity_error()  # as `cli.quiet` has it, which the console script calls
+    logging.set_verbosity_error()  # as `cli.shared.quiet` has it, which the console script calls
     logging.disable_progress_bar()
     if hasattr(config, "workerinput"):
         torch.set_num_threads(1)

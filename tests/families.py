@@ -11,9 +11,9 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
-from shadowkv.engine import Engine
-from shadowkv.errors import SkvError
-from shadowkv.registry import methods
+from shadowkv.common.errors import SkvError
+from shadowkv.contract.registry import methods
+from shadowkv.engine.engine import Engine
 
 VOCAB = 211
 _MIXED = ["sliding_attention", "full_attention"] * 2

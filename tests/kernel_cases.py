@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from tiny_models import tiny_model
 
-from evals.bench import kernel_cases
-from shadowkv.rope import Rope
-from shadowkv.rotary_table import rotary_table
+from evals.bench.kernels import cases as kernel_cases
+from shadowkv.anatomy.rope import Rope
+from shadowkv.anatomy.rotary_table import rotary_table
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Case(kernel_cases.Case):
 
 
 def key_inputs(case: Case) -> dict[str, Any]:
-    """As in `evals.bench.kernel_cases`, with the table that the family's own functions give."""
+    """As in `evals.bench.kernels.cases`, with the table that the family's own functions give."""
     model = tiny_model(case.family, head_dim=case.head_dim, max_position_embeddings=4096)
     like = torch.empty(1, case.head_dim, dtype=case.dtype, device=case.device)
     table = rotary_table(Rope(model.to(case.device)), 0, case.head_dim, case.tokens, case.tokens, like)

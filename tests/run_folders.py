@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from evals.bench.records import BenchRecord
-from evals.manifest import Manifest, Session
-from evals.results import Record
+from evals.runs.manifest import Manifest, Session
+from evals.runs.results import Record
 
 METHODS = ("full", "quest:budget=64", "shadowkv:budget=64,rank=8")
 NOTE = "dummy weights: scores mean nothing, only times and bytes do"

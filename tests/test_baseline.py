@@ -10,7 +10,7 @@ from filelock import FileLock
 from test_cli import mistake
 
 from cli.main import main
-from evals.results import read_run
+from evals.runs.results import read_run
 
 GRID = {"lengths": [1024], "depths": list(range(20)), "rounds": 1, "samples": None}
 GOOD = [1.0] * 20

@@ -16,30 +16,30 @@ from tiny_models import at_its_bound, tiny_model
 
 from evals.bench.conditions import conditions, noise_note
 from evals.bench.engines import Began, SkvContender, TransformersContender
-from evals.bench.latency import PARTS, LatencyRecord, measure_latency, parts_of
+from evals.bench.latency.profile import PARTS, LatencyRecord, measure_latency, parts_of
 from evals.bench.lists import parse_batches
 from evals.bench.measuring import Bench
 from evals.bench.memory import MemoryShortError, Room
 from evals.bench.prompts import RealPrompts, SyntheticPrompts
 from evals.bench.records import BenchRecord, Cell
-from evals.bench.report import notes_of, throughput_table
 from evals.bench.reuse import hit_rate
-from evals.bench.summary import gains, summarise_bench
-from evals.bench.sweep import Plan, doublings, ladder_cells, largest_fitting, run_sweep
+from evals.bench.throughput.report import notes_of, throughput_table
+from evals.bench.throughput.summary import gains, summarise_bench
+from evals.bench.throughput.sweep import Plan, doublings, ladder_cells, largest_fitting, run_sweep
 from evals.bench.timing import distribution, paired_ratios, spread, step_times
+from evals.common.sources import haystack
 from evals.reporting.files import write_run
-from evals.results import open_records, read_records
-from evals.sources import haystack
-from evals.tables import Table, latex
-from shadowkv.engine import Engine
-from shadowkv.errors import SkvError
-from shadowkv.host_memory import available_host_bytes
-from shadowkv.loading import load_tokenizer
-from shadowkv.model_size import model_size
-from shadowkv.planner import demand_of, sequence_parts
-from shadowkv.presets import find_preset
-from shadowkv.registry import methods, parse_method
-from shadowkv.resolving import ModelSource
+from evals.runs.results import open_records, read_records
+from evals.tables.table import Table, latex
+from shadowkv.common.errors import SkvError
+from shadowkv.contract.registry import methods, parse_method
+from shadowkv.engine.engine import Engine
+from shadowkv.models.loading import load_tokenizer
+from shadowkv.models.model_size import model_size
+from shadowkv.models.presets import find_preset
+from shadowkv.models.resolving import ModelSource
+from shadowkv.planning.planner import demand_of, sequence_parts
+from shadowkv.tensors.host_memory import available_host_bytes
 
 SPECS = ["full", "shadowkv:rank=8,budget=64", "quest:budget=64"]
 CONTEXT = 300
@@ -684,7 +684,7 @@ def test_the_outermost_range_gets_the_time():
 def test_no_range_is_opened_where_no_profiler_runs(monkeypatch):
     from torch.autograd import profiler
 
-    from shadowkv import ops
+    from shadowkv.tensors import ops
 
     def fail(*_):
         raise AssertionError("a range was opened")

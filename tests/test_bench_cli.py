@@ -9,14 +9,14 @@ from test_cli import mistake
 from tiny_models import tiny_model
 
 from cli.main import main
-from evals.bench.latency import LatencyRecord
+from evals.bench.latency.profile import LatencyRecord
 from evals.bench.records import BenchRecord
-from evals.results import read_records
-from shadowkv.loading import load_config, load_tokenizer
-from shadowkv.model_size import model_size
-from shadowkv.presets import find_preset
-from shadowkv.registry import parse_method
-from shadowkv.resolving import ModelSource, resolve
+from evals.runs.results import read_records
+from shadowkv.contract.registry import parse_method
+from shadowkv.models.loading import load_config, load_tokenizer
+from shadowkv.models.model_size import model_size
+from shadowkv.models.presets import find_preset
+from shadowkv.models.resolving import ModelSource, resolve
 
 SMALL = ["--context", "256,512", "--steps", "3", "--warmup", "1", "--haystack", "synthetic"]
 METHODS = ["-m", "full", "-m", "shadowkv:rank=8,budget=64", "-m", "quest:budget=64"]

@@ -15,19 +15,18 @@ import torch._inductor.config
 from test_cli import mistake
 
 from cli.main import main
-from evals.bench.flex_attention import whole_context
-from evals.bench.kernel_cases import Case, attention_inputs, llama_rotary
-from evals.bench.kernel_items import Item, Subject, Way, Workload
-from evals.bench.kernel_report import kernel_table, report_of
-from evals.bench.kernel_subjects import items
-from evals.bench.kernels import KernelBench, KernelRecord, relative_error
-from evals.bench.staged_copy import staged_copy
-from evals.manifest import Manifest
-from evals.results import read_records
-from shadowkv import slots
-from shadowkv.gpus import Rates
-from shadowkv.kernels import CompiledKernel
-from shadowkv.slots import Regions
+from evals.bench.kernels.cases import Case, attention_inputs, llama_rotary
+from evals.bench.kernels.flex_attention import whole_context
+from evals.bench.kernels.items import Item, Subject, Way, Workload
+from evals.bench.kernels.kernels import KernelBench, KernelRecord, relative_error
+from evals.bench.kernels.report import kernel_table, report_of
+from evals.bench.kernels.staged_copy import staged_copy
+from evals.bench.kernels.subjects import items
+from evals.runs.manifest import Manifest
+from evals.runs.results import read_records
+from shadowkv.kernels import CompiledKernel, slots
+from shadowkv.kernels.slots import Regions
+from shadowkv.planning.gpus import Rates
 
 SIZES = ["--context", "512", "--batch", "1", "-m", "shadowkv:rank=8,budget=64"]
 KERNELS = {
@@ -78,7 +77,7 @@ def test_a_wrong_kernel_is_named_and_fails(capsys, bench, monkeypatch):
     from shadowkv.kernels import twins
 
     few = [item for item in items(_workload(), twins) if item.kernel in ("choose_chunks", "plan_fill")]
-    monkeypatch.setattr("evals.bench.kernel_subjects.items", lambda *_: few)
+    monkeypatch.setattr("evals.bench.kernels.subjects.items", lambda *_: few)
     # A chunk too far, which a real kernel might well choose.
     monkeypatch.setattr(twins, "choose_chunks", lambda **inputs: slots.choose_chunks(**inputs) + 1)
     assert main(bench) == 1
@@ -121,7 +120,7 @@ def test_a_kernel_is_measured_again_where_only_what_stands_beside_it_was_right(b
 
     argv = [*bench, "--out", str(tmp_path), "--quiet"]
     few = [item for item in items(_workload(), twins) if item.kernel == "fill_values"]
-    monkeypatch.setattr("evals.bench.kernel_subjects.items", lambda *_: few)
+    monkeypatch.setattr("evals.bench.kernels.subjects.items", lambda *_: few)
     good = twins.fill_values
     monkeypatch.setattr(twins, "fill_values", lambda *args, **named: None)  # writes nothing
     assert main(argv) == 1
@@ -267,9 +266,9 @@ def test_other_ways_stand_beside_their_own_kernel_and_the_fastest_is_named():
 def test_a_report_says_the_rates_that_shares_are_of(capsys, bench, monkeypatch):
     on_device = Item("other", "", lambda: replace(_subject(0.0), over_link=False))
     monkeypatch.setattr(
-        "evals.bench.kernel_subjects.items", lambda *_: [Item("some", "", lambda: _subject(0.0)), on_device]
+        "evals.bench.kernels.subjects.items", lambda *_: [Item("some", "", lambda: _subject(0.0)), on_device]
     )
-    monkeypatch.setattr("cli.bench_kernels._bench", lambda _: _bench(_Timer()))
+    monkeypatch.setattr("cli.bench.kernels._bench", lambda _: _bench(_Timer()))
     (said,) = [note for note in told(capsys, bench)["notes"] if note.startswith("reached here")]
     assert said == (
         "reached here: copy on the device 0.002 GB/s, copy from pinned memory 0.001 GB/s, square product 8e-06 TFLOP/s"
@@ -399,7 +398,7 @@ def test_the_rotary_table_is_a_llamas():
     """Against the model library's own function, for the frequencies that the formula has."""
     from tiny_models import tiny_model
 
-    from shadowkv.rope import Rope
+    from shadowkv.anatomy.rope import Rope
 
     case = Case(head_dim=16, chunks=5)
     rope = Rope(tiny_model("llama"))
@@ -410,7 +409,7 @@ def test_the_rotary_table_is_a_llamas():
 
 
 def test_a_staged_copy_is_another_way_to_the_twins_result():
-    from evals.bench.kernel_cases import filling, stored_values
+    from evals.bench.kernels.cases import filling, stored_values
 
     case = Case(values="int4")
     stored, plan = stored_values(case), filling(case, 3)

@@ -7,11 +7,11 @@ from test_methods import CASES
 from test_selection import _SMALL, DIM, HEADS, PROMPT, Spelled
 from tiny_models import geometry_model
 
-from shadowkv.dims import Dims
-from shadowkv.errors import SkvError
-from shadowkv.model_size import model_size
-from shadowkv.registry import methods, parse_method
-from shadowkv.rope import Rope
+from shadowkv.anatomy.rope import Rope
+from shadowkv.common.dims import Dims
+from shadowkv.common.errors import SkvError
+from shadowkv.contract.registry import methods, parse_method
+from shadowkv.models.model_size import model_size
 
 DIMS = Dims(layers=4, q_heads=6, kv_heads=2, head_dim=64, element_bytes=4)
 
@@ -82,7 +82,7 @@ def test_bytes_over_the_bus(spec, values):
 
 def test_what_is_fetched_is_what_was_said(monkeypatch):
     """Count the elements that a step of ShadowKV and of Quest with offloaded values really take from the host."""
-    from shadowkv.stored import CodedTokens
+    from shadowkv.tensors.stored import CodedTokens
 
     fetched = []
     real = CodedTokens.gather

@@ -14,17 +14,17 @@ from safetensors.torch import load_file, save_file
 from tiny_models import random_prompt, tiny_model
 
 from cli.main import main
-from evals.calibrating import LEARNERS, calibration_of, find_calibrated
-from shadowkv.calibration import calibration_file, check_weights, save_calibration
-from shadowkv.engine import Engine
-from shadowkv.errors import SkvError
-from shadowkv.method import LayerKV
-from shadowkv.methods.duo import Duo
-from shadowkv.methods.infinigen import InfiniGen
-from shadowkv.methods.loki import Loki
-from shadowkv.packs import sha256_of
-from shadowkv.registry import methods, parse_method
-from shadowkv.rope import Rope
+from evals.calibration.learning import LEARNERS, calibration_of, find_calibrated
+from shadowkv.anatomy.rope import Rope
+from shadowkv.common.errors import SkvError
+from shadowkv.contract.calibration import calibration_file, check_weights, save_calibration
+from shadowkv.contract.method import LayerKV
+from shadowkv.contract.registry import methods, parse_method
+from shadowkv.engine.engine import Engine
+from shadowkv.methods.heads.duo import Duo
+from shadowkv.methods.retrieval.infinigen import InfiniGen
+from shadowkv.methods.retrieval.loki import Loki
+from shadowkv.models.packs import sha256_of
 
 
 @pytest.fixture
@@ -215,8 +215,8 @@ def test_what_can_be_calibrated_names_its_parameter(home, tiny, method):
 @pytest.fixture
 def essays(text, monkeypatch):
     """The essays are there, and are this text."""
-    monkeypatch.setattr("cli.calibrations.DEFAULT_TEXT", str(text))
-    monkeypatch.setattr("cli.calibrations.TOKENS", {"loki": 300})
+    monkeypatch.setattr("cli.shared.calibrations.DEFAULT_TEXT", str(text))
+    monkeypatch.setattr("cli.shared.calibrations.TOKENS", {"loki": 300})
 
 
 def test_a_run_makes_the_calibration_that_it_needs_once(home, essays, tiny_folder, tmp_path, capsys):

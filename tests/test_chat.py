@@ -9,17 +9,17 @@ from datetime import datetime
 import pytest
 
 from cli.main import main
-from evals.chat import Chat
+from evals.common.chat import Chat
 from evals.longbench.task import LongBench
 from evals.niah.task import Niah
 from evals.niah.turns import MultiTurnNiah
-from evals.results import read_run
 from evals.ruler.files import RulerFiles
 from evals.ruler.task import Ruler
-from shadowkv.errors import SkvError
-from shadowkv.loading import load_tokenizer
-from shadowkv.presets import find_preset
-from shadowkv.resolving import ModelSource
+from evals.runs.results import read_run
+from shadowkv.common.errors import SkvError
+from shadowkv.models.loading import load_tokenizer
+from shadowkv.models.presets import find_preset
+from shadowkv.models.resolving import ModelSource
 
 TURNS = "{% for m in messages %}<{{ m.role }}>{{ m.content CHANGED }}</s>{% endfor %}"
 PLAIN = TURNS.replace("CHANGED", "") + "<assistant>"

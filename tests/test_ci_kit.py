@@ -73,8 +73,8 @@ def test_scripts_can_be_run_and_read(script):
 @pytest.mark.parametrize("folder", BASELINES, ids=lambda path: path.name)
 def test_baselines_are_runs_of_the_commands_of_the_script(folder):
     """What was run for a baseline is what is run now; otherwise the gate would compare other questions."""
-    from evals.baselines import unfit
-    from evals.manifest import Manifest
+    from evals.compare.baselines import unfit
+    from evals.runs.manifest import Manifest
 
     described = Manifest.read(folder / "run.json")
     assert unfit(folder, described) == []

@@ -11,11 +11,11 @@ import pytest
 from tiny_models import tiny_model
 
 from cli.main import main
-from evals.results import read_run
-from shadowkv.loading import load_tokenizer
-from shadowkv.presets import find_preset, presets
-from shadowkv.registry import methods
-from shadowkv.resolving import ModelSource
+from evals.runs.results import read_run
+from shadowkv.contract.registry import methods
+from shadowkv.models.loading import load_tokenizer
+from shadowkv.models.presets import find_preset, presets
+from shadowkv.models.resolving import ModelSource
 
 SMALL = ["--lengths", "512,768", "--depths", "3", "--haystack", "synthetic", "--max-new-tokens", "6"]
 METHODS = ["-m", "full", "-m", "shadowkv:rank=8,budget=64", "-m", "quest:budget=64"]
@@ -181,7 +181,7 @@ def test_unknown_commands_and_packs_are_one_line(capsys):
 
 
 def test_debug_shows_the_traceback_wherever_it_stands():
-    from shadowkv.errors import SkvError
+    from shadowkv.common.errors import SkvError
 
     for argv in (["--debug", "pull", "esays"], ["pull", "esays", "--debug"]):
         with pytest.raises(SkvError):
@@ -353,7 +353,7 @@ def test_streamed_prompts_give_the_same_answers_without_a_prefill(niah, tmp_path
     kept, streamed = tmp_path / "kept", tmp_path / "streamed"
     assert main([*asked, "--out", str(kept)]) == 0
     with monkeypatch.context() as patched:
-        patched.setattr("shadowkv.engine.Engine.prefill", lambda *args: pytest.fail("a dense prompt"))
+        patched.setattr("shadowkv.engine.engine.Engine.prefill", lambda *args: pytest.fail("a dense prompt"))
         assert main([*asked, "--out", str(streamed), "--stream"]) == 0
     (_, before), (manifest, after) = read_run(kept), read_run(streamed)
     assert len(before) == len(after) > 0
@@ -402,7 +402,7 @@ def test_a_folder_of_another_seed_is_refused(capsys, niah):
 
 
 def test_unscored_answers_exit_with_one(capsys, niah, monkeypatch):
-    from shadowkv.methods.quest import Quest
+    from shadowkv.methods.quest.method import Quest
 
     def broken(self, rope):
         raise RuntimeError("out of luck")
@@ -415,7 +415,7 @@ def test_unscored_answers_exit_with_one(capsys, niah, monkeypatch):
 
 
 def test_model_output_cannot_speak_to_the_terminal():
-    from cli.render import safe
+    from cli.shared.render import safe
 
     assert safe("a\x1b[31mred\r\n[bold]b[/bold]\u202ex") == "a [31mred \\[bold]b\\[/bold] x"
 
@@ -453,7 +453,7 @@ def test_names_stay_whole_on_a_narrow_terminal(capsys, niah, monkeypatch, comman
     """80 columns are what a new terminal has: what a row is about must be readable, and copyable, there."""
     from rich.console import Console
 
-    from cli import render
+    from cli.shared import render
 
     monkeypatch.setattr(render, "console", lambda *, stderr=False: Console(stderr=stderr, width=80))
     assert main(command or niah) == 0

@@ -16,7 +16,7 @@ from test_results import manifest
 from cli.main import main
 from evals.compare.gate import parse_gate
 from evals.compare.run import compare
-from shadowkv.errors import SkvError
+from shadowkv.common.errors import SkvError
 
 RIGHT, WRONG = 1.0, 0.0
 GOOD = [RIGHT] * 160 + [WRONG] * 40

@@ -8,10 +8,10 @@ from test_methods import CASES
 from tiny_models import random_prompt
 
 from cli.main import main
-from evals.diagnostics import diagnose
-from evals.results import read_run
-from shadowkv.engine import Engine
-from shadowkv.registry import methods, parse_method
+from evals.runs.diagnostics import diagnose
+from evals.runs.results import read_run
+from shadowkv.contract.registry import methods, parse_method
+from shadowkv.engine.engine import Engine
 
 
 @pytest.fixture

@@ -7,10 +7,10 @@ import shutil
 
 import pytest
 
-from cli import doctor
 from cli.main import main
-from shadowkv.packs import packs
-from shadowkv.presets import presets
+from cli.models import doctor
+from shadowkv.models.packs import packs
+from shadowkv.models.presets import presets
 
 
 @pytest.fixture
@@ -54,7 +54,7 @@ def test_everything_that_is_missing_says_what_it_enables_and_how_to_get_it(bare,
 def test_a_line_says_it_all_on_any_terminal(bare, capsys, monkeypatch):
     from rich.console import Console
 
-    monkeypatch.setattr("cli.render.console", lambda *, stderr=False: Console(stderr=stderr, width=40))
+    monkeypatch.setattr("cli.shared.render.console", lambda *, stderr=False: Console(stderr=stderr, width=40))
     assert main(["doctor"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert any("skv[gpu]" in line and "triton" in line and "the fast engine" in line for line in lines)

@@ -8,12 +8,12 @@ import pytest
 import torch
 from tiny_models import random_prompt, tiny_model
 
-from shadowkv.dims import Dims
-from shadowkv.engine import Engine
-from shadowkv.errors import SkvError
-from shadowkv.layerwise import DenseLayer
-from shadowkv.method import LayerKV
-from shadowkv.methods.duo import Duo, far_peak
+from shadowkv.common.dims import Dims
+from shadowkv.common.errors import SkvError
+from shadowkv.contract.layerwise import DenseLayer
+from shadowkv.contract.method import LayerKV
+from shadowkv.engine.engine import Engine
+from shadowkv.methods.heads.duo import Duo, far_peak
 
 HEADS, DIM, PROMPT, LAYERS = 2, 16, 90, 3
 

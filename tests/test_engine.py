@@ -9,13 +9,13 @@ import torch
 from tiny_models import FAMILIES, random_prompt, through
 from transformers.cache_utils import DynamicCache, StaticCache
 
-from shadowkv.attention import attach, dense_attention
-from shadowkv.engine import Engine
-from shadowkv.errors import SkvError
-from shadowkv.geometry import sliding_windows
-from shadowkv.methods.full import Full
-from shadowkv.methods.shadowkv import ShadowKV
-from shadowkv.registry import methods
+from shadowkv.anatomy.attention import attach, dense_attention
+from shadowkv.anatomy.geometry import sliding_windows
+from shadowkv.common.errors import SkvError
+from shadowkv.contract.registry import methods
+from shadowkv.engine.engine import Engine
+from shadowkv.methods.full.method import Full
+from shadowkv.methods.shadowkv.method import ShadowKV
 
 PROMPT_TOKENS = 300
 NEW_TOKENS = 64
@@ -112,7 +112,7 @@ def test_chunks_of_a_prompt_are_given_no_mask_where_none_is_needed(tiny, monkeyp
         masks.append(mask)
         return dense_attention(q, k, v, mask, scaling)
 
-    monkeypatch.setattr("shadowkv.recording.dense_attention", noted)
+    monkeypatch.setattr("shadowkv.engine.recording.dense_attention", noted)
     for family in ("llama", "gemma3"):
         model, ids = tiny(family), random_prompt(PROMPT_TOKENS)
         masks.clear()
@@ -304,7 +304,7 @@ def test_a_cache_whose_step_failed_cannot_go_on(tiny, monkeypatch):
     engine = Engine(tiny("llama"))
     cache = engine.replay(engine.prefill(random_prompt(60)), Full())
     with monkeypatch.context() as broken:
-        broken.setattr("shadowkv.ops.attend", _out_of_luck)
+        broken.setattr("shadowkv.tensors.ops.attend", _out_of_luck)
         with pytest.raises(RuntimeError, match="out of luck"):
             engine.extend(cache, torch.tensor([[5]]))
     with pytest.raises(ValueError, match="failed in a step"):

@@ -9,12 +9,12 @@ from tiny_models import random_prompt
 from typer.testing import CliRunner
 
 from cli.main import app
-from shadowkv.engine import Engine
-from shadowkv.engines import means_fast, uses_fast
-from shadowkv.errors import SkvError
-from shadowkv.host_memory import require_host_bytes
-from shadowkv.methods.full import Full
-from shadowkv.registry import methods, parse_method
+from shadowkv.common.errors import SkvError
+from shadowkv.contract.engines import means_fast, uses_fast
+from shadowkv.contract.registry import methods, parse_method
+from shadowkv.engine.engine import Engine
+from shadowkv.methods.full.method import Full
+from shadowkv.tensors.host_memory import require_host_bytes
 
 
 @pytest.mark.parametrize(
@@ -26,7 +26,7 @@ def test_auto_is_fast_on_a_gpu(engine, device, fast):
 
 
 def test_auto_does_without_triton(monkeypatch):
-    monkeypatch.setattr("shadowkv.engines.has_triton", lambda: False)
+    monkeypatch.setattr("shadowkv.contract.engines.has_triton", lambda: False)
     assert not uses_fast("auto", "cuda")
     assert uses_fast("fast", "cuda")  # asked for by name: an error will say what to install
 
@@ -71,7 +71,7 @@ def test_an_engine_for_all_leaves_alone_what_has_none():
 
 
 def test_a_host_that_is_too_small_is_said_before_anything_is_taken(monkeypatch):
-    monkeypatch.setattr("shadowkv.host_memory.available_host_bytes", lambda: 2**30)
+    monkeypatch.setattr("shadowkv.tensors.host_memory.available_host_bytes", lambda: 2**30)
     require_host_bytes(2**29, "a small one")
     with pytest.raises(SkvError, match=r"shadowkv of 124928 tokens would keep 7\.6 GiB .* 1\.0 GiB are free"):
         require_host_bytes(int(7.625 * 2**30), "shadowkv of 124928 tokens")

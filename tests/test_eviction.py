@@ -9,15 +9,15 @@ import torch
 from tiny_models import FAMILIES, random_prompt, through
 from torch.nn import functional as F
 
-from shadowkv.engine import Engine
-from shadowkv.errors import SkvError
-from shadowkv.method import LayerKV, depth_of
-from shadowkv.methods.h2o import H2O
-from shadowkv.methods.pyramidkv import PyramidKV
-from shadowkv.methods.snapkv import SnapKV
-from shadowkv.methods.streaming import StreamingLLM
-from shadowkv.methods.tova import TOVA
-from shadowkv.rope import Rope
+from shadowkv.anatomy.rope import Rope
+from shadowkv.common.errors import SkvError
+from shadowkv.contract.method import LayerKV, depth_of
+from shadowkv.engine.engine import Engine
+from shadowkv.methods.eviction.h2o import H2O
+from shadowkv.methods.eviction.pyramidkv import PyramidKV
+from shadowkv.methods.eviction.snapkv import SnapKV
+from shadowkv.methods.eviction.streaming import StreamingLLM
+from shadowkv.methods.eviction.tova import TOVA
 
 HEADS, SCALING = 2, 0.3
 GEOMETRIES = [(1, 64), (3, 96), (4, 128), (3, 256)]  # query heads per KV head, head size

@@ -10,13 +10,13 @@ import torch
 import transformers
 from families import DOCUMENT, FAMILIES, VOCAB, family_model, judge, known, own_tokens, row
 
-from shadowkv.engine import Engine
-from shadowkv.errors import SkvError
-from shadowkv.model_size import model_size
-from shadowkv.rotary_table import rotary_table
-from shadowkv.self_check import self_check
-from shadowkv.survey import CannotRunError
-from shadowkv.wording import plain_line
+from shadowkv.anatomy.rotary_table import rotary_table
+from shadowkv.anatomy.survey import CannotRunError
+from shadowkv.common.errors import SkvError
+from shadowkv.common.wording import plain_line
+from shadowkv.engine.engine import Engine
+from shadowkv.engine.self_check import self_check
+from shadowkv.models.model_size import model_size
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -95,10 +95,10 @@ def test_a_model_that_cannot_be_run_without_weights_is_not_refused_for_that(monk
 
     config = family_model("gemma3_text").config
     expected = model_size(config, 4).layers
-    monkeypatch.setattr("shadowkv.survey.survey", fails)
+    monkeypatch.setattr("shadowkv.anatomy.survey.survey", fails)
     with pytest.raises(CannotRunError):
         model_size(config, 4)
-    monkeypatch.setattr("shadowkv.model_size._runs", lambda model: False)
+    monkeypatch.setattr("shadowkv.models.model_size._runs", lambda model: False)
     assert model_size(config, 4).layers == expected
 
 
@@ -128,7 +128,7 @@ def test_rotary_parameters_by_kind_of_layer_are_those_of_each(kind):
         pytest.skip(f"transformers {transformers.__version__} gives all layers of this model the same")
     short, long = (torch.randint(3, VOCAB, (1, n), generator=torch.Generator().manual_seed(2)) for n in (200, 300))
     engine = Engine(model, prefill_chunk_tokens=64)
-    from shadowkv.methods.full import Full
+    from shadowkv.methods.full.method import Full
 
     assert engine.generate(short, Full(), 8)[0] == own_tokens(model, short, 8)
     if kind == "dynamic":

@@ -12,13 +12,13 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 
-from evals.bench.flashinfer_decode import serves, whole_context
-from evals.bench.kernel_cases import Case, attention_inputs
-from evals.bench.kernel_items import Item, Subject, Way, Workload
-from evals.bench.kernel_subjects import items
-from evals.bench.kernels import KernelBench
-from shadowkv import slots
-from shadowkv.slots import Regions
+from evals.bench.kernels.cases import Case, attention_inputs
+from evals.bench.kernels.flashinfer_decode import serves, whole_context
+from evals.bench.kernels.items import Item, Subject, Way, Workload
+from evals.bench.kernels.kernels import KernelBench
+from evals.bench.kernels.subjects import items
+from shadowkv.kernels import slots
+from shadowkv.kernels.slots import Regions
 
 
 class Decode:
@@ -63,7 +63,7 @@ def stand_in(monkeypatch):
     module.__spec__ = SimpleNamespace(name="flashinfer")
     module.BatchDecodeWithPagedKVCacheWrapper = Decode
     monkeypatch.setitem(sys.modules, "flashinfer", module)
-    monkeypatch.setattr("evals.bench.flashinfer_decode._WORKSPACE_BYTES", 16)
+    monkeypatch.setattr("evals.bench.kernels.flashinfer_decode._WORKSPACE_BYTES", 16)
     return module
 
 

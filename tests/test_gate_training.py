@@ -8,10 +8,10 @@ import pytest
 import torch
 from tiny_models import random_prompt, tiny_model
 
-from shadowkv.engine import Engine
-from shadowkv.gate_training import Training, _hidden, _Mixing, _watched, learn_gates
-from shadowkv.method import LayerKV
-from shadowkv.methods.duo import Duo
+from evals.calibration.gate_training import Training, _hidden, _Mixing, _watched, learn_gates
+from shadowkv.contract.method import LayerKV
+from shadowkv.engine.engine import Engine
+from shadowkv.methods.heads.duo import Duo
 
 SINKS, RECENT, PROMPT, NEW = 4, 12, 150, 30
 

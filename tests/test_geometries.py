@@ -7,9 +7,9 @@ import torch
 from test_methods import SMALL
 from tiny_models import geometry_model, random_prompt
 
-from shadowkv.engine import Engine
-from shadowkv.methods.full import Full
-from shadowkv.registry import methods, parse_method
+from shadowkv.contract.registry import methods, parse_method
+from shadowkv.engine.engine import Engine
+from shadowkv.methods.full.method import Full
 
 GEOMETRIES = [(1, 64), (3, 96), (4, 128), (3, 256)]  # query heads per KV head, head size
 

@@ -9,11 +9,11 @@ import torch
 from run_folders import manifest
 from tiny_models import random_prompt
 
-from evals.bench.latency_report import latency_notes
-from shadowkv.engine import Engine
-from shadowkv.graphs import GraphedStep, can_be_graphed
-from shadowkv.registry import parse_method
-from shadowkv.stacking import Stackable
+from evals.bench.latency.report import latency_notes
+from shadowkv.contract.registry import parse_method
+from shadowkv.engine.engine import Engine
+from shadowkv.engine.graphs import GraphedStep, can_be_graphed
+from shadowkv.tensors.stacking import Stackable
 
 FAST = [
     "shadowkv:rank=12,budget=64,outliers=2,window=8,engine=fast",
@@ -104,7 +104,7 @@ def test_a_step_that_fails_ends_the_cache(tiny, monkeypatch):
     engine, method = Engine(tiny("llama"), prefill_chunk_tokens=128), parse_method("full:engine=fast")
     cache = engine.replay(engine.prefill(random_prompt(50)), method)
     feed = GraphedStep(engine.model, cache, FakeGraphs(cache))
-    monkeypatch.setattr("shadowkv.slots.attend_resident", lambda *a: 1 / 0)
+    monkeypatch.setattr("shadowkv.kernels.slots.attend_resident", lambda *a: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         feed(random_prompt(1))
     with pytest.raises(ValueError, match="failed in a step"):

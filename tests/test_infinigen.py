@@ -10,13 +10,13 @@ import pytest
 import torch
 from tiny_models import FAMILIES, random_prompt, through, tiny_model
 
-from shadowkv.dims import Dims
-from shadowkv.engine import Engine
-from shadowkv.errors import SkvError
-from shadowkv.layerwise import LayerwiseCache
-from shadowkv.method import DecodeCache, LayerKV
-from shadowkv.methods.full import Full
-from shadowkv.methods.infinigen import InfiniGen, rotation
+from shadowkv.common.dims import Dims
+from shadowkv.common.errors import SkvError
+from shadowkv.contract.layerwise import LayerwiseCache
+from shadowkv.contract.method import DecodeCache, LayerKV
+from shadowkv.engine.engine import Engine
+from shadowkv.methods.full.method import Full
+from shadowkv.methods.retrieval.infinigen import InfiniGen, rotation
 
 PROMPT = 80
 

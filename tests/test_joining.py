@@ -10,12 +10,12 @@ import torch
 from test_methods import CASES
 from tiny_models import random_prompt, tiny_model
 
-from shadowkv.buffers import TokenBuffer
-from shadowkv.dims import Bytes
-from shadowkv.engine import Engine
-from shadowkv.errors import SkvError
-from shadowkv.registry import parse_method
-from shadowkv.stacking import Stackable, can_stack, stack
+from shadowkv.common.dims import Bytes
+from shadowkv.common.errors import SkvError
+from shadowkv.contract.registry import parse_method
+from shadowkv.engine.engine import Engine
+from shadowkv.tensors.buffers import TokenBuffer
+from shadowkv.tensors.stacking import Stackable, can_stack, stack
 
 ROWS, STEPS = 3, 24
 FAST = [spec for spec in CASES if spec.endswith("engine=fast") and "energy" not in spec]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from evals.bench.kernel_compilation import compile_for
+from evals.bench.kernels.compilation import compile_for
 
 _KERNELS = {
     "chunk_logits", "group_scores", "select_chunks", "assign_slots", "copy_chunks", "rebuild_chunks", "attend_stretch",

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from kernel_cases import Case, key_inputs
 from tiny_models import random_prompt, tiny_model
 
-from evals.bench.kernel_cases import (
+from evals.bench.kernels.cases import (
     attention_inputs,
     choose_inputs,
     filling,
@@ -22,10 +22,10 @@ from evals.bench.kernel_cases import (
     scores_inputs,
     stored_values,
 )
-from shadowkv import slots
-from shadowkv.engine import Engine
-from shadowkv.registry import parse_method
-from shadowkv.slots import Regions
+from shadowkv.contract.registry import parse_method
+from shadowkv.engine.engine import Engine
+from shadowkv.kernels import slots
+from shadowkv.kernels.slots import Regions
 
 pytestmark = pytest.mark.usefixtures("interpreter")
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
@@ -148,7 +148,7 @@ def test_fill_values(case, values, fills):
 def test_every_byte_of_fp8_is_read_as_torch_reads_it():
     codes = torch.arange(256).to(torch.uint8).view(torch.int8)
     codes = torch.where((codes & 0x7F) == 0x7F, 0, codes)  # NaN, which is never written
-    from shadowkv.stored import Stored
+    from shadowkv.tensors.stored import Stored
 
     case = Case(batch=1, heads=1, head_dim=256, chunks=1, slots=1, chunk=1)
     stored = Stored("fp8", (codes.view(1, 1, 1, 256), torch.ones(1, 1, 1, 1, dtype=torch.float16)))

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import pytest
 
-from evals.results import read_run
+from evals.runs.results import read_run
 
 KILLS = 20
 GRID = [

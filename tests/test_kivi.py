@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from shadowkv.dims import Dims
-from shadowkv.errors import SkvError
-from shadowkv.method import LayerKV
-from shadowkv.methods.kivi import Kivi
-from shadowkv.quantise import QuantisedTokens, pack, quantise, unpack
+from shadowkv.common.dims import Dims
+from shadowkv.common.errors import SkvError
+from shadowkv.contract.method import LayerKV
+from shadowkv.methods.compression.kivi import Kivi
+from shadowkv.tensors.quantise import QuantisedTokens, pack, quantise, unpack
 
 
 def rand(*shape, seed=0):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from evals.literals import literals
+from evals.common.literals import literals
 from evals.niah.protocols import Kamradt
-from shadowkv.errors import SkvError
+from shadowkv.common.errors import SkvError
 
 
 def test_constants_are_read_wherever_they_are_assigned(tmp_path):

@@ -11,12 +11,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from shadowkv.errors import SkvError
-from shadowkv.loading import context_tokens, load_config, load_model, load_tokenizer, weights_sha256
-from shadowkv.model_size import model_size
-from shadowkv.packs import pack_path
-from shadowkv.presets import presets
-from shadowkv.resolving import ModelSource, resolve
+from shadowkv.common.errors import SkvError
+from shadowkv.models.loading import context_tokens, load_config, load_model, load_tokenizer, weights_sha256
+from shadowkv.models.model_size import model_size
+from shadowkv.models.packs import pack_path
+from shadowkv.models.presets import presets
+from shadowkv.models.resolving import ModelSource, resolve
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ import pytest
 from test_results import RECORD, replace
 
 from cli.main import main
+from evals.common.seeding import seeded
 from evals.longbench import metrics
 from evals.longbench.prompts import templates
 from evals.longbench.report import longbench_tables, v2_tables
@@ -17,13 +18,12 @@ from evals.longbench.task import LongBench
 from evals.longbench.tasks import E_TASKS, SIXTEEN, TASKS
 from evals.longbench.truncation import checked_limit, without_middle
 from evals.longbench.v2 import LongBenchV2, named_choice
-from evals.results import read_run
-from evals.seeding import seeded
-from shadowkv.errors import SkvError
-from shadowkv.loading import load_tokenizer
-from shadowkv.packs import pack_path
-from shadowkv.presets import find_preset
-from shadowkv.resolving import ModelSource
+from evals.runs.results import read_run
+from shadowkv.common.errors import SkvError
+from shadowkv.models.loading import load_tokenizer
+from shadowkv.models.packs import pack_path
+from shadowkv.models.presets import find_preset
+from shadowkv.models.resolving import ModelSource
 
 needs_pack = pytest.mark.skipif(pack_path("longbench") is None, reason="longbench is not pulled")
 
@@ -143,8 +143,8 @@ def test_no_stop_token_is_taken_before_the_least_number_of_tokens(tiny):
     import torch
     from tiny_models import random_prompt
 
-    from shadowkv.engine import Engine
-    from shadowkv.methods.full import Full
+    from shadowkv.engine.engine import Engine
+    from shadowkv.methods.full.method import Full
 
     engine = Engine(tiny("llama"))
     prefill = engine.prefill(random_prompt(40))

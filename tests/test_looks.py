@@ -8,13 +8,13 @@ from dataclasses import replace
 import pytest
 from run_folders import answer, measurements
 
-from evals.bench.plots import write_gain_bars, write_throughput
-from evals.bench.summary import gains, summarise_bench
-from evals.curves import curves
-from evals.looks import looks
-from evals.plots import write_score_by_bytes
-from evals.summary import summarise
-from shadowkv.registry import methods, parse_method
+from evals.bench.throughput.plots import write_gain_bars, write_throughput
+from evals.bench.throughput.summary import gains, summarise_bench
+from evals.tables.curves import curves
+from evals.tables.looks import looks
+from evals.tables.plots import write_score_by_bytes
+from evals.tables.summary import summarise
+from shadowkv.contract.registry import methods, parse_method
 
 SETTINGS = ["shadowkv:rank=64", "shadowkv", "shadowkv:rank=32", "quest", "full", "full@hf", "full+minference"]
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 from tiny_models import at_its_bound, random_prompt
 
-from shadowkv.dims import Bytes
-from shadowkv.engine import Engine
-from shadowkv.method import Method
-from shadowkv.registry import methods, parse_method
+from shadowkv.common.dims import Bytes
+from shadowkv.contract.method import Method
+from shadowkv.contract.registry import methods, parse_method
+from shadowkv.engine.engine import Engine
 
 # Settings small enough to leave things out at 300 tokens. A method not listed is tested at its defaults.
 SMALL = {

@@ -8,13 +8,13 @@ import pytest
 import torch
 from tiny_models import FAMILIES, random_prompt, through, tiny_model
 
-from shadowkv.dims import Dims
-from shadowkv.engine import Engine
-from shadowkv.errors import SkvError
-from shadowkv.methods.full import Full
-from shadowkv.minference import MInference
-from shadowkv.prefills import WithPrefill
-from shadowkv.registry import methods, parse_method
+from shadowkv.common.dims import Dims
+from shadowkv.common.errors import SkvError
+from shadowkv.contract.prefills import WithPrefill
+from shadowkv.contract.registry import methods, parse_method
+from shadowkv.engine.engine import Engine
+from shadowkv.methods.full.method import Full
+from shadowkv.methods.prefill.minference import MInference
 
 
 def rand(*shape, seed=0):

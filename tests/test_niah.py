@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import pytest
 
-from evals.lengths import parse_lengths
-from evals.metrics import contains_number, contains_text
+from evals.common.lengths import parse_lengths
+from evals.common.metrics import contains_number, contains_text
+from evals.common.sources import haystack
 from evals.niah.protocols import PROTOCOLS
 from evals.niah.task import Niah, parse_depths
-from evals.sources import haystack
-from shadowkv.errors import SkvError
-from shadowkv.loading import load_tokenizer
-from shadowkv.packs import pack_path
-from shadowkv.presets import find_preset
-from shadowkv.resolving import ModelSource, resolve
+from shadowkv.common.errors import SkvError
+from shadowkv.models.loading import load_tokenizer
+from shadowkv.models.packs import pack_path
+from shadowkv.models.presets import find_preset
+from shadowkv.models.resolving import ModelSource, resolve
 
 BYTES = ModelSource("bytes", None, find_preset("llama3.1-8b"), "dummy")
 TOKENIZERS = ["bytes", "smollm2-135m", "gemma3-270m"]

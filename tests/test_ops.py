@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from shadowkv import low_rank, ops
-from shadowkv.buffers import TokenBuffer
+from shadowkv.tensors import low_rank, ops
+from shadowkv.tensors.buffers import TokenBuffer
 
 
 def rand(*shape, seed=0):

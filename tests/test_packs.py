@@ -10,9 +10,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from shadowkv import packs
-from shadowkv.errors import SkvError
-from shadowkv.packs import Pack, Wheel
+from shadowkv.common.errors import SkvError
+from shadowkv.models import packs
+from shadowkv.models.packs import Pack, Wheel
 
 
 @pytest.fixture

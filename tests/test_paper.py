@@ -13,10 +13,10 @@ from cli.paper import _report
 from evals.paper.figures import _published, ablated, accuracy_summary, throughput_summary, write_ablations
 from evals.paper.published import ROWS
 from evals.paper.recipes import ABLATION_BASE, MODELS, SCALES, SMOKE_MODEL, Step, find_recipe, recipes
-from evals.results import read_run
-from evals.summary import summarise
-from shadowkv.presets import presets
-from shadowkv.registry import parse_method
+from evals.runs.results import read_run
+from evals.tables.summary import summarise
+from shadowkv.contract.registry import parse_method
+from shadowkv.models.presets import presets
 
 
 def commands(name, scale):

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from evals.passkeys import passkeys
-from shadowkv.errors import SkvError
-from shadowkv.loading import load_tokenizer
-from shadowkv.presets import find_preset
-from shadowkv.resolving import ModelSource
+from evals.calibration.passkeys import passkeys
+from shadowkv.common.errors import SkvError
+from shadowkv.models.loading import load_tokenizer
+from shadowkv.models.presets import find_preset
+from shadowkv.models.resolving import ModelSource
 
 
 @pytest.fixture(scope="module")

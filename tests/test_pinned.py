@@ -7,7 +7,7 @@ import gc
 import pytest
 import torch
 
-from shadowkv import pinned
+from shadowkv.tensors import pinned
 
 
 class Runtime:

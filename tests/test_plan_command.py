@@ -167,7 +167,7 @@ def test_out_must_be_a_folder(capsys, tmp_path):
     [("80GB", 80e9), ("80g", 80e9), ("80GiB", 80 * 2**30), ("1.5 TiB", 1.5 * 2**40), ("512m", 512e6), ("1000", 1000)],
 )
 def test_sizes_are_read_as_written(text, size):
-    from shadowkv.sizes import parse_bytes
+    from shadowkv.common.sizes import parse_bytes
 
     assert parse_bytes(text) == size
 

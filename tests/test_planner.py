@@ -13,19 +13,19 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig
 
 from evals.paper.published import ROWS
-from evals.planning import Setup, plan_all
-from shadowkv.dims import Bytes, Dims, KVLayer
-from shadowkv.engine import Engine
-from shadowkv.errors import SkvError
-from shadowkv.gpus import GPU, find_gpu, gpus
-from shadowkv.loading import load_config
-from shadowkv.methods.full import Full
-from shadowkv.methods.shadowkv import ShadowKV
-from shadowkv.model_size import ModelSize, model_size
-from shadowkv.planner import Demand, demand_of, plan
-from shadowkv.published import published_demand
-from shadowkv.registry import methods, parse_method
-from shadowkv.resolving import resolve
+from evals.tables.planning import Setup, plan_all
+from shadowkv.common.dims import Bytes, Dims, KVLayer
+from shadowkv.common.errors import SkvError
+from shadowkv.contract.registry import methods, parse_method
+from shadowkv.engine.engine import Engine
+from shadowkv.methods.full.method import Full
+from shadowkv.methods.shadowkv.method import ShadowKV
+from shadowkv.models.loading import load_config
+from shadowkv.models.model_size import ModelSize, model_size
+from shadowkv.models.resolving import resolve
+from shadowkv.planning.gpus import GPU, find_gpu, gpus
+from shadowkv.planning.planner import Demand, demand_of, plan
+from shadowkv.planning.published import published_demand
 
 A100 = find_gpu("a100-80g")
 DIMS = Dims(layers=4, q_heads=6, kv_heads=2, head_dim=64, element_bytes=2)
@@ -277,7 +277,7 @@ def test_models_that_no_method_serves_are_refused(kind, says):
 
 
 def test_every_method_can_be_planned_for_every_preset():
-    from shadowkv.presets import presets
+    from shadowkv.models.presets import presets
 
     for name, preset in presets().items():
         size = size_of(name)

@@ -8,13 +8,13 @@ import pytest
 import torch
 from tiny_models import FAMILIES, random_prompt
 
-from shadowkv import ops
-from shadowkv.dims import Dims
-from shadowkv.engine import Engine
-from shadowkv.errors import SkvError
-from shadowkv.method import LayerKV
-from shadowkv.methods.quest import Quest
-from shadowkv.paged import PagedLayer, page_extremes
+from shadowkv.common.dims import Dims
+from shadowkv.common.errors import SkvError
+from shadowkv.contract.method import LayerKV
+from shadowkv.engine.engine import Engine
+from shadowkv.methods.quest.method import Quest
+from shadowkv.methods.quest.paged import PagedLayer, page_extremes
+from shadowkv.tensors import ops
 
 HEADS, GROUP, DIM, PROMPT = 2, 2, 8, 70
 
@@ -146,7 +146,7 @@ def test_two_hundred_steps_equal_the_reference(tiny, method):
 @pytest.mark.parametrize("method", FAST, ids=lambda method: method.label)
 def test_both_engines_choose_the_same_pages(monkeypatch, method):
     """Also among ties, which the lower pages win: every second page is a copy of the one before it."""
-    from shadowkv import slots
+    from shadowkv.kernels import slots
 
     page, pages = method.page, 24
     keys = rand(2, HEADS, pages // 2, page, DIM).repeat_interleave(2, dim=2).flatten(2, 3)
@@ -174,7 +174,7 @@ def test_positions_that_were_never_written_do_not_matter(tiny, monkeypatch):
     empty = torch.Tensor.new_empty
     monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: empty(*a, **k).fill_(float("nan")))
     monkeypatch.setattr(
-        "shadowkv.ragged.empty_beside", lambda shape, like: torch.full(shape, float("nan"), dtype=like.dtype)
+        "shadowkv.tensors.ragged.empty_beside", lambda shape, like: torch.full(shape, float("nan"), dtype=like.dtype)
     )
     engine = Engine(tiny("llama"), prefill_chunk_tokens=128)
     caches = both(engine, engine.prefill(random_prompt(90)), Quest(budget=48, dense_layers=1))

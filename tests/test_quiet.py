@@ -62,7 +62,7 @@ def test_progress_bars_of_libraries_are_not_drawn():
     """The first is the one that unpacking a GGUF file draws."""
     done = run(
         code="""
-        from cli.quiet import quieten
+        from cli.shared.quiet import quieten
         quieten()
         import transformers
         from transformers.utils import logging
@@ -76,8 +76,9 @@ def test_progress_bars_of_libraries_are_not_drawn():
 
 LOUD = """
     import logging, sys, warnings
-    from cli import info, main
-    from shadowkv.errors import SkvWarning
+    from cli.models import info
+    from cli import main
+    from shadowkv.common.errors import SkvWarning
 
     def models(as_json: bool = False) -> None:
         warnings.simplefilter("always")  # as some libraries do

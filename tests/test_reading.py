@@ -11,19 +11,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cli.main import main
-from evals.jsonl import read_jsonl, stream_array
+from evals.common.jsonl import read_jsonl, stream_array
+from evals.common.sources import haystack
 from evals.longbench.data import Rows
 from evals.longbench.prompts import templates
 from evals.longbench.tasks import TASKS as LONGBENCH
 from evals.longbench.v2 import LongBenchV2
-from evals.manifest import Manifest
 from evals.ruler.files import RulerFiles
-from evals.sources import haystack
-from shadowkv.errors import SkvError
-from shadowkv.gpus import find_gpu
-from shadowkv.minference import MInference
-from shadowkv.reading import decoded
-from shadowkv.registry import parse_method
+from evals.runs.manifest import Manifest
+from shadowkv.common.errors import SkvError
+from shadowkv.common.reading import decoded
+from shadowkv.contract.registry import parse_method
+from shadowkv.methods.prefill.minference import MInference
+from shadowkv.planning.gpus import find_gpu
 
 # A codec -> the text of a test in it, what the error calls it, and what iconv does.
 WESTERN = "L'été, où l'élève a mangé la crème brûlée à côté de Noël. "

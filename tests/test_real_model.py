@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from evals.niah.task import Niah
-from shadowkv.engine import Engine
-from shadowkv.loading import load_model
-from shadowkv.methods.full import Full
-from shadowkv.packs import pack_path
-from shadowkv.registry import methods
-from shadowkv.resolving import resolve
+from shadowkv.contract.registry import methods
+from shadowkv.engine.engine import Engine
+from shadowkv.methods.full.method import Full
+from shadowkv.models.loading import load_model
+from shadowkv.models.packs import pack_path
+from shadowkv.models.resolving import resolve
 
 pytestmark = pytest.mark.skipif(pack_path("smollm2-135m") is None, reason="smollm2-135m is not pulled")
 

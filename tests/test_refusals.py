@@ -12,10 +12,10 @@ from tiny_models import random_prompt, tiny_model
 from transformers import AutoTokenizer
 
 from cli.main import main
-from shadowkv.engine import Engine
-from shadowkv.errors import NotFiniteError
-from shadowkv.finite import where_not_finite
-from shadowkv.methods.full import Full
+from shadowkv.common.errors import NotFiniteError
+from shadowkv.engine.engine import Engine
+from shadowkv.engine.finite import where_not_finite
+from shadowkv.methods.full.method import Full
 
 COMMANDS = {
     "run": ["eval", "niah", "--haystack", "synthetic", "--lengths", "512", "--depths", "1"],

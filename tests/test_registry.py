@@ -2,10 +2,10 @@ from __future__ import annotations
 
 import pytest
 
-from shadowkv.dims import Dims
-from shadowkv.errors import SkvError
-from shadowkv.methods.shadowkv import ShadowKV
-from shadowkv.registry import methods, parse_method
+from shadowkv.common.dims import Dims
+from shadowkv.common.errors import SkvError
+from shadowkv.contract.registry import methods, parse_method
+from shadowkv.methods.shadowkv.method import ShadowKV
 
 DIMS = Dims(layers=2, q_heads=4, kv_heads=2, head_dim=16, element_bytes=2)
 

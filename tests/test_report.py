@@ -17,15 +17,15 @@ from run_folders import METHODS, NOTE, answer, dummy, grid, manifest, measuremen
 from test_cli import mistake
 
 from cli.main import main
-from evals.bench.kernels import KernelRecord
-from evals.bench.latency import LatencyRecord
+from evals.bench.kernels.kernels import KernelRecord
+from evals.bench.latency.profile import LatencyRecord
 from evals.reporting.files import write_run as end_run
 from evals.reporting.folders import find_runs
 from evals.reporting.page import drawing
 from evals.reporting.samples import PREDICTION_CHARS, first_difference, samples_of
 from evals.reporting.visible import visible
-from evals.results import read_records, read_run
-from evals.summary import summarise
+from evals.runs.results import read_records, read_run
+from evals.tables.summary import summarise
 
 BASELINES = sorted(
     path.parent for path in (Path(__file__).parent.parent / "results" / "baselines").glob("*/summary.md")

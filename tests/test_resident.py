@@ -6,10 +6,10 @@ import pytest
 import torch
 from tiny_models import FAMILIES, random_prompt
 
-from shadowkv import slots
-from shadowkv.engine import Engine
-from shadowkv.registry import parse_method
-from shadowkv.slots import Regions
+from shadowkv.contract.registry import parse_method
+from shadowkv.engine.engine import Engine
+from shadowkv.kernels import slots
+from shadowkv.kernels.slots import Regions
 
 SPECS = [
     "shadowkv:rank=12,budget=64,outliers=2,window=8",

@@ -12,10 +12,10 @@ from dataclasses import asdict, replace
 import pytest
 from run_folders import answer
 
-from evals.manifest import Manifest, Session
-from evals.results import open_run, read_run
-from evals.summary import agreement, summarise
-from shadowkv.errors import SkvError
+from evals.runs.manifest import Manifest, Session
+from evals.runs.results import open_run, read_run
+from evals.tables.summary import agreement, summarise
+from shadowkv.common.errors import SkvError
 
 RECORD = answer(
     prediction="1234567 \u2028 ünïcode", references=["1234567"], device_bytes=10, host_bytes=20, prompt_sha256="00"
@@ -96,7 +96,7 @@ def test_a_failed_answer_is_tried_again_and_never_hides_a_scored_one(tmp_path):
 def test_a_second_process_is_refused_while_the_first_lives(tmp_path):
     script = (
         "import sys, time; sys.path[:0] = sys.argv[2:]\n"
-        "from pathlib import Path; from test_results import manifest; from evals.results import open_run\n"
+        "from pathlib import Path; from test_results import manifest; from evals.runs.results import open_run\n"
         "with open_run(Path(sys.argv[1]), manifest()): print('in', flush=True); time.sleep(60)"
     )
     paths = [os.path.dirname(__file__), os.path.dirname(os.path.dirname(__file__))]

@@ -6,8 +6,8 @@ import pytest
 import torch
 from tiny_models import FAMILIES, random_prompt
 
-from shadowkv.engine import Engine
-from shadowkv.rope import Rope
+from shadowkv.anatomy.rope import Rope
+from shadowkv.engine.engine import Engine
 
 
 def pre_rope_keys(model, ids):

@@ -9,19 +9,19 @@ from itertools import pairwise
 
 import pytest
 
-from evals.names import choose_tasks
+from evals.common.names import choose_tasks
+from evals.common.seeding import seeded
 from evals.ruler import metrics
+from evals.ruler.families.fitting import Draft, fit
 from evals.ruler.files import RulerFiles, write_files
-from evals.ruler.fitting import Draft, fit
 from evals.ruler.materials import Essay, PulledMaterials, sha16
 from evals.ruler.report import ruler_tables
 from evals.ruler.task import Ruler
 from evals.ruler.tasks import PROFILES, TASKS
-from evals.seeding import seeded
-from shadowkv.errors import SkvError
-from shadowkv.loading import load_tokenizer
-from shadowkv.packs import pack_path
-from shadowkv.resolving import resolve
+from shadowkv.common.errors import SkvError
+from shadowkv.models.loading import load_tokenizer
+from shadowkv.models.packs import pack_path
+from shadowkv.models.resolving import resolve
 
 needs_pack = pytest.mark.skipif(pack_path("ruler") is None, reason="ruler is not pulled")
 WORDINGS = ["own", pytest.param("official", marks=needs_pack)]
@@ -239,9 +239,9 @@ def test_prompts_from_files_are_the_same_whatever_the_tokenizer_adds(tmp_path):
     """With a beginning that no attribute names (GLM), and with a template that does not spell it (Zephyr)."""
     from tokenizers import processors
 
-    from shadowkv.loading import load_tokenizer
-    from shadowkv.presets import find_preset
-    from shadowkv.resolving import ModelSource
+    from shadowkv.models.loading import load_tokenizer
+    from shadowkv.models.presets import find_preset
+    from shadowkv.models.resolving import ModelSource
 
     for template in (None, "<u>{{ messages[0]['content'] }}</u><a>", "!!{{ messages[0]['content'] }}<a>"):
         made = load_tokenizer(ModelSource("bytes", None, find_preset("llama3.1-8b"), "dummy"))
@@ -268,7 +268,7 @@ def test_files_beyond_the_context_or_not_there_are_said(tokenizer, tmp_path):
 
 
 def test_prompts_do_not_change_from_day_to_day(tokenizer):
-    from evals.chat import Chat
+    from evals.common.chat import Chat
 
     class Dated:
         chat_template = "any"

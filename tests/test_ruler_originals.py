@@ -15,9 +15,9 @@ import pytest
 from evals.ruler.materials import PulledMaterials
 from evals.ruler.task import Ruler
 from evals.ruler.tasks import TASKS
-from shadowkv.loading import load_tokenizer
-from shadowkv.packs import pack_path
-from shadowkv.resolving import resolve
+from shadowkv.models.loading import load_tokenizer
+from shadowkv.models.packs import pack_path
+from shadowkv.models.resolving import resolve
 
 pytestmark = pytest.mark.skipif(
     pack_path("ruler") is None or pack_path("smollm2-135m") is None, reason="ruler or smollm2-135m is not pulled"

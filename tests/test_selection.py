@@ -6,13 +6,13 @@ import pytest
 import torch
 from tiny_models import geometry_model
 
-from shadowkv.dims import Dims
-from shadowkv.errors import SkvError
-from shadowkv.method import LayerKV
-from shadowkv.methods.loki import Loki
+from shadowkv.anatomy.rope import Rope
+from shadowkv.common.dims import Dims
+from shadowkv.common.errors import SkvError
+from shadowkv.contract.method import LayerKV
+from shadowkv.contract.registry import methods
 from shadowkv.methods.oracle import Oracle
-from shadowkv.registry import methods
-from shadowkv.rope import Rope
+from shadowkv.methods.retrieval.loki import Loki
 
 HEADS, DIM, SCALING, PROMPT = 2, 256, 0.1, 200
 

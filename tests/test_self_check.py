@@ -9,15 +9,15 @@ import torch
 from families import family_model
 
 from cli.main import main
-from shadowkv import self_check as module
-from shadowkv.attention import attach
-from shadowkv.engine import Engine
-from shadowkv.errors import SkvError
-from shadowkv.forward import cache_argument
-from shadowkv.methods.full import Full
-from shadowkv.methods.shadowkv import ShadowKV
-from shadowkv.self_check import remembered, self_check
-from shadowkv.survey import survey
+from shadowkv.anatomy.attention import attach
+from shadowkv.anatomy.forward import cache_argument
+from shadowkv.anatomy.survey import survey
+from shadowkv.common.errors import SkvError
+from shadowkv.engine import self_check as module
+from shadowkv.engine.engine import Engine
+from shadowkv.engine.self_check import remembered, self_check
+from shadowkv.methods.full.method import Full
+from shadowkv.methods.shadowkv.method import ShadowKV
 
 BROKEN = 2  # layer
 
@@ -182,7 +182,7 @@ def test_weights_that_are_not_those_of_the_files_are_refused(lost, monkeypatch, 
     from tiny_models import tiny_model
     from transformers import AutoTokenizer
 
-    import shadowkv.loading as loading
+    import shadowkv.models.loading as loading
 
     folder = tmp_path / "qwen2"
     shutil.copytree(tiny_folder, folder)

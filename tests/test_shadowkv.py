@@ -10,13 +10,13 @@ from tiny_models import random_prompt
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from shadowkv import ops
-from shadowkv.engine import Engine
-from shadowkv.landmarks import Landmarks
-from shadowkv.method import LayerKV
-from shadowkv.methods.full import Full
-from shadowkv.methods.shadowkv import ShadowKV
-from shadowkv.rope import Rope
+from shadowkv.anatomy.rope import Rope
+from shadowkv.contract.method import LayerKV
+from shadowkv.engine.engine import Engine
+from shadowkv.methods.full.method import Full
+from shadowkv.methods.shadowkv.landmarks import Landmarks
+from shadowkv.methods.shadowkv.method import ShadowKV
+from shadowkv.tensors import ops
 
 METHOD = ShadowKV(rank=12, budget=64, outliers=5)
 
@@ -105,7 +105,7 @@ def test_generated_tokens_become_chunks_after_the_window(kv, rope):
 @pytest.mark.parametrize("factors", ["native", "bf16", "int8"])
 def test_factors_of_later_tokens_are_as_good_as_those_of_the_prompt(factors):
     """Directions of very unequal size, as real keys have; rank and type are all that may cost anything."""
-    from shadowkv.key_factors import KeyFactors
+    from shadowkv.methods.shadowkv.key_factors import KeyFactors
 
     torch.manual_seed(0)
     x = torch.randn(2, 400, 32) @ (torch.linalg.qr(torch.randn(32, 32)).Q * torch.logspace(1, -2, 32)[:, None])
@@ -125,7 +125,7 @@ def test_blocks_of_a_prompt_make_up_the_whole(tiny, monkeypatch, family, engine)
     prefill = runs.prefill(random_prompt(300))
     exact = replace(ShadowKV(engine=engine).lossless(runs.dims, 400), local=1)
     stream = random_prompt(6, seed=7)
-    monkeypatch.setattr("shadowkv.low_rank.BLOCK_TOKENS", 64)
+    monkeypatch.setattr("shadowkv.tensors.low_rank.BLOCK_TOKENS", 64)
     caches = [runs.replay(prefill, method) for method in (exact, Full())]
     for token in stream.split(1, dim=1):
         torch.testing.assert_close(*(runs.extend(cache, token) for cache in caches), rtol=1e-3, atol=1e-3)
@@ -134,7 +134,7 @@ def test_blocks_of_a_prompt_make_up_the_whole(tiny, monkeypatch, family, engine)
 def test_landmarks_of_blocks_are_those_of_the_whole(kv, monkeypatch):
     keys = kv.k[:, :, :264]
     whole, worst = Landmarks.of(keys, 8, 5)
-    monkeypatch.setattr("shadowkv.landmarks._BLOCK_TOKENS", 64)
+    monkeypatch.setattr("shadowkv.methods.shadowkv.landmarks._BLOCK_TOKENS", 64)
     blocks, same = Landmarks.of(keys, 8, 5)
     assert torch.equal(same, worst)
     assert torch.equal(blocks.numbers.view, whole.numbers.view)

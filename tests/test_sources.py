@@ -6,8 +6,8 @@ import json
 
 import pytest
 
-from evals.sources import haystack
-from shadowkv.errors import SkvError
+from evals.common.sources import haystack
+from shadowkv.common.errors import SkvError
 
 PROSE = "Words of a sentence. " * 100
 
@@ -35,7 +35,7 @@ def test_half_a_character_is_one_line(tmp_path):
 
 @pytest.mark.parametrize("chunk", [1, 2, 7, 1000])
 def test_an_array_is_streamed_item_by_item(tmp_path, chunk):
-    from evals.jsonl import stream_array
+    from evals.common.jsonl import stream_array
 
     items = [{"a": [1, 2], "b": "x]},{"}, 3, "é", [], {"c": None}]
     path = tmp_path / "array.json"

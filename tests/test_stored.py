@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from shadowkv.dims import Bytes
-from shadowkv.stored import CODINGS, CodedTokens
+from shadowkv.common.dims import Bytes
+from shadowkv.tensors.stored import CODINGS, CodedTokens
 
 # Half a step of the widest binade: int8 has 127 steps to its scale, e4m3 three bits of mantissa.
 RELATIVE_TO_LARGEST = {"native": 0.0, "bf16": 2**-8, "int8": 0.51 / 127, "fp8": 0.51 / 14, "int4": 1.02 / 15}

@@ -9,15 +9,15 @@ import torch
 from test_methods import CASES
 from tiny_models import FAMILIES, random_prompt, tiny_model
 
-from shadowkv.engine import Engine
-from shadowkv.errors import SkvError
-from shadowkv.geometry import decoder_layers
-from shadowkv.method import DecodeCache
-from shadowkv.methods.full import Full
-from shadowkv.registry import parse_method
-from shadowkv.stacking import Stackable
-from shadowkv.streamed import StreamedPrompt, _Chunk
-from shadowkv.survey import survey
+from shadowkv.anatomy.geometry import decoder_layers
+from shadowkv.anatomy.survey import survey
+from shadowkv.common.errors import SkvError
+from shadowkv.contract.method import DecodeCache
+from shadowkv.contract.registry import parse_method
+from shadowkv.engine.engine import Engine
+from shadowkv.engine.streamed import StreamedPrompt, _Chunk
+from shadowkv.methods.full.method import Full
+from shadowkv.tensors.stacking import Stackable
 
 TOKENS, STEPS = 300, 6
 

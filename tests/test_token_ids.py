@@ -9,10 +9,10 @@ import torch
 from tiny_models import VOCAB, random_prompt, tiny_model
 
 from cli.main import main
-from evals.results import read_run
-from shadowkv.engine import Engine
-from shadowkv.errors import SkvError
-from shadowkv.methods.full import Full
+from evals.runs.results import read_run
+from shadowkv.common.errors import SkvError
+from shadowkv.engine.engine import Engine
+from shadowkv.methods.full.method import Full
 
 
 @pytest.mark.parametrize("token", [VOCAB, VOCAB + 1000])

@@ -12,13 +12,13 @@ from test_niah import BYTES, tokenizer  # noqa: F401 - a fixture
 from cli.main import main
 from evals.niah.report import niah_tables
 from evals.niah.turns import MultiTurnNiah
-from evals.results import read_run
-from evals.runner import one_ahead
-from shadowkv.engine import Engine
-from shadowkv.errors import SkvError
-from shadowkv.loading import load_tokenizer
-from shadowkv.methods.full import Full
-from shadowkv.registry import parse_method
+from evals.runs.results import read_run
+from evals.runs.runner import one_ahead
+from shadowkv.common.errors import SkvError
+from shadowkv.contract.registry import parse_method
+from shadowkv.engine.engine import Engine
+from shadowkv.methods.full.method import Full
+from shadowkv.models.loading import load_tokenizer
 
 
 def grid(**changes):

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from evals.bench.vllm_engine import VllmContender
-from shadowkv.dims import Dims
+from shadowkv.common.dims import Dims
 
 CONTEXT = 600
 

@@ -11,15 +11,15 @@ from types import SimpleNamespace
 import pytest
 from run_folders import answer
 
-from cli.answering import check_workers
+from cli.eval.answering import check_workers
 from cli.main import main
-from evals.manifest import Circumstances, this_session
-from evals.results import read_run
-from evals.runner import Step
-from evals.task import Question
-from evals.workers import started
-from shadowkv.errors import SkvError
-from shadowkv.methods.full import Full
+from evals.runs.manifest import Circumstances, this_session
+from evals.runs.results import read_run
+from evals.runs.runner import Step
+from evals.runs.task import Question
+from evals.runs.workers import started
+from shadowkv.common.errors import SkvError
+from shadowkv.methods.full.method import Full
 
 QUESTIONS = [Question("magic-number", 512, f"depth={depth},round=0") for depth in range(6)]
 TASK = SimpleNamespace(benchmark="niah", prompt_of=lambda question: question)

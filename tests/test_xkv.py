@@ -8,13 +8,13 @@ import pytest
 import torch
 from tiny_models import random_prompt, tiny_model
 
-from shadowkv import ops
-from shadowkv.dims import Dims
-from shadowkv.engine import Engine
-from shadowkv.errors import SkvError
-from shadowkv.methods.shadowkv import ShadowKV
-from shadowkv.methods.xkv import XKV
-from shadowkv.rope import Rope
+from shadowkv.anatomy.rope import Rope
+from shadowkv.common.dims import Dims
+from shadowkv.common.errors import SkvError
+from shadowkv.engine.engine import Engine
+from shadowkv.methods.compression.xkv import XKV
+from shadowkv.methods.shadowkv.method import ShadowKV
+from shadowkv.tensors import ops
 
 TOKENS = 200
 

@@ -9,8 +9,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.cache_utils import Cache
 
-from shadowkv.forward import cache_argument
-from shadowkv.method import Method
+from shadowkv.anatomy.forward import cache_argument
+from shadowkv.contract.method import Method
 
 VOCAB = 199
 _SHAPE: dict[str, Any] = {

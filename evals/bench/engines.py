@@ -15,14 +15,14 @@ from transformers.cache_utils import DynamicCache
 
 from evals.bench.prompts import Prompts
 from evals.bench.timing import Clock
-from shadowkv.attention import NAME
-from shadowkv.cache import MethodCache
-from shadowkv.dims import Bytes
-from shadowkv.engine import Engine
-from shadowkv.forward import last_logits
-from shadowkv.method import Method
-from shadowkv.methods.full import Full
-from shadowkv.ranges import ranged
+from shadowkv.anatomy.attention import NAME
+from shadowkv.anatomy.forward import last_logits
+from shadowkv.common.dims import Bytes
+from shadowkv.common.ranges import ranged
+from shadowkv.contract.method import Method
+from shadowkv.engine.cache import MethodCache
+from shadowkv.engine.engine import Engine
+from shadowkv.methods.full.method import Full
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Decoding(ABC):
         """Keys and values held."""
 
     def resident_chunks(self) -> Sequence[Tensor]:
-        """See `shadowkv.method.DecodeCache.resident_chunks`."""
+        """See `shadowkv.contract.method.DecodeCache.resident_chunks`."""
         return ()
 
     @abstractmethod

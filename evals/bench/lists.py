@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 
-from shadowkv.errors import SkvError
+from shadowkv.common.errors import SkvError
 
 
 def parse_batches(text: str) -> tuple[int, ...] | None:

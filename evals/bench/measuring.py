@@ -11,10 +11,10 @@ from evals.bench.memory import Room, peak_bytes, release
 from evals.bench.records import BenchRecord, Cell
 from evals.bench.reuse import hit_rate
 from evals.bench.timing import Clock, step_times
-from evals.failures import FAILURES, status_of
-from shadowkv.engine import Engine
-from shadowkv.planner import demand_of, step_bytes
-from shadowkv.wording import one_line
+from evals.runs.failures import FAILURES, status_of
+from shadowkv.common.wording import one_line
+from shadowkv.engine.engine import Engine
+from shadowkv.planning.planner import demand_of, step_bytes
 
 STEPS_OF_HITS = 8  # not among those timed: counting waits for the device
 

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import torch
 
-from shadowkv.dims import Bytes
-from shadowkv.host_memory import HOST_RESERVE, available_host_bytes
-from shadowkv.method import Method
-from shadowkv.model_size import ModelSize, streamed_bytes
-from shadowkv.planner import demand_of, sequence_parts
+from shadowkv.common.dims import Bytes
+from shadowkv.contract.method import Method
+from shadowkv.models.model_size import ModelSize, streamed_bytes
+from shadowkv.planning.planner import demand_of, sequence_parts
+from shadowkv.tensors.host_memory import HOST_RESERVE, available_host_bytes
 
 _GROWTH_TOKENS = 256  # room that buffers make for new tokens at a time
 

@@ -1,8 +1,8 @@
 """What fills the rows of a batch: real prompts, or made-up keys and values.
 
 Either way a method gets its layers one at a time on the model's device, where no dense prefill ever stands: a prompt is
-computed layer by layer (`shadowkv.streamed`), to the host if it is kept there for later measurements, else straight
-into a cache.
+computed layer by layer (`shadowkv.engine.streamed`), to the host if it is kept there for later measurements, else
+straight into a cache.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ import torch
 from torch import Tensor
 
 from evals.bench.timing import Clock
+from evals.common.seeding import seeded
 from evals.niah.prompt import Haystacks
-from evals.seeding import seeded
-from shadowkv.engine import Engine
-from shadowkv.errors import SkvError
-from shadowkv.host_memory import available_host_bytes
-from shadowkv.method import OBSERVED_QUERIES, LayerKV
-from shadowkv.prefills import SparsePrefill
-from shadowkv.recording import RecordedLayer
-from shadowkv.streamed import StreamedPrompt
+from shadowkv.common.errors import SkvError
+from shadowkv.contract.method import OBSERVED_QUERIES, LayerKV
+from shadowkv.contract.prefills import SparsePrefill
+from shadowkv.engine.engine import Engine
+from shadowkv.engine.recording import RecordedLayer
+from shadowkv.engine.streamed import StreamedPrompt
+from shadowkv.tensors.host_memory import available_host_bytes
 
 _KEPT_SHARE = 0.25  # of the free host memory, for prompts that the next measurement needs again
 _SCALE_TOKENS = 64

@@ -14,9 +14,9 @@ from torch import Tensor
 from evals.bench.engines import Began, Contender, Decoding
 from evals.bench.prompts import Prompts
 from evals.bench.timing import Clock
-from shadowkv.dims import Bytes, Dims
-from shadowkv.errors import SkvError
-from shadowkv.methods.full import Full
+from shadowkv.common.dims import Bytes, Dims
+from shadowkv.common.errors import SkvError
+from shadowkv.methods.full.method import Full
 
 UNTESTED = (
     "full@vllm: this adapter was never run by its authors; its weights are held beside those of skv, and its KV bytes "

@@ -14,11 +14,11 @@ from evals.compare.paired import Paired
 from evals.compare.rows import Comparison, RatioRow, ScoreRow
 from evals.compare.sides import Side, other_parameters, refuse, refuse_different
 from evals.compare.verdicts import Decision, Verdict, decide, judge_range
-from evals.results import Key, Record
-from evals.statistics import mean_of_means
-from evals.summary import grouped
-from evals.tables import tokens
-from shadowkv.errors import SkvError
+from evals.runs.results import Key, Record
+from evals.tables.statistics import mean_of_means
+from evals.tables.summary import grouped
+from evals.tables.table import tokens
+from shadowkv.common.errors import SkvError
 
 # How a prefill is cut into chunks changes rounding only, and follows the device.
 _MAY_DIFFER = frozenset({"config.prefill_chunk_tokens", "config.streamed"})

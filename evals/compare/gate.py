@@ -6,8 +6,8 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from shadowkv.errors import SkvError
-from shadowkv.names import did_you_mean
+from shadowkv.common.errors import SkvError
+from shadowkv.common.names import did_you_mean
 
 ACCURACY, THROUGHPUT, MEMORY = "accuracy", "throughput", "memory"
 TOLERANCES: Mapping[str, float] = MappingProxyType({ACCURACY: 0.02, THROUGHPUT: 0.05, MEMORY: 0.01})

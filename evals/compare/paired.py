@@ -9,7 +9,7 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-from evals.statistics import interval_95, mean_of_means
+from evals.tables.statistics import interval_95, mean_of_means
 
 _PERMUTATIONS = 9_999  # at least; more where more tests share the error rate
 _PERMUTATIONS_PER_TEST = 100  # leaves p-values that Holm's first step can accept

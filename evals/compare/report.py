@@ -12,8 +12,8 @@ from typing import Any
 
 from evals.compare.rows import Comparison, Judged, RatioRow, ScoreRow
 from evals.compare.verdicts import Verdict
-from evals.tables import Table, mib, number
-from shadowkv.wording import plain_line
+from evals.tables.table import Table, mib, number
+from shadowkv.common.wording import plain_line
 
 _SCORES = (
     "Over samples that both runs scored; baseline and current are means of those. 95 %: paired bootstrap. W/L: samples "

@@ -9,7 +9,7 @@ from evals.compare.accuracy import compare_answers
 from evals.compare.gate import ACCURACY, MEMORY, THROUGHPUT, Gate
 from evals.compare.rows import Comparison
 from evals.compare.sides import kind_of, read_manifest, read_side, refuse
-from evals.results import Record
+from evals.runs.results import Record
 
 
 def compare(baseline: Path, current: Path, gate: Gate) -> Comparison:

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from evals.bench.records import BenchRecord
-from evals.manifest import Manifest, Session
-from evals.report import PRESENTATIONS
-from evals.results import Kept, Record, read_records
-from shadowkv.errors import SkvError
+from evals.reporting.presentations import PRESENTATIONS
+from evals.runs.manifest import Manifest, Session
+from evals.runs.results import Kept, Record, read_records
+from shadowkv.common.errors import SkvError
 
 R = TypeVar("R", bound=Kept)
 _SHOWN = 6  # names and differences that fit a line

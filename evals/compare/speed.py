@@ -15,9 +15,9 @@ from evals.compare.paired import holm
 from evals.compare.rows import Comparison, RatioRow
 from evals.compare.sides import Side, other_parameters, refuse, refuse_different
 from evals.compare.verdicts import Decision, Verdict, judge, open_question
-from evals.summary import grouped
-from evals.tables import tokens
-from shadowkv.errors import SkvError
+from evals.tables.summary import grouped
+from evals.tables.table import tokens
+from shadowkv.common.errors import SkvError
 
 _SIZES: Sequence[tuple[str, Callable[[BenchRecord], int | None]]] = (
     ("KV on device", lambda record: record.kv_device_bytes),

@@ -9,8 +9,8 @@ from types import MappingProxyType
 from evals.exports.lm_eval import write_lm_eval
 from evals.exports.parquet import write_parquet
 from evals.reporting.folders import Run
-from shadowkv.errors import SkvError
-from shadowkv.names import did_you_mean
+from shadowkv.common.errors import SkvError
+from shadowkv.common.names import did_you_mean
 
 Export = Callable[[Sequence[Run], Path], list[Path]]  # runs, folder -> files written
 EXPORTS: Mapping[str, Export] = MappingProxyType({"lm-eval": write_lm_eval, "parquet": write_parquet})

@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 
 from evals.reporting.folders import Run
-from evals.results import Record
-from evals.statistics import mean_of_means
-from evals.summary import grouped, scores_of
+from evals.runs.results import Record
+from evals.tables.statistics import mean_of_means
+from evals.tables.summary import grouped, scores_of
 
 _METRIC = "score"
 _FILTER = "none"

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from evals.reporting.folders import Run
-from evals.summary import grouped
+from evals.tables.summary import grouped
 
 _AS_JSON = ("meta", "conditions", "parts_ms")  # mappings whose keys differ from run to run
 

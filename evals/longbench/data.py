@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from evals.jsonl import check_text, parse_jsonl
+from evals.common.jsonl import check_text, parse_jsonl
 from evals.longbench.tasks import TASKS
-from shadowkv.errors import SkvError
-from shadowkv.online import forbidden_by, reachable
-from shadowkv.packs import sha256_of
-from shadowkv.wording import one_line
+from shadowkv.common.errors import SkvError
+from shadowkv.common.online import forbidden_by, reachable
+from shadowkv.common.wording import one_line
+from shadowkv.models.packs import sha256_of
 
 _HUB_REPO, _HUB_FILE = "THUDM/LongBench", "data.zip"
 

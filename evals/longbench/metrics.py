@@ -12,7 +12,7 @@ import string
 from collections import Counter
 from collections.abc import Callable, Sequence
 
-from shadowkv.errors import SkvError
+from shadowkv.common.errors import SkvError
 
 # prediction, answer, all classes of the task (empty for most) -> score
 Metric = Callable[[str, str, Sequence[str]], float]

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from evals.literals import literals
+from evals.common.literals import literals
 from evals.longbench.tasks import TASKS
-from shadowkv.errors import SkvError
-from shadowkv.packs import pack_manifest, pack_path
-from shadowkv.reading import decoded
+from shadowkv.common.errors import SkvError
+from shadowkv.common.reading import decoded
+from shadowkv.models.packs import pack_manifest, pack_path
 
 # The packaged templates differ from the authors' by white space in six places; with these they are equal, byte by
 # byte, which the checksums of `tasks.TASKS` prove.

@@ -7,11 +7,11 @@ from pathlib import Path
 
 from evals.longbench.tasks import CATEGORIES, SIXTEEN, TASKS
 from evals.longbench.v2 import named_choice
-from evals.plots import write_score_by_group, write_task_bars
-from evals.results import Record
-from evals.statistics import mean_of_means
-from evals.summary import grouped, methods_of, scores_of
-from evals.tables import Table, percent
+from evals.runs.results import Record
+from evals.tables.plots import write_score_by_group, write_task_bars
+from evals.tables.statistics import mean_of_means
+from evals.tables.summary import grouped, methods_of, scores_of
+from evals.tables.table import Table, percent
 
 _BUCKETS = ("0-4k", "4-8k", "8k+")
 

@@ -8,14 +8,14 @@ from functools import cached_property
 from itertools import groupby, islice
 from typing import Any
 
-from evals.chat import Chat, prompt_ids
+from evals.common.chat import Chat, prompt_ids
 from evals.longbench.data import Row, Rows
 from evals.longbench.metrics import first_line, needs
 from evals.longbench.prompts import Templates, templates
 from evals.longbench.tasks import TASKS, Spec, bucket
 from evals.longbench.truncation import without_middle
-from evals.task import Example, Question, Task
-from shadowkv.errors import SkvError
+from evals.runs.task import Example, Question, Task
+from shadowkv.common.errors import SkvError
 
 _E = "_e"
 _MOST_ROWS = 500  # of any task

@@ -9,7 +9,7 @@ from types import MappingProxyType
 
 from evals.longbench import metrics
 from evals.longbench.metrics import Metric
-from shadowkv.errors import SkvError
+from shadowkv.common.errors import SkvError
 
 
 @dataclass(frozen=True)

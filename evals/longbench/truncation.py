@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from shadowkv.errors import SkvError
+from shadowkv.common.errors import SkvError
 
 _ROOM_TOKENS = 576  # the longest answer, 512 tokens, and a chat template
 

@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from evals.chat import Chat, prompt_ids
+from evals.common.chat import Chat, prompt_ids
+from evals.common.seeding import seeded
 from evals.niah.protocols import Needle
-from evals.seeding import seeded
-from shadowkv.errors import SkvError
+from shadowkv.common.errors import SkvError
 
 _LEAST_ROOM = 16  # tokens of haystack per needle
 _SENTENCE_ENDS = (".", "!", "?", ".\n", ".\n\n", '."', ".)")

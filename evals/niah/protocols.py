@@ -6,12 +6,12 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
 
-from evals import metrics
-from evals.literals import literals
-from evals.seeding import seeded
-from evals.sources import essays_folder
-from shadowkv.errors import SkvError
-from shadowkv.names import did_you_mean
+from evals.common import metrics
+from evals.common.literals import literals
+from evals.common.seeding import seeded
+from evals.common.sources import essays_folder
+from shadowkv.common.errors import SkvError
+from shadowkv.common.names import did_you_mean
 
 _PLACES = (
     "Aberdeen,Bergen,Cordoba,Dakar,Edmonton,Fukuoka,Gdansk,Hobart,Izmir,Jaipur,Kampala,Leipzig,Marseille,Nagoya,"

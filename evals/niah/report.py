@@ -7,11 +7,11 @@ from pathlib import Path
 
 import numpy as np
 
-from evals.plots import new_figure, save, wrapped, write_score_by_group
-from evals.results import Record
-from evals.statistics import mean_of_means
-from evals.summary import grouped, methods_of, scores_of
-from evals.tables import Table, number, tokens
+from evals.runs.results import Record
+from evals.tables.plots import new_figure, save, wrapped, write_score_by_group
+from evals.tables.statistics import mean_of_means
+from evals.tables.summary import grouped, methods_of, scores_of
+from evals.tables.table import Table, number, tokens
 
 _WIDTH = 8.4  # inches of panels side by side
 # On a coloured cell, so not turned where a page turns greys for a dark background.

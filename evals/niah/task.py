@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from evals.chat import Chat
+from evals.common.chat import Chat
+from evals.common.sources import Haystack, haystack
 from evals.niah.prompt import Haystacks, assemble
 from evals.niah.protocols import find_protocol
-from evals.sources import Haystack, haystack
-from evals.task import Example, Question, Task
-from shadowkv.errors import SkvError
+from evals.runs.task import Example, Question, Task
+from shadowkv.common.errors import SkvError
 
 _SLACK = 0.02  # a prompt is at most this much shorter than its length, to leave room for the answer
 

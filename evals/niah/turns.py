@@ -11,13 +11,13 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from evals.chat import Chat
+from evals.common.chat import Chat
+from evals.common.seeding import seeded
 from evals.niah.prompt import Haystacks, assemble_many, follow_up
 from evals.niah.protocols import find_protocol
 from evals.niah.task import Niah, cell_name
-from evals.seeding import seeded
-from evals.task import Example, Question
-from shadowkv.errors import SkvError
+from evals.runs.task import Example, Question
+from shadowkv.common.errors import SkvError
 
 
 @dataclass(frozen=True)

@@ -7,18 +7,18 @@ from pathlib import Path
 from typing import Any
 
 from evals.bench.records import BenchRecord
-from evals.bench.report import ratio
-from evals.bench.summary import gains
-from evals.looks import looks
-from evals.manifest import Manifest
+from evals.bench.throughput.report import ratio
+from evals.bench.throughput.summary import gains
 from evals.paper.published import ROWS
-from evals.plots import new_figure, save
-from evals.results import read_records, read_run
-from evals.summary import REFERENCE, Row, summarise
-from evals.tables import Table, percent, tokens
-from shadowkv.errors import SkvError
-from shadowkv.methods.shadowkv import ShadowKV
-from shadowkv.registry import parse_method
+from evals.runs.manifest import Manifest
+from evals.runs.results import read_records, read_run
+from evals.tables.looks import looks
+from evals.tables.plots import new_figure, save
+from evals.tables.summary import REFERENCE, Row, summarise
+from evals.tables.table import Table, percent, tokens
+from shadowkv.common.errors import SkvError
+from shadowkv.contract.registry import parse_method
+from shadowkv.methods.shadowkv.method import ShadowKV
 
 
 def throughput_summary(folders: Sequence[Path]) -> Table:

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from evals.paper.published import ROWS
-from evals.tables import tokens
-from shadowkv.errors import SkvError
-from shadowkv.names import did_you_mean
+from evals.tables.table import tokens
+from shadowkv.common.errors import SkvError
+from shadowkv.common.names import did_you_mean
 
 SCALES = ("smoke", "full")
 SMOKE_MODEL = "smollm2-135m"
@@ -130,7 +130,7 @@ def _niah(scale: str, models: Sequence[str]) -> list[Step]:
 
 def _doubling(model: str) -> str:
     """16k, 32k, ... up to the model's context."""
-    from shadowkv.presets import presets
+    from shadowkv.models.presets import presets
 
     known = presets().get(model)
     most = 128 * 1024 if known is None else known.context_tokens
@@ -157,7 +157,7 @@ def _ablations(scale: str, models: Sequence[str]) -> list[Step]:
 
 def _changed(base: str, ablated: Mapping[str, Sequence[int]]) -> list[str]:
     """The base with one parameter set to another value."""
-    from shadowkv.registry import parse_method
+    from shadowkv.contract.registry import parse_method
 
     params = parse_method(base).params()
     spelled = {key: params[key] for key in ("budget", "rank")}

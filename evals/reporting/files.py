@@ -9,7 +9,7 @@ from evals.reporting.folders import Found, find_runs, make_folder
 from evals.reporting.page import render_report
 from evals.reporting.samples import samples_of
 from evals.reporting.sections import Section, environment, section_of
-from evals.tables import latex
+from evals.tables.table import latex
 
 
 def write_report(found: Found, out: Path) -> list[Path]:

@@ -10,12 +10,12 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from evals.manifest import Manifest, SchemaError
-from evals.report import PRESENTATIONS
-from evals.results import Record, salvage, sound
-from evals.summary import grouped, methods_of
-from shadowkv.errors import SkvError
-from shadowkv.names import did_you_mean
+from evals.reporting.presentations import PRESENTATIONS
+from evals.runs.manifest import Manifest, SchemaError
+from evals.runs.results import Record, salvage, sound
+from evals.tables.summary import grouped, methods_of
+from shadowkv.common.errors import SkvError
+from shadowkv.common.names import did_you_mean
 
 _UNKNOWN = {"name": "unknown model", "source": None, "weights_sha256": None, "dummy": None, "dtype": "?", "device": "?"}
 _NAMED = 3  # examples given of what is wrong
@@ -113,8 +113,8 @@ def _read(name: str, path: Path) -> Run:
 
 @cache
 def _kinds() -> tuple[Any, ...]:
-    from evals.bench.kernels import KernelRecord
-    from evals.bench.latency import LatencyRecord
+    from evals.bench.kernels.kernels import KernelRecord
+    from evals.bench.latency.profile import LatencyRecord
     from evals.bench.records import BenchRecord
 
     return Record, BenchRecord, LatencyRecord, KernelRecord

@@ -10,11 +10,11 @@ from typing import NamedTuple
 
 from evals.reporting.folders import Found, Run, make_folder
 from evals.reporting.page import render_leaderboard
-from evals.results import Record
-from evals.statistics import BOOTSTRAP_95
-from evals.summary import REFERENCE, Row, grouped, summarise
-from evals.tables import Table, mib, number, percent, tokens
-from shadowkv.errors import SkvError
+from evals.runs.results import Record
+from evals.tables.statistics import BOOTSTRAP_95
+from evals.tables.summary import REFERENCE, Row, grouped, summarise
+from evals.tables.table import Table, mib, number, percent, tokens
+from shadowkv.common.errors import SkvError
 
 _COLUMNS = ["rank", "method", "setting", "score, %", "95 %", "agree", "tokens\nread", "device\nKV MiB", "of full\n%",
             "host\nKV MiB", "runs"]  # fmt: skip

@@ -16,7 +16,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from evals.reporting.sections import Section, environment
-from evals.tables import Table
+from evals.tables.table import Table
 
 _TEMPLATES = "evals.reporting"
 _GREY = re.compile(r"#([0-9a-f]{2})\1\1\b")

@@ -7,8 +7,8 @@ from typing import Any
 
 from evals.reporting.folders import Run
 from evals.reporting.visible import visible
-from evals.results import Record
-from evals.summary import REFERENCE
+from evals.runs.results import Record
+from evals.tables.summary import REFERENCE
 
 PREDICTION_CHARS = 2000
 _PROMPT_CHARS = 1200

@@ -8,12 +8,12 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from evals.costs import cost_table
-from evals.report import accuracy_tables, write_accuracy_plots
 from evals.reporting.folders import Run
-from evals.statistics import BOOTSTRAP_95
-from evals.summary import methods_of, summarise, task_scores
-from evals.tables import Table, tokens
+from evals.reporting.presentations import accuracy_tables, write_accuracy_plots
+from evals.tables.costs import cost_table
+from evals.tables.statistics import BOOTSTRAP_95
+from evals.tables.summary import methods_of, summarise, task_scores
+from evals.tables.table import Table, tokens
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -118,8 +118,8 @@ def _accuracy(run: Run, plots: Path) -> Section:
 
 
 def _throughput(run: Run, plots: Path) -> Section:
-    from evals.bench.report import bench_frame, gain_table, notes_of, throughput_table, write_bench_plots
-    from evals.bench.summary import gains, summarise_bench
+    from evals.bench.throughput.report import bench_frame, gain_table, notes_of, throughput_table, write_bench_plots
+    from evals.bench.throughput.summary import gains, summarise_bench
 
     records, manifest = run.records, run.manifest
     rows, found = summarise_bench(records), gains(records)
@@ -136,7 +136,7 @@ def _throughput(run: Run, plots: Path) -> Section:
 
 
 def _latency(run: Run, plots: Path) -> Section:
-    from evals.bench.latency_report import latency_notes, latency_table, write_latency_bars
+    from evals.bench.latency.report import latency_notes, latency_table, write_latency_bars
 
     order = methods_of(run.records)
     records = sorted(run.records, key=lambda r: (r.context, r.batch, order.index(r.method)))
@@ -157,7 +157,7 @@ def _latency(run: Run, plots: Path) -> Section:
 
 
 def _kernels(run: Run, plots: Path) -> Section:
-    from evals.bench.kernel_report import read_compiled, report_of
+    from evals.bench.kernels.report import read_compiled, report_of
 
     report = report_of(run.manifest, run.records, read_compiled(run.path))
     rows = [{name: value for name, value in asdict(r).items() if name != "conditions"} for r in run.records]

@@ -10,13 +10,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from evals.chat import Chat, prompt_ids
-from evals.jsonl import check_text, read_jsonl
+from evals.common.chat import Chat, prompt_ids
+from evals.common.jsonl import check_text, read_jsonl
 from evals.ruler.task import Ruler, RulerTask, profile_notes
 from evals.ruler.tasks import TASKS, find_profile
-from evals.task import Example, Question
-from shadowkv.errors import SkvError
-from shadowkv.packs import sha256_of
+from evals.runs.task import Example, Question
+from shadowkv.common.errors import SkvError
+from shadowkv.models.packs import sha256_of
 
 _FILE = "validation.jsonl"
 

@@ -13,11 +13,11 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
-from evals.jsonl import stream_array
-from evals.literals import literals
-from evals.sources import haystack
-from shadowkv.errors import SkvError
-from shadowkv.packs import pack_manifest, pack_path
+from evals.common.jsonl import stream_array
+from evals.common.literals import literals
+from evals.common.sources import haystack
+from shadowkv.common.errors import SkvError
+from shadowkv.models.packs import pack_manifest, pack_path
 
 _SENTENCE_END = re.compile(r"(?<=[.!?]) ")
 

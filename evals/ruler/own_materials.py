@@ -8,9 +8,9 @@ from __future__ import annotations
 from itertools import product
 from typing import Any, ClassVar
 
+from evals.common.seeding import seeded
+from evals.common.sources import haystack
 from evals.ruler.materials import Corpus, Materials, Question, Template
-from evals.seeding import seeded
-from evals.sources import haystack
 
 _TEMPLATES = {
     "niah": Template(

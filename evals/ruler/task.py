@@ -8,16 +8,16 @@ from functools import cached_property
 from itertools import count
 from typing import Any
 
-from evals.chat import Chat
-from evals.ruler.families import Workshop
-from evals.ruler.fitting import Draft, fit, too_short
+from evals.common.chat import Chat
+from evals.common.seeding import seeded
+from evals.ruler.families.family import Workshop
+from evals.ruler.families.fitting import Draft, fit, too_short
 from evals.ruler.materials import Materials, PulledMaterials
 from evals.ruler.own_materials import OwnMaterials
 from evals.ruler.tasks import TASKS, find_profile
-from evals.seeding import seeded
-from evals.task import Example, Question, Task
-from shadowkv.errors import SkvError
-from shadowkv.names import did_you_mean
+from evals.runs.task import Example, Question, Task
+from shadowkv.common.errors import SkvError
+from shadowkv.common.names import did_you_mean
 
 DEFAULT_LENGTHS = tuple(1024 * k for k in (4, 8, 16, 32, 64, 128))
 BRIEF_LENGTHS, BRIEF_SAMPLES = (1024,), 2  # what two cores run in minutes

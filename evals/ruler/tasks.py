@@ -6,14 +6,14 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from evals.ruler import metrics
-from evals.ruler.answering import QuestionAnswering
-from evals.ruler.counting import CommonWords, FrequentWords
-from evals.ruler.families import Family
+from evals.ruler.families.answering import QuestionAnswering
+from evals.ruler.families.counting import CommonWords, FrequentWords
+from evals.ruler.families.family import Family
+from evals.ruler.families.niah import Niah
+from evals.ruler.families.tracking import VariableTracking
 from evals.ruler.metrics import Metric
-from evals.ruler.niah import Niah
-from evals.ruler.tracking import VariableTracking
-from shadowkv.errors import SkvError
-from shadowkv.names import did_you_mean
+from shadowkv.common.errors import SkvError
+from shadowkv.common.names import did_you_mean
 
 EFFECTIVE_SCORE = 85.6  # percent, Llama-2-7B's at 4K: a model's effective length is the longest one that exceeds it
 

@@ -1,4 +1,4 @@
-"""Triton twins of `shadowkv.slots`: the same names and signatures, chosen in one place."""
+"""Triton twins of `shadowkv.kernels.slots`: the same names and signatures, chosen in one place."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from types import ModuleType
 
 import torch
 
-from shadowkv.errors import SkvError
+from shadowkv.common.errors import SkvError
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ def operations(device: torch.device) -> ModuleType:
     Raises `SkvError` where kernels are needed and Triton is missing.
     """
     if device.type != "cuda" and not interpreted():
-        from shadowkv import slots
+        from shadowkv.kernels import slots
 
         return slots
     if not has_triton():

@@ -9,10 +9,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from shadowkv.common.ranges import ranged
 from shadowkv.kernels import interpreted
 from shadowkv.kernels.launch import check_head_dim, load_queries, padded, product, rows_of
-from shadowkv.ranges import ranged
-from shadowkv.slots import Regions
+from shadowkv.kernels.slots import Regions
 
 _PROGRAMS = 264  # two for each of an H100's or H200's processors
 
@@ -171,7 +171,7 @@ class Stretches(NamedTuple):
 
 @ranged("attention")
 def attend_resident(q: Tensor, k: Tensor, v: Tensor, spans: Tensor, regions: Regions, scaling: float) -> Tensor:
-    """See `shadowkv.slots.attend_resident`."""
+    """See `shadowkv.kernels.slots.attend_resident`."""
     batch, q_heads, _, head_dim = q.shape
     check_head_dim(head_dim)
     heads = k.shape[1]

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from shadowkv.ranges import ranged
+from shadowkv.common.ranges import ranged
 
 _LARGEST_BLOCK = 8192
 _LEAST = tl.constexpr(-(2**31))
@@ -66,7 +66,7 @@ def select_chunks(scores, numbers, chosen, chunks, slots, stride_b, stride_h, he
 
 @ranged("selection")
 def choose_chunks(scores: Tensor, numbers: Tensor, slots: int) -> Tensor:
-    """See `shadowkv.slots.choose_chunks`."""
+    """See `shadowkv.kernels.slots.choose_chunks`."""
     batch, heads, chunks = scores.shape
     chosen = torch.empty(batch, heads, slots, dtype=torch.int32, device=scores.device)
     block = min(max(triton.next_power_of_2(chunks), 16), _LARGEST_BLOCK)

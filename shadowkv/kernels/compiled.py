@@ -14,7 +14,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime import JITFunction
 
-from shadowkv.errors import SkvError
+from shadowkv.common.errors import SkvError
 from shadowkv.kernels import CompiledKernel
 from shadowkv.kernels.attention import attend_stretch, block_of, join_stretches
 from shadowkv.kernels.choose import select_chunks

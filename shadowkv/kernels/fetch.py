@@ -10,9 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from shadowkv.common.ranges import ranged
 from shadowkv.kernels.launch import check_head_dim, padded, rows_of
-from shadowkv.ranges import ranged
-from shadowkv.stored import Stored, int4_group
+from shadowkv.tensors.stored import Stored, int4_group
 
 _PROGRAMS = 256
 _CODES = {"native": 0, "bf16": 0, "int8": 1, "fp8": 2, "int4": 3}
@@ -81,7 +81,7 @@ def copy_chunks(
 
 @ranged("fetch")
 def fill_values(stored: Stored, held: Tensor, fill: Tensor, chunk: int, out: Tensor) -> None:
-    """See `shadowkv.slots.fill_values`. What is stored is pinned, or on the device."""
+    """See `shadowkv.kernels.slots.fill_values`. What is stored is pinned, or on the device."""
     batch, heads, slots = held.shape
     head_dim = out.shape[-1]
     check_head_dim(head_dim)

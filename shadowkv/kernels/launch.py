@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from shadowkv.errors import SkvError
+from shadowkv.common.errors import SkvError
 
 LARGEST_HEAD = 256
 

@@ -7,10 +7,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from shadowkv.common.ranges import ranged
 from shadowkv.kernels import interpreted
 from shadowkv.kernels.attention import Stretches, absorb, block_of, keep_stretch, nothing_absorbed
 from shadowkv.kernels.launch import check_head_dim, load_queries, padded, product, rows_of
-from shadowkv.ranges import ranged
 
 
 @triton.jit
@@ -110,7 +110,7 @@ def pages_at_once(head_dim: int) -> int:
 
 @ranged("selection")
 def page_bounds(q: Tensor, low: Tensor, high: Tensor, lengths: Tensor, page: int) -> Tensor:
-    """See `shadowkv.slots.page_bounds`."""
+    """See `shadowkv.kernels.slots.page_bounds`."""
     batch, heads, pages, head_dim = low.shape
     check_head_dim(head_dim)
     group, block = q.shape[1] // heads, pages_at_once(head_dim)
@@ -124,7 +124,7 @@ def page_bounds(q: Tensor, low: Tensor, high: Tensor, lengths: Tensor, page: int
 
 @ranged("attention")
 def attend_pages(q: Tensor, k: Tensor, v: Tensor, pages: Tensor, lengths: Tensor, page: int, scaling: float) -> Tensor:
-    """See `shadowkv.slots.attend_pages`."""
+    """See `shadowkv.kernels.slots.attend_pages`."""
     batch, q_heads, _, head_dim = q.shape
     check_head_dim(head_dim)
     _, lists, listed = pages.shape

@@ -7,8 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from shadowkv.common.ranges import ranged
 from shadowkv.kernels.launch import padded
-from shadowkv.ranges import ranged
 
 _TILE = 32
 
@@ -50,7 +50,7 @@ def assign_slots(chosen, held, fill, slots, heads, stride_b, stride_h, SLOTS: tl
 
 @ranged("selection")
 def plan_fill(chosen: Tensor, held: Tensor) -> Tensor:
-    """See `shadowkv.slots.plan_fill`."""
+    """See `shadowkv.kernels.slots.plan_fill`."""
     batch, heads, slots = held.shape
     fill = torch.empty_like(chosen)
     assign_slots[(batch * heads,)](

@@ -10,11 +10,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from shadowkv.anatomy.rotary_table import RotaryTable
+from shadowkv.common.ranges import ranged
 from shadowkv.kernels import interpreted
 from shadowkv.kernels.launch import check_head_dim, padded, product, rows_of
-from shadowkv.ranges import ranged
-from shadowkv.rotary_table import RotaryTable
-from shadowkv.slots import Factors
+from shadowkv.kernels.slots import Factors
 
 _BLOCK_RANK = 32
 
@@ -99,7 +99,7 @@ def tokens_at_once(head_dim: int) -> int:
 
 @ranged("rebuild")
 def fill_keys(factors: Factors, rotary: RotaryTable, held: Tensor, fill: Tensor, chunk: int, out: Tensor) -> None:
-    """See `shadowkv.slots.fill_keys`."""
+    """See `shadowkv.kernels.slots.fill_keys`."""
     batch, heads, slots = held.shape
     head_dim, rank = out.shape[-1], factors.vectors.shape[1]
     check_head_dim(head_dim)

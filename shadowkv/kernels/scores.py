@@ -12,9 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from shadowkv.common.ranges import ranged
 from shadowkv.kernels import interpreted
 from shadowkv.kernels.launch import check_head_dim, load_queries, padded, product, rows_of
-from shadowkv.ranges import ranged
 
 _BLOCKS_AT_ONCE = 64
 
@@ -106,7 +106,7 @@ def landmarks_at_once(head_dim: int) -> int:
 
 @ranged("selection")
 def chunk_scores(q: Tensor, landmarks: Tensor, scaling: float, counts: Tensor) -> Tensor:
-    """See `shadowkv.ops.chunk_scores`. landmarks [B,H,C,D] with its last two axes contiguous."""
+    """See `shadowkv.tensors.ops.chunk_scores`. landmarks [B,H,C,D] with its last two axes contiguous."""
     batch, heads, chunks, head_dim = landmarks.shape
     check_head_dim(head_dim)
     group, rows, blocks = q.shape[1] // heads, batch * heads, triton.cdiv(chunks, landmarks_at_once(head_dim))

@@ -1,4 +1,4 @@
-"""Every kernel by the name of its plain-torch twin in `shadowkv.slots`. Importing this needs Triton."""
+"""Every kernel by the name of its plain-torch twin in `shadowkv.kernels.slots`. Importing this needs Triton."""
 
 from shadowkv.kernels.attention import attend_resident
 from shadowkv.kernels.choose import choose_chunks

@@ -14,12 +14,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from shadowkv import ops
-from shadowkv.buffers import TokenBuffer
-from shadowkv.dims import Bytes, Dims
-from shadowkv.layerwise import LayerState, LayerwiseMethod, StepwiseState
-from shadowkv.method import LayerKV, Method, require
-from shadowkv.rope import Rope
+from shadowkv.anatomy.rope import Rope
+from shadowkv.common.dims import Bytes, Dims
+from shadowkv.contract.layerwise import LayerState, LayerwiseMethod, StepwiseState
+from shadowkv.contract.method import LayerKV, Method, require
+from shadowkv.tensors import ops
+from shadowkv.tensors.buffers import TokenBuffer
 
 
 @dataclass(frozen=True)

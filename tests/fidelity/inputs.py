@@ -9,9 +9,9 @@ import torch
 from tiny_models import tiny_model
 from torch import Tensor
 
-from shadowkv.method import LayerKV, Method
-from shadowkv.prefills import SparsePrefill
-from shadowkv.rope import Rope
+from shadowkv.anatomy.rope import Rope
+from shadowkv.contract.method import LayerKV, Method
+from shadowkv.contract.prefills import SparsePrefill
 
 ROPE_THETA = 10000.0
 

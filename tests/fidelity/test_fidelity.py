@@ -13,7 +13,7 @@ import pytest
 import torch
 from inputs import Inputs, answered, attended, read
 
-from shadowkv.registry import methods, parse_method, prefills
+from shadowkv.contract.registry import methods, parse_method, prefills
 
 HERE = Path(__file__).parent
 CASES = sorted(HERE.glob("*.json"))

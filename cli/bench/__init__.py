@@ -1,0 +1,4 @@
+"""`skv bench ...`.
+
+Not here: what could be used without a command line.
+"""

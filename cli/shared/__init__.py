@@ -1,0 +1,4 @@
+"""What several commands share: options, the model asked for, methods and their choice, fetching, printing, exit codes.
+
+Not here: commands.
+"""

@@ -1,0 +1,4 @@
+"""Where a decode step's time goes: the profile and its tables.
+
+Not here: timing code: that is one room up.
+"""

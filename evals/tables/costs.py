@@ -1,0 +1,56 @@
+"""The table that every accuracy run has: methods x lengths, score first, then what it cost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from evals.tables.summary import Row
+from evals.tables.table import Table, kib, mib, number, tokens
+
+_CAPTION = (
+    "Score: mean over scored answers, of each task and then over tasks, with a 95 % bootstrap interval over samples. "
+    "Agree: share of tokens 2..n equal to full attention's; the first one is the prefill's under every method. Tokens "
+    "read: per decode step, mean over layers and heads, at most. Bus: what a decoded token moves between host and "
+    "device. Prefill: median, once per prompt for all methods."
+)
+
+
+class _Column(NamedTuple):
+    head: str
+    cell: Callable[[Row], str]
+    dense: bool | None = None  # shown only where space is scarce (True) or plenty (False)
+
+
+def _interval(row: Row) -> str:
+    low, high = row.score_low, row.score_high
+    return "–" if low is None or high is None else f"{low:.2f}–{high:.2f}"
+
+
+def _decode_times(row: Row) -> str:
+    return "/".join(number(x, ".1f") for x in (row.decode_ms_p10, row.decode_ms_p50, row.decode_ms_p90))
+
+
+_COLUMNS = (
+    _Column("method", lambda row: row.method),
+    _Column("length", lambda row: tokens(row.length)),
+    _Column("score", lambda row: number(row.score, ".2f")),
+    _Column("95 %", _interval, dense=False),
+    _Column("scored", lambda row: f"{row.scored}/{row.total}"),
+    _Column("agree", lambda row: number(row.agreement, ".2f")),
+    _Column("tokens\nread", lambda row: number(row.attended_tokens, ".0f")),
+    _Column("device\nKV MiB", lambda row: mib(row.device_bytes)),
+    _Column("host\nKV MiB", lambda row: mib(row.host_bytes)),
+    _Column("bus KiB\n/token", lambda row: kib(row.bus_bytes), dense=False),
+    _Column("prefill\ns", lambda row: number(row.prefill_s, ".2f")),
+    _Column("build\ns", lambda row: number(row.build_s, ".3f"), dense=False),
+    _Column("decode ms\np10/p50/p90", _decode_times, dense=False),
+    _Column("decode\nms p50", lambda row: number(row.decode_ms_p50, ".1f"), dense=True),
+)
+
+
+def cost_table(title: str, rows: Sequence[Row], *, dense: bool = False) -> Table:
+    """One line per row; the dense one has fewer columns, for a narrow terminal."""
+    shown = [column for column in _COLUMNS if column.dense in (None, dense)]
+    lines = [[column.cell(row) for column in shown] for row in rows]
+    return Table(title, [column.head for column in shown], lines, _CAPTION, names=2)

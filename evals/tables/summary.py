@@ -1,0 +1,146 @@
+"""Records summed up: what a method scored and cost at a length, and what it scored in each task."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+
+from evals.runs.results import Record
+from evals.tables.statistics import interval_95, mean_of_means
+
+T = TypeVar("T")
+K = TypeVar("K", bound=Hashable)
+REFERENCE = "full"  # the label of what everything is compared with
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method at one length. Unscored answers are counted, and left out of every mean."""
+
+    method: str
+    length: int
+    score: float | None  # 0..1, mean over tasks of the mean over their scored answers
+    score_low: float | None  # 95 % bootstrap interval over samples
+    score_high: float | None
+    scored: int
+    total: int
+    agreement: float | None  # share of tokens 2..n equal to full attention's, mean over examples
+    prompt_tokens: float | None  # mean
+    attended_tokens: float | None  # per decode step, mean over layers, heads and examples
+    device_bytes: float | None
+    host_bytes: float | None
+    bus_bytes: float | None  # between host and device, per decoded token
+    prefill_s: float | None  # median, of the prompts computed without a reused prefix where there are any
+    build_s: float | None
+    decode_ms_p10: float | None
+    decode_ms_p50: float | None
+    decode_ms_p90: float | None
+
+
+@dataclass(frozen=True)
+class TaskScore:
+    """One method in one task at one length."""
+
+    method: str
+    length: int
+    task: str
+    score: float | None  # 0..1
+    score_low: float | None
+    score_high: float | None
+    scored: int
+    total: int
+
+
+def summarise(records: Sequence[Record]) -> list[Row]:
+    """Rows by method, in order of first appearance, then by length."""
+    references = {(r.task, r.length, r.sample): r for r in records if r.method == REFERENCE and r.status == "ok"}
+    cells = grouped(records, lambda r: (r.method, r.length))
+    order = {label: place for place, label in enumerate(methods_of(records))}
+    return [
+        _row(label, length, cells[label, length], references)
+        for label, length in sorted(cells, key=lambda cell: (order[cell[0]], cell[1]))
+    ]
+
+
+def task_scores(records: Sequence[Record]) -> list[TaskScore]:
+    """Scores by method, length and task, in order of first appearance."""
+    cells = grouped(records, lambda r: (r.method, r.length, r.task))
+    return [_task_score(*cell, found) for cell, found in cells.items()]
+
+
+def grouped(items: Iterable[T], key: Callable[[T], K]) -> dict[K, list[T]]:
+    """Items by key, in order of first appearance."""
+    groups: dict[K, list[T]] = {}
+    for item in items:
+        groups.setdefault(key(item), []).append(item)
+    return groups
+
+
+def methods_of(records: Sequence[Record]) -> list[str]:
+    """Labels in order of first appearance."""
+    return list(dict.fromkeys(record.method for record in records))
+
+
+def scores_of(records: Sequence[Record]) -> list[float]:
+    """Scores of the answers that have one."""
+    return [record.score for record in records if record.score is not None]
+
+
+def agreement(tokens: Sequence[int], reference: Sequence[int]) -> float | None:
+    """Share of the reference's tokens 2..n that stand at the same place; the first is dense under every method."""
+    if len(reference) < 2:
+        return None
+    pairs = zip(reference[1:], [*tokens[1:], *[None] * len(reference)], strict=False)
+    return sum(a == b for a, b in pairs) / (len(reference) - 1)
+
+
+def _task_score(method: str, length: int, task: str, records: list[Record]) -> TaskScore:
+    scores = scores_of(records)
+    low, high = interval_95([scores]) or (None, None)
+    return TaskScore(method, length, task, mean_of_means([scores]), low, high, len(scores), len(records))
+
+
+def _row(label: str, length: int, records: list[Record], references: dict[tuple[str, int, str], Record]) -> Row:
+    good = [r for r in records if r.status == "ok"]
+    agreements = [
+        agreement(r.tokens, references[(r.task, r.length, r.sample)].tokens)
+        for r in good
+        if (r.task, r.length, r.sample) in references
+    ]
+    tasks = [scores_of(found) for found in grouped(good, lambda r: r.task).values()]
+    low, high = interval_95(tasks) or (None, None)
+    cold = [r.prefill_s for r in good if r.reused_tokens == 0] or [r.prefill_s for r in good]
+    steps = [ms for r in good if (ms := r.decode_ms_per_token) is not None]
+    p10, p50, p90 = (_percentile(steps, q) for q in (10, 50, 90))
+    return Row(
+        method=label,
+        length=length,
+        score=mean_of_means(tasks),
+        score_low=low,
+        score_high=high,
+        scored=len(good),
+        total=len(records),
+        agreement=_mean(agreements),
+        prompt_tokens=_mean([r.prompt_tokens for r in good]),
+        attended_tokens=_mean([r.attended_tokens for r in good]),
+        device_bytes=_mean([r.device_bytes for r in good]),
+        host_bytes=_mean([r.host_bytes for r in good]),
+        bus_bytes=_mean([r.bus_bytes for r in good]),
+        prefill_s=_percentile(cold, 50),
+        build_s=_percentile([r.build_s for r in good], 50),
+        decode_ms_p10=p10,
+        decode_ms_p50=p50,
+        decode_ms_p90=p90,
+    )
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if known else None
+
+
+def _percentile(values: Sequence[float], q: float) -> float | None:
+    return float(np.percentile(values, q)) if values else None

@@ -1,0 +1,76 @@
+"""A decode step of the whole model as one CUDA graph: hundreds of launches for the price of one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from shadowkv.anatomy.forward import last_logits
+from shadowkv.anatomy.rope import Rope
+from shadowkv.engine.cache import MethodCache
+
+# capture(step) -> (replay, what `step` returned): `step` is called once without anything being computed, and each call
+# of `replay` then computes it, writing to what was returned.
+Capture = Callable[[Callable[[], Tensor]], tuple[Callable[[], None], Tensor]]
+
+
+def can_be_graphed(rope: Rope, cache: MethodCache) -> bool:
+    """Whether every layer has a step of fixed shapes, and the model's rotary embedding asks for no lengths."""
+    return not rope.crossings and cache.steady
+
+
+def capture_on_gpu(step: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+    """Capture with torch's graph-private memory pool."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = step()
+    return graph.replay, result
+
+
+class GraphedStep:
+    """Feeds [B,1] tokens to a cache and returns the logits after them, [B,vocab] fp32, valid until the next call.
+
+    A step after which tensors lie elsewhere (the first, and those before which the cache grew) runs as it is: it
+    compiles kernels and makes tables. The one after it is captured, and all others are replays.
+    """
+
+    def __init__(self, model: PreTrainedModel, cache: MethodCache, capture: Capture) -> None:
+        self._model, self._cache, self._capture = model, cache, capture
+        self._ids = torch.zeros(len(cache.row_tokens), 1, dtype=torch.long, device=model.device)
+        self._positions = torch.zeros_like(self._ids)
+        self._warm = False
+        self._replay: Callable[[], None] | None = None
+        self._logits: Tensor | None = None
+
+    @torch.inference_mode()
+    def __call__(self, tokens: Tensor) -> Tensor:
+        cache = self._cache
+        if not cache.usable():
+            raise ValueError("this cache failed in a step, or its prompt was replaced by a later prefill")
+        usable, cache.usable = cache.usable, lambda: False  # see `Engine.extend`
+        if cache.make_room():
+            self._warm, self._replay, self._logits = False, None, None
+        self._ids.copy_(tokens)
+        self._positions.copy_(torch.tensor(cache.row_tokens)[:, None])
+        logits = self._step()
+        cache.usable = usable
+        cache.fed(1)
+        cache.recount()
+        return logits
+
+    def _step(self) -> Tensor:
+        if not self._warm:
+            self._warm = True
+            return self._forward()
+        if self._replay is None:
+            self._replay, self._logits = self._capture(self._forward)
+        self._replay()
+        assert self._logits is not None
+        return self._logits
+
+    def _forward(self) -> Tensor:
+        with self._cache.with_room():
+            return last_logits(self._model, self._ids, self._cache, position_ids=self._positions)

@@ -1,0 +1,4 @@
+"""Methods that treat heads of one layer differently.
+
+Not here: training of gates: that is in `evals/calibration`.
+"""

@@ -1,0 +1,4 @@
+"""Quest: the reference, and its fast layer over pages.
+
+Not here: kernels: those are in `shadowkv/kernels`.
+"""
