@@ -1,19 +1,13 @@
-"""`skv`: the app, and the one place where errors become lines and exit codes.
-
-Exit codes: 0 all scored, 1 something unscored or worse, 2 a mistake the user can fix, 130 interrupted, 141 nobody
-reads stdout.
-"""
+"""`skv`: the app and its commands."""
 
 from __future__ import annotations
 
-import errno
 import io
 import os
 import sys
 from typing import Annotated
 
 import typer
-from typer.exceptions import TyperException
 
 from cli import paper, plan
 from cli.bench import kernels as bench_kernels
@@ -25,11 +19,8 @@ from cli.eval import niah as eval_niah
 from cli.eval import ruler as eval_ruler
 from cli.models import calibrate, doctor, info, pull
 from cli.reports import baseline, compare, leaderboard, report
+from cli.shared.exits import exit_code
 from cli.shared.quiet import quieten
-from shadowkv.common.errors import SkvError
-
-_INTERRUPTED = "interrupted; run the same command to continue"
-_DISK = {errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT}
 
 app = typer.Typer(
     name="skv",
@@ -92,47 +83,7 @@ def options(
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command and return its exit code."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    debug = "--debug" in words
-    try:
-        code = app([word for word in words if word != "--debug"], prog_name="skv", standalone_mode=False)
-        sys.stdout.flush()
-        # The library turns Ctrl-C into this code where it gets to see it.
-        return _fail(_INTERRUPTED, 130) if code == 130 else int(code or 0)
-    except (KeyboardInterrupt, typer.Abort):
-        return _fail(_INTERRUPTED, 130)
-    except BrokenPipeError:
-        return _unread()
-    except SystemExit as stop:
-        # typer and rich turn a broken pipe into exit 1, which here would claim that something is unscored.
-        if isinstance(stop.__context__, OSError) and stop.__context__.errno == errno.EPIPE:
-            return _unread()
-        raise
-    except TyperException as error:
-        shown = " ".join(error.format_message().split())
-        return _fail(shown, 2) if shown else 0
-    except SkvError as error:
-        if debug:
-            raise
-        return _fail(str(error), 2)
-    except OSError as error:
-        if debug or error.errno not in _DISK:
-            raise
-        return _fail(f"{error.filename or 'writing'}: {error.strerror}", 2)
-
-
-def _fail(message: str, code: int) -> int:
-    from shadowkv.common.wording import plain_line
-
-    print(f"skv: {plain_line(message)}", file=sys.stderr)
-    return code
-
-
-def _unread() -> int:
-    """The reader of stdout has gone: what a shell reports for any tool that the pipe's end has stopped."""
-    # Python would complain once more when it flushes stdout at exit.
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 141
+    return exit_code(app, list(sys.argv[1:] if argv is None else argv))
 
 
 def run() -> None:

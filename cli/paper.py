@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from cli.shared.exits import exit_code
 
 if TYPE_CHECKING:
     from evals.paper.recipes import Recipe, Step
@@ -24,6 +26,7 @@ _SMOKE = "smoke scale: a small model on short prompts shows that everything work
 
 
 def paper(
+    context: typer.Context,
     name: Annotated[str | None, typer.Argument(help="throughput, ruler, niah, longbench or ablations.")] = None,
     listed: Annotated[bool, typer.Option("--list", help="Name the experiments and stop.")] = False,
     scale: Annotated[
@@ -66,7 +69,7 @@ def paper(
         for command in commands.values():
             print(shlex.join(["skv", *command]))
         return 0
-    code = _run(commands)
+    code = _run(context.find_root().command, commands)
     if code in (0, 1):
         _report(recipe, scale, folder, steps)
     return code
@@ -82,14 +85,12 @@ def _list(known: Sequence[Recipe]) -> None:
     print_table(Table("experiments of the ShadowKV paper", ["name", "what it is", "needs"], rows, names=3))
 
 
-def _run(commands: dict[Path, list[str]]) -> int:
+def _run(app: Callable[..., Any], commands: dict[Path, list[str]]) -> int:
     """Run every command; the worst exit code, or at once that of one that was interrupted or mistaken."""
-    from cli.main import main
-
     worst = 0
     for place, command in enumerate(commands.values(), 1):
         print(f"skv: {place}/{len(commands)}: {shlex.join(['skv', *command])}", file=sys.stderr)
-        code = main(command)
+        code = exit_code(app, command)
         if code > 1:
             return code
         worst = max(worst, code)

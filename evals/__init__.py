@@ -1,1 +1,4 @@
-"""Benchmarks and measurement on top of the engine."""
+"""Benchmarks, measurement, and what is made of their records.
+
+Not here: anything that prints; methods, models, the engine.
+"""

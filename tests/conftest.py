@@ -52,7 +52,7 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _plain_torch(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """The fast engine runs in plain torch on a CPU, but for tests of kernels: the interpreter is slow."""
     if "interpreter" not in request.fixturenames:
-        monkeypatch.setattr("shadowkv.kernels.interpreted", lambda: False)
+        monkeypatch.setattr("shadowkv.kernels.backend.interpreted", lambda: False)
 
 
 @pytest.fixture(autouse=True)

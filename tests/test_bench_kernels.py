@@ -24,7 +24,8 @@ from evals.bench.kernels.staged_copy import staged_copy
 from evals.bench.kernels.subjects import items
 from evals.runs.manifest import Manifest
 from evals.runs.results import read_records
-from shadowkv.kernels import CompiledKernel, slots
+from shadowkv.kernels import slots
+from shadowkv.kernels.backend import CompiledKernel
 from shadowkv.kernels.slots import Regions
 from shadowkv.planning.gpus import Rates
 
@@ -165,7 +166,7 @@ def test_mistakes_are_one_line(capsys, bench, argv, says):
 
 def test_a_gpu_that_is_not_here_and_triton_that_is_not_here(capsys, bench, monkeypatch):
     assert "no CUDA device" in mistake(capsys, *bench, "--device", "cuda")
-    monkeypatch.setattr("shadowkv.kernels.has_triton", lambda: False)
+    monkeypatch.setattr("shadowkv.kernels.backend.has_triton", lambda: False)
     assert "pip install 'skv[gpu]'" in mistake(capsys, *bench)
 
 

@@ -17,14 +17,15 @@ from cli.main import main
 from evals.calibration.learning import LEARNERS, calibration_of, find_calibrated
 from shadowkv.anatomy.rope import Rope
 from shadowkv.common.errors import SkvError
-from shadowkv.contract.calibration import calibration_file, check_weights, save_calibration
+from shadowkv.common.home import sha256_of
+from shadowkv.contract.calibration import calibration_file, save_calibration
 from shadowkv.contract.method import LayerKV
 from shadowkv.contract.registry import methods, parse_method
 from shadowkv.engine.engine import Engine
 from shadowkv.methods.heads.duo import Duo
 from shadowkv.methods.retrieval.infinigen import InfiniGen
 from shadowkv.methods.retrieval.loki import Loki
-from shadowkv.models.packs import sha256_of
+from shadowkv.models.calibrated import check_weights
 
 
 @pytest.fixture

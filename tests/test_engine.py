@@ -13,6 +13,7 @@ from shadowkv.anatomy.attention import attach, dense_attention
 from shadowkv.anatomy.geometry import sliding_windows
 from shadowkv.common.errors import SkvError
 from shadowkv.contract.registry import methods
+from shadowkv.engine.drop_in import new_cache
 from shadowkv.engine.engine import Engine
 from shadowkv.methods.full.method import Full
 from shadowkv.methods.shadowkv.method import ShadowKV
@@ -83,7 +84,7 @@ def test_library_use_gives_the_tokens_of_the_engine(tiny, family):
         max_new_tokens=24,
         do_sample=False,
         eos_token_id=None,
-        **through(model, method.new_cache(model)),
+        **through(model, new_cache(method, model)),
     )
     assert theirs[0, PROMPT_TOKENS:].tolist() == mine
 
@@ -99,7 +100,7 @@ def test_left_padded_rows_answer_as_they_do_alone(tiny, family):
         mask[row, 300 - prompt.shape[1] :] = 1
     options = {"max_new_tokens": 16, "do_sample": False, "eos_token_id": None}
     for method in (Full(), ShadowKV(rank=12, budget=64, outliers=2)):
-        together = model.generate(ids, attention_mask=mask, **through(model, method.new_cache(model)), **options)
+        together = model.generate(ids, attention_mask=mask, **through(model, new_cache(method, model)), **options)
         for row, prompt in enumerate(prompts):
             alone = Engine(model, prefill_chunk_tokens=512).generate(prompt, method, 16)[0]
             assert together[row, 300:].tolist() == alone
@@ -275,7 +276,7 @@ def test_a_prompt_may_be_written_over_by_its_owner(tiny):
 
 def test_a_drop_in_cache_that_was_only_given_a_prompt_knows_its_bytes_and_lets_go(tiny):
     model = tiny("llama")
-    cache = Full().new_cache(model)
+    cache = new_cache(Full(), model)
     model.generate(random_prompt(300), **through(model, cache), max_new_tokens=1, do_sample=False)
     dense = 300 * 2 * 3 * 2 * 16 * 4  # keys and values, layers, heads, channels, bytes
     assert sum(cache.nbytes()) >= dense
@@ -287,9 +288,9 @@ def test_what_a_methods_cache_cannot_do_is_said_in_a_line(tiny):
     model, prompt = tiny("llama"), random_prompt(40)
     for asked in ({"num_beams": 2}, {"num_return_sequences": 2, "do_sample": True, "num_beams": 2}):
         with pytest.raises(SkvError, match="beam search cannot be done with this cache"):
-            model.generate(prompt, **through(model, ShadowKV(rank=8).new_cache(model)), max_new_tokens=4, **asked)
+            model.generate(prompt, **through(model, new_cache(ShadowKV(rank=8), model)), max_new_tokens=4, **asked)
     with pytest.raises(SkvError, match="taking tokens back"):
-        ShadowKV(rank=8).new_cache(model).crop(3)
+        new_cache(ShadowKV(rank=8), model).crop(3)
 
 
 def test_padding_on_the_right_is_refused(tiny):
@@ -297,7 +298,7 @@ def test_padding_on_the_right_is_refused(tiny):
     seen = torch.ones_like(prompt)
     seen[1, -5:] = 0
     with pytest.raises(SkvError, match="padding_side='left'"):
-        model(prompt, attention_mask=seen, **through(model, ShadowKV(rank=8).new_cache(model)))
+        model(prompt, attention_mask=seen, **through(model, new_cache(ShadowKV(rank=8), model)))
 
 
 def test_a_cache_whose_step_failed_cannot_go_on(tiny, monkeypatch):

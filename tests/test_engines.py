@@ -13,6 +13,7 @@ from shadowkv.common.errors import SkvError
 from shadowkv.contract.engines import means_fast, uses_fast
 from shadowkv.contract.registry import methods, parse_method
 from shadowkv.engine.engine import Engine
+from shadowkv.kernels.operations import operations
 from shadowkv.methods.full.method import Full
 from shadowkv.tensors.host_memory import require_host_bytes
 
@@ -52,11 +53,9 @@ def test_methods_are_told_whether_the_prompt_stays(tiny, monkeypatch, shared):
 def test_kernels_without_triton_are_an_error_of_one_line(monkeypatch):
     import torch
 
-    from shadowkv import kernels
-
-    monkeypatch.setattr(kernels, "has_triton", lambda: False)
+    monkeypatch.setattr("shadowkv.kernels.backend.has_triton", lambda: False)
     with pytest.raises(SkvError, match=r"pip install 'skv\[gpu\]'"):
-        kernels.operations(torch.device("cuda"))
+        operations(torch.device("cuda"))
 
 
 @pytest.mark.parametrize("name", [n for n in methods() if "engine" in methods()[n]().params()])

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from shadowkv.anatomy.rope import Rope
 from shadowkv.common.errors import SkvError
 from shadowkv.contract.method import LayerKV, depth_of
+from shadowkv.engine.drop_in import new_cache
 from shadowkv.engine.engine import Engine
 from shadowkv.methods.eviction.h2o import H2O
 from shadowkv.methods.eviction.pyramidkv import PyramidKV
@@ -331,7 +332,7 @@ def test_h2o_needs_an_engine_that_records_queries(tiny):
     recording = Engine(tiny("llama"), prefill_chunk_tokens=100, record_queries=True)
     mine = recording.generate(ids, H2O(budget=20), 12)[0]
     options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
-    cache = H2O(budget=20).new_cache(tiny("llama"))
+    cache = new_cache(H2O(budget=20), tiny("llama"))
     assert tiny("llama").generate(ids, **through(tiny("llama"), cache), **options)[0, 100:].tolist() == mine
 
 
@@ -355,7 +356,7 @@ def test_left_padded_rows_are_chosen_from_as_they_are_alone(tiny, method):
     for row, prompt in enumerate(prompts):
         ids[row, 150 - prompt.shape[1] :], mask[row, 150 - prompt.shape[1] :] = prompt, 1
     options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
-    together = model.generate(ids, attention_mask=mask, **through(model, method.new_cache(model)), **options)
+    together = model.generate(ids, attention_mask=mask, **through(model, new_cache(method, model)), **options)
     for row, prompt in enumerate(prompts):
         alone = Engine(model, prefill_chunk_tokens=512, record_queries=True).generate(prompt, method, 12)[0]
         assert together[row, 150:].tolist() == alone

@@ -14,6 +14,7 @@ from shadowkv.common.dims import Dims
 from shadowkv.common.errors import SkvError
 from shadowkv.contract.layerwise import LayerwiseCache
 from shadowkv.contract.method import DecodeCache, LayerKV
+from shadowkv.engine.drop_in import new_cache
 from shadowkv.engine.engine import Engine
 from shadowkv.methods.full.method import Full
 from shadowkv.methods.retrieval.infinigen import InfiniGen, rotation
@@ -233,7 +234,7 @@ def test_hooks_go_with_the_cache_and_nothing_is_remembered_between_passes():
     assert not cache._foresight._inputs
     cache.close()
     assert hooks_on(model) == before
-    cache = InfiniGen().new_cache(model)
+    cache = new_cache(InfiniGen(), model)
     assert hooks_on(model) > before
     del cache
     gc.collect()
@@ -268,6 +269,6 @@ def test_generate_with_padded_rows_gives_the_tokens_of_the_engine(tiny, family):
         max_new_tokens=12,
         do_sample=False,
         eos_token_id=None,
-        **through(model, method.new_cache(model)),
+        **through(model, new_cache(method, model)),
     )
     assert theirs[:, 300:].tolist() == mine

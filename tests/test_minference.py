@@ -10,8 +10,9 @@ from tiny_models import FAMILIES, random_prompt, through, tiny_model
 
 from shadowkv.common.dims import Dims
 from shadowkv.common.errors import SkvError
-from shadowkv.contract.prefills import WithPrefill
 from shadowkv.contract.registry import methods, parse_method
+from shadowkv.contract.with_prefill import WithPrefill
+from shadowkv.engine.drop_in import new_cache
 from shadowkv.engine.engine import Engine
 from shadowkv.methods.full.method import Full
 from shadowkv.methods.prefill.minference import MInference
@@ -128,11 +129,13 @@ def test_generate_gives_the_tokens_of_the_engine_and_refuses_padding():
     method = parse_method("quest:budget=64+minference:vertical=20,slash=30")
     options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
     mine = Engine(model, prefill_chunk_tokens=300).generate(ids, method, 12)[0]
-    got = model.generate(ids, attention_mask=torch.ones_like(ids), **through(model, method.new_cache(model)), **options)
+    got = model.generate(
+        ids, attention_mask=torch.ones_like(ids), **through(model, new_cache(method, model)), **options
+    )
     assert got[0, 300:].tolist() == mine
     mask = torch.ones_like(ids).index_fill_(1, torch.arange(9), 0)
     with pytest.raises(SkvError, match="leave out the padding"):
-        model.generate(ids, attention_mask=mask, **through(model, method.new_cache(model)), **options)
+        model.generate(ids, attention_mask=mask, **through(model, new_cache(method, model)), **options)
 
 
 def test_a_table_in_the_authors_format_gives_each_head_its_pattern(tmp_path):

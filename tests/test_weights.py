@@ -16,10 +16,9 @@ from tiny_models import FAMILIES, tiny_model
 from cli.main import main
 from evals.runs.results import read_run
 from shadowkv.common.errors import SkvError
-from shadowkv.models.adapters import with_adapter
 from shadowkv.models.loading import load_model, weights_sha256
 from shadowkv.models.packs import pack_path
-from shadowkv.models.resolving import resolve
+from shadowkv.models.resolving import resolve, with_adapter
 from shadowkv.models.weights import check_weights_loaded
 
 SMALL = ["--lengths", "512", "--depths", "1", "--haystack", "synthetic", "--max-new-tokens", "4", "-m", "full"]

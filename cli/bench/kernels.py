@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from evals.bench.kernels.kernels import KernelBench, KernelRecord
     from evals.bench.kernels.report import KernelReport
-    from shadowkv.kernels import CompiledKernel
+    from shadowkv.kernels.backend import CompiledKernel
 
 EPILOG = (
     "Examples:\n\n"
@@ -45,7 +45,7 @@ def _check(settings: KernelSettings) -> None:
     from cli.shared.checks import check_dtype, check_writable
     from evals.bench.kernels.compilation import parse_targets
     from shadowkv.common.errors import SkvError
-    from shadowkv.kernels import has_triton
+    from shadowkv.kernels.backend import has_triton
 
     check_dtype(settings.dtype)
     for option, value, least in (
@@ -70,7 +70,7 @@ def _settle_interpreter(device: str) -> None:
     import torch
 
     from shadowkv.common.errors import SkvError
-    from shadowkv.kernels import interpreted
+    from shadowkv.kernels.backend import interpreted
 
     if device == "cpu" or not torch.cuda.is_available():
         os.environ["TRITON_INTERPRET"] = "1"

@@ -139,8 +139,8 @@ def load(ready: Prepared, *, graphs: bool = True) -> Loaded:
     from evals.bench.prompts import RealPrompts, SyntheticPrompts, warm_up
     from evals.bench.vllm_engine import VllmContender
     from evals.runs.manifest import this_session
-    from shadowkv.contract.calibration import check_weights
     from shadowkv.engine.engine import Engine
+    from shadowkv.models.calibrated import check_weights
 
     settings = ready.settings
     text = None if settings.synthetic_kv else ready.haystack.text

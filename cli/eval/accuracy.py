@@ -146,7 +146,7 @@ def _run(ready: _Prepared, questions: Sequence[Question]) -> list[Record]:
 def _plan(ready: _Prepared) -> int:
     """Show what a run would do: prompts and their token counts, memory per method."""
     from cli.shared.render import print_table, status
-    from evals.tables.summary import grouped
+    from evals.common.grouping import grouped
     from evals.tables.table import Table, mib, tokens
     from shadowkv.models.model_size import streamed_bytes
 

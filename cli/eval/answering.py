@@ -68,8 +68,8 @@ def _begin(
 
     from evals.runs.manifest import Circumstances, model_entry, session_of
     from evals.runs.runner import Run
-    from shadowkv.contract.calibration import check_weights
     from shadowkv.engine.engine import Engine
+    from shadowkv.models.calibrated import check_weights
 
     if count > 1 and "--debug" not in sys.argv:
         quieten()

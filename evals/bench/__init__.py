@@ -1,1 +1,4 @@
-"""How fast and how large: throughput over contexts and batches, and where a decode step's time goes."""
+"""Measurements of speed: prompts, contenders, memory, timing and what both kinds of runs share.
+
+Not here: accuracy.
+"""

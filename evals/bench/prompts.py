@@ -21,7 +21,7 @@ from evals.common.seeding import seeded
 from evals.niah.prompt import Haystacks
 from shadowkv.common.errors import SkvError
 from shadowkv.contract.method import OBSERVED_QUERIES, LayerKV
-from shadowkv.contract.prefills import SparsePrefill
+from shadowkv.contract.sparse_prefill import SparsePrefill
 from shadowkv.engine.engine import Engine
 from shadowkv.engine.recording import RecordedLayer
 from shadowkv.engine.streamed import StreamedPrompt

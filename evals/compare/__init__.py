@@ -1,1 +1,4 @@
-"""Two run folders compared: paired by sample, judged with the doubt that so many samples leave."""
+"""Two runs against each other: what may be compared, the statistics, verdicts, baselines.
+
+Not here: what runs a model.
+"""

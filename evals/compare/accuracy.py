@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from evals.common.grouping import grouped
 from evals.compare.gate import ACCURACY, MEMORY, Gate
 from evals.compare.paired import Paired
 from evals.compare.rows import Comparison, RatioRow, ScoreRow
@@ -16,7 +17,6 @@ from evals.compare.sides import Side, other_parameters, refuse, refuse_different
 from evals.compare.verdicts import Decision, Verdict, decide, judge_range
 from evals.runs.results import Key, Record
 from evals.tables.statistics import mean_of_means
-from evals.tables.summary import grouped
 from evals.tables.table import tokens
 from shadowkv.common.errors import SkvError
 

@@ -14,13 +14,13 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from evals.bench.records import BenchRecord
+from evals.common.grouping import grouped
 from evals.compare.gate import parse_gate
 from evals.compare.report import counted
 from evals.compare.run import compare
 from evals.compare.sides import kind_of, read_manifest, read_side
 from evals.runs.manifest import Manifest
 from evals.runs.results import Record
-from evals.tables.summary import grouped
 from shadowkv.common.errors import SkvError
 from shadowkv.common.reading import read_text
 from shadowkv.common.wording import plain_line

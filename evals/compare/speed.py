@@ -9,13 +9,13 @@ import numpy as np
 
 from evals.bench.records import BenchRecord
 from evals.bench.timing import spread
+from evals.common.grouping import grouped
 from evals.compare.accuracy import size_row
 from evals.compare.gate import MEMORY, THROUGHPUT, Gate
 from evals.compare.paired import holm
 from evals.compare.rows import Comparison, RatioRow
 from evals.compare.sides import Side, other_parameters, refuse, refuse_different
 from evals.compare.verdicts import Decision, Verdict, judge, open_question
-from evals.tables.summary import grouped
 from evals.tables.table import tokens
 from shadowkv.common.errors import SkvError
 

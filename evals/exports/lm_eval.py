@@ -16,10 +16,11 @@ from typing import Any
 
 import numpy as np
 
+from evals.common.grouping import grouped
 from evals.reporting.folders import Run
 from evals.runs.results import Record
 from evals.tables.statistics import mean_of_means
-from evals.tables.summary import grouped, scores_of
+from evals.tables.summary import scores_of
 
 _METRIC = "score"
 _FILTER = "none"

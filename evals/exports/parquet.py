@@ -8,8 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from evals.common.grouping import grouped
 from evals.reporting.folders import Run
-from evals.tables.summary import grouped
 
 _AS_JSON = ("meta", "conditions", "parts_ms")  # mappings whose keys differ from run to run
 

@@ -1,1 +1,4 @@
-"""LongBench (https://arxiv.org/abs/2308.14508), LongBench-E and LongBench v2 (https://arxiv.org/abs/2412.15204)."""
+"""LongBench, LongBench-E and v2: rows, prompts, truncation, metrics, tables.
+
+Not here: other benchmarks; any of its authors' text.
+"""

@@ -13,9 +13,9 @@ from typing import Any
 from evals.common.jsonl import check_text, parse_jsonl
 from evals.longbench.tasks import TASKS
 from shadowkv.common.errors import SkvError
+from shadowkv.common.home import sha256_of
 from shadowkv.common.online import forbidden_by, reachable
 from shadowkv.common.wording import one_line
-from shadowkv.models.packs import sha256_of
 
 _HUB_REPO, _HUB_FILE = "THUDM/LongBench", "data.zip"
 

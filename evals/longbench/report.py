@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from evals.common.grouping import grouped
 from evals.longbench.tasks import CATEGORIES, SIXTEEN, TASKS
 from evals.longbench.v2 import named_choice
 from evals.runs.results import Record
 from evals.tables.plots import write_score_by_group, write_task_bars
 from evals.tables.statistics import mean_of_means
-from evals.tables.summary import grouped, methods_of, scores_of
+from evals.tables.summary import methods_of, scores_of
 from evals.tables.table import Table, percent
 
 _BUCKETS = ("0-4k", "4-8k", "8k+")

@@ -16,8 +16,8 @@ from evals.longbench.data import hub_file
 from evals.longbench.truncation import without_middle
 from evals.runs.task import Example, Question, Task
 from shadowkv.common.errors import SkvError
+from shadowkv.common.home import sha256_of
 from shadowkv.common.reading import read_text
-from shadowkv.models.packs import sha256_of
 
 _OFFICIAL_SHA256 = "68a162252bc9ff71d5d7abca3d69bb31aac3c35f832d657a2866f2018b8a6950"  # prompts/0shot.txt
 _OWN = (

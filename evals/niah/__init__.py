@@ -1,1 +1,4 @@
-"""Needle in a haystack: one fact at a given depth of a long text, and a question about it."""
+"""Needle in a haystack: prompts, protocols, turns, its tables.
+
+Not here: other benchmarks.
+"""

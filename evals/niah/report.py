@@ -7,10 +7,11 @@ from pathlib import Path
 
 import numpy as np
 
+from evals.common.grouping import grouped
 from evals.runs.results import Record
 from evals.tables.plots import new_figure, save, wrapped, write_score_by_group
 from evals.tables.statistics import mean_of_means
-from evals.tables.summary import grouped, methods_of, scores_of
+from evals.tables.summary import methods_of, scores_of
 from evals.tables.table import Table, number, tokens
 
 _WIDTH = 8.4  # inches of panels side by side

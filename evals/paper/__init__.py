@@ -1,1 +1,4 @@
-"""The ShadowKV paper's experiments by name."""
+"""The experiments of the ShadowKV paper as lists of commands, and its published figures.
+
+Not here: experiments that are not in it.
+"""

@@ -1,1 +1,4 @@
-"""Reports over run folders: Markdown, CSV, LaTeX, plots, one HTML page, and a ranking of several runs."""
+"""Run folders into files and pages: the report, the leaderboard, what each benchmark shows (`presentations.py`).
+
+Not here: what runs a model.
+"""

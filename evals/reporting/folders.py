@@ -10,10 +10,11 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from evals.common.grouping import grouped
 from evals.reporting.presentations import PRESENTATIONS
 from evals.runs.manifest import Manifest, SchemaError
 from evals.runs.results import Record, salvage, sound
-from evals.tables.summary import grouped, methods_of
+from evals.tables.summary import methods_of
 from shadowkv.common.errors import SkvError
 from shadowkv.common.names import did_you_mean
 

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from evals.common.grouping import grouped
 from evals.reporting.folders import Found, Run, make_folder
 from evals.reporting.page import render_leaderboard
 from evals.runs.results import Record
 from evals.tables.statistics import BOOTSTRAP_95
-from evals.tables.summary import REFERENCE, Row, grouped, summarise
+from evals.tables.summary import REFERENCE, Row, summarise
 from evals.tables.table import Table, mib, number, percent, tokens
 from shadowkv.common.errors import SkvError
 

@@ -1,1 +1,4 @@
-"""RULER (https://arxiv.org/abs/2404.06654): thirteen synthetic tasks of any length."""
+"""RULER: its tasks, metrics, materials and files. How a prompt is filled: `families/`.
+
+Not here: other benchmarks; any of NVIDIA's text.
+"""

@@ -16,7 +16,7 @@ from evals.ruler.task import Ruler, RulerTask, profile_notes
 from evals.ruler.tasks import TASKS, find_profile
 from evals.runs.task import Example, Question
 from shadowkv.common.errors import SkvError
-from shadowkv.models.packs import sha256_of
+from shadowkv.common.home import sha256_of
 
 _FILE = "validation.jsonl"
 

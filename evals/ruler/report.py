@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from evals.common.grouping import grouped
 from evals.ruler.tasks import EFFECTIVE_SCORE, TASKS
 from evals.runs.results import Record
 from evals.tables.plots import write_task_bars
 from evals.tables.statistics import mean_of_means
-from evals.tables.summary import grouped, methods_of, scores_of
+from evals.tables.summary import methods_of, scores_of
 from evals.tables.table import Table, percent, tokens
 
 _SHORT = dict(zip(TASKS, "s1 s2 s3 mk1 mk2 mk3 mv mq vt cwe fwe qa1 qa2".split(), strict=True))

@@ -16,7 +16,7 @@ from shadowkv.anatomy.rope import Rope
 from shadowkv.common.dims import Bytes
 from shadowkv.contract.layerwise import LayerwiseMethod
 from shadowkv.contract.method import DecodeCache, Guess, LayerKV, Method
-from shadowkv.contract.prefills import WithPrefill
+from shadowkv.contract.with_prefill import WithPrefill
 from shadowkv.contract.wrapper import Wrapper
 from shadowkv.engine.engine import Engine, Prefill
 from shadowkv.methods.full.method import Full

@@ -20,7 +20,7 @@ from shadowkv.common.reading import read_text
 from shadowkv.models.weights import first_names
 
 if TYPE_CHECKING:
-    from shadowkv.contract.method import Setting
+    from shadowkv.contract.setting import Setting
     from shadowkv.models.loading import LoadedModel
 
 SCHEMA = 1

@@ -15,11 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from evals.common.grouping import grouped
 from evals.runs.diagnostics import diagnose
 from evals.runs.failures import FAILURES, status_of
 from evals.runs.results import Key, Record
 from evals.runs.task import Example, Question, Task
-from evals.tables.summary import grouped
 from shadowkv.common.errors import NotFiniteError
 from shadowkv.common.wording import one_line
 from shadowkv.contract.method import Method

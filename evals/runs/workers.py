@@ -15,11 +15,11 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any, NamedTuple
 
+from evals.common.grouping import grouped
 from evals.runs.manifest import Circumstances
 from evals.runs.results import Key, Record, RunFolder
 from evals.runs.runner import Run, Step, key_of, run_accuracy
 from evals.runs.task import Question, Task
-from evals.tables.summary import grouped
 from shadowkv.common.errors import SkvError
 from shadowkv.contract.method import Method
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from functools import partial
 
-from evals.tables.summary import grouped
+from evals.common.grouping import grouped
 
 # What is swept to trade bytes for score. A setting that could be joined along several is, along the first of them.
 _SWEPT = ("budget", "rank", "rank_k", "rank_v", "bits", "retrieval")

@@ -11,7 +11,8 @@ from evals.tables.table import Table, number, tokens
 from shadowkv.common.dims import Bytes, Dims
 from shadowkv.contract.method import Method
 from shadowkv.methods.full.method import Full
-from shadowkv.methods.shadowkv.method import HIT_RATE, ShadowKV
+from shadowkv.methods.shadowkv.method import ShadowKV
+from shadowkv.methods.shadowkv.settings import HIT_RATE
 from shadowkv.models.model_size import ModelSize
 from shadowkv.planning.gpus import GPU
 from shadowkv.planning.planner import Demand, Plan, demand_of, plan

@@ -13,11 +13,12 @@ from matplotlib.figure import Figure
 from matplotlib.legend import Legend
 from matplotlib.text import Text
 
+from evals.common.grouping import grouped
 from evals.runs.results import Record
 from evals.tables.curves import curves
 from evals.tables.looks import looks
 from evals.tables.statistics import interval_95, mean_of_means
-from evals.tables.summary import REFERENCE, Row, grouped, methods_of, scores_of
+from evals.tables.summary import REFERENCE, Row, methods_of, scores_of
 from evals.tables.table import tokens
 
 _DPI = 200

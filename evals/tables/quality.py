@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
+from evals.common.grouping import grouped
 from evals.runs.results import Record
 from evals.tables.looks import looks
 from evals.tables.plots import new_figure, save
-from evals.tables.summary import grouped
 from evals.tables.table import Table, number, tokens
 
 _MEASURES = {"output_error": "output error |o - o_full| / |o_full|", "recall": "attention mass recalled"}

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
 
+from evals.common.grouping import grouped
 from evals.runs.results import Record
 from evals.tables.statistics import interval_95, mean_of_means
 
@@ -69,14 +70,6 @@ def task_scores(records: Sequence[Record]) -> list[TaskScore]:
     """Scores by method, length and task, in order of first appearance."""
     cells = grouped(records, lambda r: (r.method, r.length, r.task))
     return [_task_score(*cell, found) for cell, found in cells.items()]
-
-
-def grouped(items: Iterable[T], key: Callable[[T], K]) -> dict[K, list[T]]:
-    """Items by key, in order of first appearance."""
-    groups: dict[K, list[T]] = {}
-    for item in items:
-        groups.setdefault(key(item), []).append(item)
-    return groups
 
 
 def methods_of(records: Sequence[Record]) -> list[str]:

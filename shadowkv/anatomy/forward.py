@@ -31,6 +31,12 @@ def last_hidden(model: PreTrainedModel, input_ids: Tensor, through: Cache) -> Te
     return hidden
 
 
+def check_prompt(input_ids: Tensor) -> None:
+    """Refuse what is no prompt, or an empty one."""
+    if input_ids.dim() != 2 or not input_ids.numel():
+        raise SkvError(f"a prompt must be token ids of shape [batch, tokens], got {list(input_ids.shape)}")
+
+
 def check_ids(model: PreTrainedModel, input_ids: Tensor) -> None:
     """Refuse token ids that the model has no embedding for: its tokenizer may belong to a larger model.
 

@@ -6,18 +6,14 @@ import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from shadowkv.common.errors import SkvError
-from shadowkv.models.packs import skv_home
-
-if TYPE_CHECKING:
-    from shadowkv.contract.method import Method
-    from shadowkv.models.loading import LoadedModel
+from shadowkv.common.home import skv_home
 
 _LAYER = "layer."
 UNKNOWN = "unknown"  # instead of the checksum of weights that have none
@@ -54,22 +50,3 @@ def load_calibration(method: str, name: str) -> dict[int, Tensor]:
         return {int(key.removeprefix(_LAYER)): x for key, x in load_file(path).items()}
     except (SafetensorError, OSError, ValueError) as error:
         raise SkvError(f"{method}: {path} is not a calibration: {error}") from None
-
-
-def check_weights(method: Method, loaded: LoadedModel) -> None:
-    """Raise `SkvError` if a calibration that `method` names was made on other weights than these, by its own account.
-
-    Random weights have no checksum: a calibration that fits their geometry will do for times and bytes.
-    """
-    for parameter, path in method.files().items():
-        if path.suffix != ".safetensors" or loaded.weights_sha256 is None:
-            continue
-        with safe_open(path, "pt") as file:
-            about = file.metadata() or {}
-        made_on = about.get("weights_sha256", UNKNOWN), about.get("adapter_sha256")
-        here = loaded.weights_sha256, loaded.adapter.sha256 if loaded.adapter else None
-        if made_on[0] != UNKNOWN and made_on != here:
-            raise SkvError(
-                f"{method.core.name}: {parameter}={path.stem} was calibrated on other weights than these of "
-                f"{loaded.name} ({about.get('model', UNKNOWN)}); make one with: skv calibrate {method.core.name}"
-            )

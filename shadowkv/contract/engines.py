@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from shadowkv.common.names import did_you_mean
-from shadowkv.contract.method import require
-from shadowkv.kernels import has_triton
+from shadowkv.contract.setting import require
+from shadowkv.kernels.backend import has_triton
 
 ENGINES = ("auto", "reference", "fast")
 

@@ -10,22 +10,16 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self, cast
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, NamedTuple, Self, cast
 
 from torch import Tensor
 
 from shadowkv.anatomy.rope import Rope
 from shadowkv.common.dims import Bytes, Dims
 from shadowkv.common.errors import SkvError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-    from transformers.cache_utils import Cache
-
-    from shadowkv.contract.prefills import SparsePrefill
-
+from shadowkv.contract.setting import Setting, require
+from shadowkv.contract.sparse_prefill import SparsePrefill
 
 OBSERVED_QUERIES = 64  # last queries of a prompt that every method is given
 
@@ -107,36 +101,6 @@ class DecodeCache(ABC):
 
     def close(self) -> None:  # noqa: B027 - most caches have nothing but tensors to let go
         """Release streams, pinned memory and the like."""
-
-
-@dataclass(frozen=True)
-class Setting:
-    """Named hyper-parameters and nothing else."""
-
-    name: ClassVar[str]
-    summary: ClassVar[str]
-    paper: ClassVar[str]
-    # "owner/repository@revision, date: what agreed", as `tests/fidelity/` holds it to; None is not compared.
-    compared: ClassVar[str | None] = None
-
-    def params(self) -> dict[str, Any]:
-        """Every hyper-parameter with its value."""
-        return {f.name: getattr(self, f.name) for f in fields(self)}
-
-    def files(self) -> dict[str, Path]:
-        """Files that parameters name, by parameter: their contents are part of the setting."""
-        return {}
-
-    def notes(self) -> list[str]:
-        """What every report must say of this setting beyond its label, a line each."""
-        return []
-
-    @property
-    def label(self) -> str:
-        """Canonical spelling: the name and what differs from the defaults, sorted; `parse_method` reads it."""
-        changed = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
-        listed = ",".join(f"{key}={format_value(value)}" for key, value in sorted(changed.items()))
-        return f"{self.name}:{listed}" if listed else self.name
 
 
 @dataclass(frozen=True)
@@ -256,20 +220,6 @@ class Method(Setting, ABC):
     def check(self, dims: Dims) -> None:
         """Raise `SkvError` if these parameters cannot work on a model of this geometry."""
 
-    def new_cache(self, model: PreTrainedModel) -> Cache:
-        """A transformers cache for `model.generate(**inputs, cache=...)` (`past_key_values` before transformers 5.24).
-
-        The first forward pass is taken as the prompt, computed densely; the next one starts this method.
-        """
-        from shadowkv.engine.drop_in import DropInCache
-
-        return DropInCache(model, self)
-
-
-def format_value(value: object) -> str:
-    """How a parameter's value is spelled in a label."""
-    return "auto" if value is None else str(value).lower() if isinstance(value, bool) else f"{value}"
-
 
 def largest_within(
     make: Callable[[int], Method], low: int, high: int, dims: Dims, tokens: int, kv_bytes: int
@@ -294,9 +244,3 @@ def require_rotary(dims: Dims, method: str) -> None:
     """Raise `SkvError` for a model of which it is not known how positions turn its keys."""
     known = f"{method}: un-rotates keys, and skv does not know how this model turns them by their positions"
     require(dims.rotary, known)
-
-
-def require(condition: bool, message: str) -> None:
-    """Raise `SkvError(message)` unless `condition` holds: the guard of a method's parameters."""
-    if not condition:
-        raise SkvError(message)

@@ -7,15 +7,17 @@ import inspect
 import pkgutil
 import re
 import types
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from functools import cache
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from shadowkv.common.errors import SkvError
 from shadowkv.common.names import did_you_mean
-from shadowkv.contract.method import Method, Setting
-from shadowkv.contract.prefills import SparsePrefill, WithPrefill
+from shadowkv.contract.method import Method
+from shadowkv.contract.setting import Setting
+from shadowkv.contract.sparse_prefill import SparsePrefill
+from shadowkv.contract.with_prefill import WithPrefill
 
 S = TypeVar("S", bound=Setting)
 _PLUS = re.compile(r"\+(?=[A-Za-z]\w*(?:[:+]|$))")  # a name follows: not the one of 1e+5, nor of a file a+b.json
@@ -23,28 +25,26 @@ _PLUS = re.compile(r"\+(?=[A-Za-z]\w*(?:[:+]|$))")  # a name follows: not the on
 
 @cache
 def methods() -> dict[str, type[Method]]:
-    """Every concrete `Method` defined in a module of `shadowkv.methods`, by name."""
-    package = importlib.import_module("shadowkv.methods")
-    found: dict[str, type[Method]] = {}
-    for info in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
-        module = importlib.import_module(info.name)
-        for _, cls in inspect.getmembers(module, inspect.isclass):
-            if (
-                issubclass(cls, Method)
-                and cls.__module__ == module.__name__
-                and not inspect.isabstract(cls)
-                and not cls.__name__.startswith("_")
-            ):
-                found[cls.name] = cls
+    """Every method there is, by name; full attention first."""
+    found = {cls.name: cls for cls in _defined() if issubclass(cls, Method)}
     return dict(sorted(found.items(), key=lambda item: (item[0] != "full", item[0])))
 
 
 @cache
 def prefills() -> dict[str, type[SparsePrefill]]:
     """Every way to compute a prompt other than densely, by name."""
-    from shadowkv.methods.prefill.minference import MInference
+    return {cls.name: cls for cls in _defined() if issubclass(cls, SparsePrefill)}
 
-    return {cls.name: cls for cls in (MInference,)}
+
+def _defined() -> Iterator[type[Setting]]:
+    """The concrete settings that modules of `shadowkv.methods` and of its folders define."""
+    package = importlib.import_module("shadowkv.methods")
+    for info in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+        module = importlib.import_module(info.name)
+        for _, cls in inspect.getmembers(module, inspect.isclass):
+            own = cls.__module__ == module.__name__ and not cls.__name__.startswith("_")
+            if own and issubclass(cls, Setting) and not inspect.isabstract(cls):
+                yield cls
 
 
 def parse_method(spec: str) -> Method:

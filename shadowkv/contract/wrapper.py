@@ -11,7 +11,7 @@ from shadowkv.common.dims import Bytes, Dims
 from shadowkv.contract.method import DecodeCache, Method
 
 if TYPE_CHECKING:
-    from shadowkv.contract.prefills import SparsePrefill
+    from shadowkv.contract.sparse_prefill import SparsePrefill
 
 
 @dataclass(frozen=True)

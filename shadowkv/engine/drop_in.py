@@ -54,3 +54,11 @@ class DropInCache(MethodCache):
             self.begin(self._recording, self._method, self._rope, self._recording.padding)
             self._recording = None
         return cast("tuple[Tensor, Tensor]", super().update(key_states, value_states, layer_idx, *args, **kwargs))
+
+
+def new_cache(method: Method, model: PreTrainedModel) -> Cache:
+    """A transformers cache for `model.generate(**inputs, cache=...)` (`past_key_values` before transformers 5.24).
+
+    The first forward pass is taken as the prompt, computed densely; the next one starts the method.
+    """
+    return DropInCache(model, method)

@@ -17,13 +17,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from shadowkv.anatomy.forward import check_ids, last_logits
+from shadowkv.anatomy.forward import check_ids, check_prompt, last_logits
 from shadowkv.anatomy.geometry import decoder_layers
 from shadowkv.anatomy.rope import Rope
 from shadowkv.anatomy.survey import survey
 from shadowkv.common.errors import NotFiniteError, SkvError
-from shadowkv.contract.method import OBSERVED_QUERIES, Method, require
-from shadowkv.contract.prefills import SparsePrefill
+from shadowkv.contract.method import OBSERVED_QUERIES, Method
+from shadowkv.contract.setting import require
+from shadowkv.contract.sparse_prefill import SparsePrefill
 from shadowkv.engine.cache import JoinedCache, MethodCache
 from shadowkv.engine.graphs import GraphedStep, can_be_graphed, capture_on_gpu
 from shadowkv.engine.recording import Recorded, Recording
@@ -91,7 +92,7 @@ class Engine:
     @torch.inference_mode()
     def prefill(self, input_ids: Tensor, sparse: SparsePrefill | None = None) -> Prefill:
         """Compute the prompt, densely or by `sparse`; each keeps a snapshot of its own. input_ids [B,S] unpadded."""
-        _check_prompt(input_ids)
+        check_prompt(input_ids)
         check_ids(self.model, input_ids)
         input_ids = input_ids.to(self.model.device)
         ends = self._grid(input_ids.shape[1])
@@ -128,7 +129,7 @@ class Engine:
 
         No dense snapshot of it ever exists; the numbers are those of `prefill`. It shares no prefix with any other.
         """
-        _check_prompt(input_ids)
+        check_prompt(input_ids)
         check_ids(self.model, input_ids)
         return StreamedPrompt(
             self.model,
@@ -294,8 +295,3 @@ class Engine:
         for layer in recording.recorded:
             layer.reserve(input_ids.shape[1])
         return recording
-
-
-def _check_prompt(input_ids: Tensor) -> None:
-    if input_ids.dim() != 2 or not input_ids.numel():
-        raise SkvError(f"a prompt must be token ids of shape [batch, tokens], got {list(input_ids.shape)}")

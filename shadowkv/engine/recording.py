@@ -14,7 +14,7 @@ from shadowkv.anatomy.attention import dense_attention, with_handle
 from shadowkv.common.dims import KVLayer
 from shadowkv.common.errors import SkvError
 from shadowkv.contract.method import OBSERVED_QUERIES, LayerKV
-from shadowkv.contract.prefills import SparsePrefill
+from shadowkv.contract.sparse_prefill import SparsePrefill
 
 # (q [B,Hq,T,D], k and v [B,H,n,D], scaling) -> [B,Hq,T,D], the queries being of the last T tokens.
 SparseAttention = Callable[[Tensor, Tensor, Tensor, float], Tensor]

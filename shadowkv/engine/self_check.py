@@ -27,9 +27,9 @@ from transformers import PreTrainedModel
 from shadowkv.anatomy.attention import attach
 from shadowkv.anatomy.geometry import find_layers
 from shadowkv.common.errors import SkvError
+from shadowkv.common.home import skv_home
 from shadowkv.engine.engine import Engine
 from shadowkv.methods.full.method import Full
-from shadowkv.models.packs import skv_home
 
 _LEAST_TOKENS, _MOST_TOKENS = 96, 640
 _STEPS = (1, 1, 2)  # tokens fed at once after the prompt: an answer's, and those of a second question

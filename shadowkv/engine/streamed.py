@@ -26,7 +26,7 @@ from shadowkv.anatomy.geometry import decoder_layers
 from shadowkv.common.dims import KVLayer
 from shadowkv.common.errors import SkvError
 from shadowkv.contract.method import LayerKV
-from shadowkv.contract.prefills import SparsePrefill
+from shadowkv.contract.sparse_prefill import SparsePrefill
 from shadowkv.engine.recording import RecordedLayer, Recording, RecordingLayer
 
 

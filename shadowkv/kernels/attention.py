@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from shadowkv.common.ranges import ranged
-from shadowkv.kernels import interpreted
+from shadowkv.kernels.backend import interpreted
 from shadowkv.kernels.launch import check_head_dim, load_queries, padded, product, rows_of
 from shadowkv.kernels.slots import Regions
 

@@ -15,12 +15,11 @@ from triton.compiler import ASTSource
 from triton.runtime import JITFunction
 
 from shadowkv.common.errors import SkvError
-from shadowkv.kernels import CompiledKernel
 from shadowkv.kernels.attention import attend_stretch, block_of, join_stretches
-from shadowkv.kernels.choose import select_chunks
+from shadowkv.kernels.backend import CompiledKernel
+from shadowkv.kernels.choose import assign_slots, select_chunks
 from shadowkv.kernels.fetch import copy_chunks
 from shadowkv.kernels.pages import attend_listed, bound_pages, pages_at_once
-from shadowkv.kernels.plan import assign_slots
 from shadowkv.kernels.rebuild import rebuild_chunks, tokens_at_once
 from shadowkv.kernels.scores import chunk_logits, group_scores, landmarks_at_once
 

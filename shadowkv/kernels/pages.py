@@ -8,8 +8,8 @@ import triton.language as tl
 from torch import Tensor
 
 from shadowkv.common.ranges import ranged
-from shadowkv.kernels import interpreted
 from shadowkv.kernels.attention import Stretches, absorb, block_of, keep_stretch, nothing_absorbed
+from shadowkv.kernels.backend import interpreted
 from shadowkv.kernels.launch import check_head_dim, load_queries, padded, product, rows_of
 
 

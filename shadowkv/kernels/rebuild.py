@@ -12,7 +12,7 @@ from torch import Tensor
 
 from shadowkv.anatomy.rotary_table import RotaryTable
 from shadowkv.common.ranges import ranged
-from shadowkv.kernels import interpreted
+from shadowkv.kernels.backend import interpreted
 from shadowkv.kernels.launch import check_head_dim, padded, product, rows_of
 from shadowkv.kernels.slots import Factors
 

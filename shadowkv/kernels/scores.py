@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from shadowkv.common.ranges import ranged
-from shadowkv.kernels import interpreted
+from shadowkv.kernels.backend import interpreted
 from shadowkv.kernels.launch import check_head_dim, load_queries, padded, product, rows_of
 
 _BLOCKS_AT_ONCE = 64

@@ -1,10 +1,9 @@
 """Every kernel by the name of its plain-torch twin in `shadowkv.kernels.slots`. Importing this needs Triton."""
 
 from shadowkv.kernels.attention import attend_resident
-from shadowkv.kernels.choose import choose_chunks
+from shadowkv.kernels.choose import choose_chunks, plan_fill
 from shadowkv.kernels.fetch import fill_values
 from shadowkv.kernels.pages import attend_pages, page_bounds
-from shadowkv.kernels.plan import plan_fill
 from shadowkv.kernels.rebuild import fill_keys
 from shadowkv.kernels.scores import chunk_scores
 

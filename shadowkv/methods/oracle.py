@@ -17,7 +17,8 @@ from torch import Tensor
 from shadowkv.anatomy.rope import Rope
 from shadowkv.common.dims import Bytes, Dims
 from shadowkv.contract.layerwise import LayerState, LayerwiseMethod, StepwiseState
-from shadowkv.contract.method import LayerKV, Method, require
+from shadowkv.contract.method import LayerKV, Method
+from shadowkv.contract.setting import require
 from shadowkv.tensors import ops
 from shadowkv.tensors.buffers import TokenBuffer
 

@@ -6,21 +6,19 @@ import hashlib
 import importlib.util
 import json
 import warnings
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shadowkv.common.errors import SkvError
+from shadowkv.common.home import sha256_of
 from shadowkv.common.reading import read_text
 from shadowkv.common.wording import one_line
-from shadowkv.models.packs import sha256_of
 from shadowkv.models.weights import ADAPTER_CONFIG, ADAPTER_WEIGHTS, first_names
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
-
-    from shadowkv.models.resolving import ModelSource
 
 
 @dataclass(frozen=True)
@@ -31,14 +29,6 @@ class Adapter:
     name: str
     base: str
     sha256: str  # of its settings and weights
-
-
-def with_adapter(source: ModelSource, where: Path | None) -> ModelSource:
-    """The model with the adapter of a folder, which makes it another model. Raises `SkvError` if that is not one."""
-    if where is None:
-        return source
-    adapter = _read(where.expanduser())
-    return replace(source, name=f"{source.name}+{adapter.name}", adapter=adapter)
 
 
 def merged(model: PreTrainedModel, adapter: Adapter) -> PreTrainedModel:
@@ -70,7 +60,7 @@ def _adds_nothing(name: str, held: dict[str, Tensor], stored: set[str]) -> bool:
     return other in held and other not in stored and not bool(held[other].any())
 
 
-def _read(folder: Path) -> Adapter:
+def read_adapter(folder: Path) -> Adapter:
     if not folder.is_dir():
         raise SkvError(f"--adapter {folder}: no such folder; it takes one of {ADAPTER_CONFIG} and {ADAPTER_WEIGHTS}")
     for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):

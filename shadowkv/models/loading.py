@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shadowkv.common.errors import SkvError
+from shadowkv.common.home import sha256_of
 from shadowkv.common.reading import read_text
 from shadowkv.common.wording import one_line, plain_line
 from shadowkv.models.model_size import blueprint, count_parameters
-from shadowkv.models.packs import kept_checksums, sha256_of, unused_tensors
+from shadowkv.models.packs import kept_checksums, unused_tensors
 from shadowkv.models.resolving import ModelSource
 from shadowkv.models.weights import (
     not_loaded,

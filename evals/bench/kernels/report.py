@@ -12,7 +12,7 @@ from evals.bench.conditions import noise_note
 from evals.bench.kernels.kernels import KernelRecord
 from evals.runs.manifest import Manifest
 from evals.tables.table import Table, number, percent
-from shadowkv.kernels import CompiledKernel
+from shadowkv.kernels.backend import CompiledKernel
 
 COMPILED_FILE = "compiled.jsonl"
 _CHECKED = (

@@ -9,10 +9,10 @@ import numpy as np
 
 from evals.bench.conditions import noise_note
 from evals.bench.latency.profile import PARTS, LatencyRecord
+from evals.common.grouping import grouped
 from evals.runs.manifest import Manifest
 from evals.tables.looks import COLOURS
 from evals.tables.plots import new_figure, save, wrapped
-from evals.tables.summary import grouped
 from evals.tables.table import Table, number, tokens
 
 _NAMES = {"fetch": "value fetch", "rebuild": "key rebuild", "mlp": "MLP", "head": "LM head"}

@@ -10,9 +10,10 @@ from matplotlib.ticker import LogLocator
 
 from evals.bench.throughput.summary import BenchRow, Gain
 from evals.bench.timing import Spread
+from evals.common.grouping import grouped
 from evals.tables.looks import looks
 from evals.tables.plots import new_figure, save, wrapped
-from evals.tables.summary import REFERENCE, grouped
+from evals.tables.summary import REFERENCE
 from evals.tables.table import tokens
 
 _APART = 0.06  # octaves of batch between two methods, whose points would hide each other

@@ -13,8 +13,9 @@ from evals.bench.records import BenchRecord
 from evals.bench.throughput.plots import write_gain_bars, write_memory_bars, write_throughput
 from evals.bench.throughput.summary import BenchRow, Gain
 from evals.bench.timing import Spread
+from evals.common.grouping import grouped
 from evals.runs.manifest import Manifest
-from evals.tables.summary import REFERENCE, grouped
+from evals.tables.summary import REFERENCE
 from evals.tables.table import Table, mib, number, percent, tokens
 
 if TYPE_CHECKING:

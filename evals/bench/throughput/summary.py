@@ -8,7 +8,8 @@ from typing import Any
 
 from evals.bench.records import BenchRecord
 from evals.bench.timing import Spread, distribution, paired_ratios, spread
-from evals.tables.summary import REFERENCE, grouped
+from evals.common.grouping import grouped
+from evals.tables.summary import REFERENCE
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,8 @@ from torch import Tensor
 from shadowkv.anatomy.rope import Rope
 from shadowkv.common.dims import Bytes, Dims
 from shadowkv.contract.layerwise import LayerState, LayerwiseMethod, StepwiseState
-from shadowkv.contract.method import LayerKV, Method, largest_within, require
+from shadowkv.contract.method import LayerKV, Method, largest_within
+from shadowkv.contract.setting import require
 from shadowkv.tensors import ops
 from shadowkv.tensors.buffers import TokenBuffer
 from shadowkv.tensors.quantise import QuantisedTokens

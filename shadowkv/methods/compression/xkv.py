@@ -24,7 +24,8 @@ from torch import Tensor
 from shadowkv.anatomy.rope import Rope
 from shadowkv.common.dims import Bytes, Dims
 from shadowkv.contract.layerwise import LayeredCache, LayerState, StepwiseState
-from shadowkv.contract.method import DecodeCache, LayerKV, Method, largest_within, require, require_rotary
+from shadowkv.contract.method import DecodeCache, LayerKV, Method, largest_within, require_rotary
+from shadowkv.contract.setting import require
 from shadowkv.methods.shadowkv.landmarks import Landmarks, SelectsChunks
 from shadowkv.tensors import low_rank, ops
 from shadowkv.tensors.buffers import TokenBuffer

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from shadowkv.common.dims import Bytes, Dims
-from shadowkv.contract.method import depth_of, require
+from shadowkv.contract.method import depth_of
+from shadowkv.contract.setting import require
 from shadowkv.methods.eviction.snapkv import SnapKV
 
 

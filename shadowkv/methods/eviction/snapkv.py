@@ -24,7 +24,8 @@ from torch.nn import functional as F
 from shadowkv.anatomy.rope import Rope
 from shadowkv.common.dims import Dims
 from shadowkv.contract.layerwise import DenseLayer, EvictingMethod, LayerState
-from shadowkv.contract.method import OBSERVED_QUERIES, LayerKV, Method, require
+from shadowkv.contract.method import OBSERVED_QUERIES, LayerKV, Method
+from shadowkv.contract.setting import require
 from shadowkv.tensors import ops
 
 # Scores [B,Hq,n] and a kernel -> each score with its neighbours, [B,Hq,n].

@@ -22,7 +22,8 @@ from torch import Tensor
 from shadowkv.anatomy.rope import Rope
 from shadowkv.common.dims import Bytes, Dims
 from shadowkv.contract.layerwise import EvictingMethod, LayerState, StepwiseState
-from shadowkv.contract.method import LayerKV, Method, require, require_rotary
+from shadowkv.contract.method import LayerKV, Method, require_rotary
+from shadowkv.contract.setting import require
 from shadowkv.tensors import ops
 from shadowkv.tensors.buffers import TokenBuffer
 

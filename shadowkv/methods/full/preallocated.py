@@ -7,7 +7,7 @@ from torch import Tensor
 
 from shadowkv.common.dims import Bytes
 from shadowkv.contract.layerwise import SteadyState
-from shadowkv.kernels import operations
+from shadowkv.kernels.operations import operations
 from shadowkv.kernels.slots import Regions
 from shadowkv.tensors import ops
 from shadowkv.tensors.ragged import BatchLengths, RaggedBuffer

@@ -2,7 +2,7 @@
 
 Paper: https://arxiv.org/abs/2410.10819. Known differences from the authors' code:
 - their gates are trained once per model. `heads=NAME` takes what `skv calibrate duo` trained like them, on fewer and
-  shorter texts (head of `evals/calibration/gate_training.py`); `heads=FILE` a table such as theirs
+  shorter texts (head of `shadowkv/methods/heads/gate_training.py`); `heads=FILE` a table such as theirs
   (`full_attention_heads.tsv`). Without either, heads are judged on the prompt itself, without training: by the most
   that any of its last queries attends to one token outside the sinks and the recent ones. A KV head is worth what its
   best query head is worth;
@@ -27,11 +27,12 @@ from torch import Tensor
 from shadowkv.anatomy.rope import Rope
 from shadowkv.common.dims import Bytes, Dims
 from shadowkv.common.errors import SkvError
+from shadowkv.common.home import sha256_of
 from shadowkv.common.reading import read_text
 from shadowkv.contract.calibration import calibration_file, load_calibration
 from shadowkv.contract.layerwise import DenseLayer, LayeredCache, LayerState, StepwiseState
-from shadowkv.contract.method import DecodeCache, LayerKV, Method, largest_within, require
-from shadowkv.models.packs import sha256_of
+from shadowkv.contract.method import DecodeCache, LayerKV, Method, largest_within
+from shadowkv.contract.setting import require
 from shadowkv.tensors import ops
 from shadowkv.tensors.buffers import TokenBuffer
 

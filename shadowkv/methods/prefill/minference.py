@@ -30,8 +30,8 @@ from torch.nn import functional as F
 from shadowkv.common.dims import Dims
 from shadowkv.common.errors import SkvError
 from shadowkv.common.reading import read_text
-from shadowkv.contract.method import require
-from shadowkv.contract.prefills import SparsePrefill
+from shadowkv.contract.setting import require
+from shadowkv.contract.sparse_prefill import SparsePrefill
 from shadowkv.tensors import ops
 
 _BLOCK_TOKENS = 64  # queries that share what they read; also the queries that estimates are made from

@@ -21,7 +21,8 @@ from shadowkv.anatomy.rope import Rope
 from shadowkv.common.dims import Bytes, Dims
 from shadowkv.contract.engines import check_engine, means_fast, uses_fast
 from shadowkv.contract.layerwise import DenseLayer, LayerState, LayerwiseMethod, StepwiseState
-from shadowkv.contract.method import LayerKV, Method, require
+from shadowkv.contract.method import LayerKV, Method
+from shadowkv.contract.setting import require
 from shadowkv.methods.full.preallocated import ROOM_TOKENS, PreallocatedLayer
 from shadowkv.methods.quest.paged import PagedLayer
 from shadowkv.tensors import ops
@@ -67,7 +68,9 @@ class Quest(LayerwiseMethod):
     def new_layer(self, layer: int, kv: LayerKV, rope: Rope) -> LayerState:
         dense = layer < self.dense_layers
         if uses_fast(self.engine, kv.k.device.type, copied=kv.shared) and not self.offload:
-            return PreallocatedLayer(kv.k, kv.v) if dense else PagedLayer(self, kv)
+            if dense:
+                return PreallocatedLayer(kv.k, kv.v)
+            return PagedLayer(kv, self.page, self.budget // self.page, ops.GROUP_REDUCTIONS[self.reduce])
         return DenseLayer(kv.k, kv.v) if dense else _QuestLayer(self, kv)
 
     def reference(self) -> Method:

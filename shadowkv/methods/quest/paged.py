@@ -7,7 +7,7 @@ a step has the same shapes whatever the lengths are.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -15,21 +15,16 @@ from torch import Tensor
 from shadowkv.common.dims import Bytes
 from shadowkv.contract.layerwise import SteadyState
 from shadowkv.contract.method import LayerKV
-from shadowkv.kernels import operations
+from shadowkv.kernels.operations import operations
 from shadowkv.methods.full.preallocated import ROOM_TOKENS
-from shadowkv.tensors import ops
 from shadowkv.tensors.ragged import BatchLengths, RaggedBuffer
-
-if TYPE_CHECKING:
-    from shadowkv.methods.quest.method import Quest
 
 
 class PagedLayer(SteadyState):
     """One layer of a batch whose rows may have prompts of different lengths. Keys and values are copied."""
 
-    def __init__(self, method: Quest, kv: LayerKV) -> None:
-        self._page, self._pages_read = method.page, method.budget // method.page
-        self._reduce = ops.GROUP_REDUCTIONS[method.reduce]
+    def __init__(self, kv: LayerKV, page: int, pages_read: int, reduce: Callable[[Tensor], Tensor]) -> None:
+        self._page, self._pages_read, self._reduce = page, pages_read, reduce
         self._k, self._v = (RaggedBuffer(x, 2, ROOM_TOKENS) for x in (kv.k, kv.v))
         # Without room of their own: they grow with the tokens (`make_room`).
         self._low, self._high = (RaggedBuffer(x, 2, 0) for x in page_extremes(kv.k, self._page))

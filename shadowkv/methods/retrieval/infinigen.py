@@ -33,7 +33,8 @@ from shadowkv.common.dims import Bytes, Dims
 from shadowkv.common.ranges import ranged
 from shadowkv.contract.calibration import Calibration, calibration_file, load_calibration
 from shadowkv.contract.layerwise import DenseLayer
-from shadowkv.contract.method import DecodeCache, Guess, LayerKV, Method, require
+from shadowkv.contract.method import DecodeCache, Guess, LayerKV, Method
+from shadowkv.contract.setting import require
 from shadowkv.tensors import ops
 from shadowkv.tensors.buffers import TokenBuffer
 from shadowkv.tensors.stored import CodedTokens

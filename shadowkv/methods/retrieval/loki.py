@@ -31,7 +31,8 @@ from shadowkv.common.dims import Bytes, Dims
 from shadowkv.common.ranges import ranged
 from shadowkv.contract.calibration import Calibration, calibration_file, load_calibration
 from shadowkv.contract.layerwise import LayerState, LayerwiseMethod, StepwiseState
-from shadowkv.contract.method import DecodeCache, LayerKV, Method, require
+from shadowkv.contract.method import DecodeCache, LayerKV, Method
+from shadowkv.contract.setting import require
 from shadowkv.tensors import low_rank, ops
 from shadowkv.tensors.buffers import TokenBuffer
 

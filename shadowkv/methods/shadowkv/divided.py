@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,11 +11,9 @@ from shadowkv.anatomy.rope import Rope
 from shadowkv.contract.method import LayerKV
 from shadowkv.methods.shadowkv.key_factors import KeyFactors
 from shadowkv.methods.shadowkv.landmarks import Landmarks
+from shadowkv.methods.shadowkv.settings import ShadowKVSettings
 from shadowkv.tensors import ops
 from shadowkv.tensors.stored import CodedTokens
-
-if TYPE_CHECKING:
-    from shadowkv.methods.shadowkv.method import ShadowKV
 
 
 class Prompt(NamedTuple):
@@ -30,7 +28,7 @@ class Prompt(NamedTuple):
     tail_v: Tensor
 
 
-def divide(method: ShadowKV, layer: int, kv: LayerKV, rope: Rope, *, offload: bool) -> Prompt:
+def divide(method: ShadowKVSettings, layer: int, kv: LayerKV, rope: Rope, *, offload: bool) -> Prompt:
     """ShadowKV, algorithm 1: factors of the keys before RoPE, landmarks of those after it, outliers.
 
     Values go to the host with `offload`, else they stay where they are.

@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from shadowkv.common.errors import SkvError
-from shadowkv.contract.method import Method, require
+from shadowkv.contract.method import Method
+from shadowkv.contract.setting import require
 from shadowkv.tensors import ops
 from shadowkv.tensors.buffers import TokenBuffer
 from shadowkv.tensors.stacking import Stackable

@@ -13,7 +13,6 @@ straight from pinned memory by the kernel that decodes and places them, on a str
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -23,15 +22,14 @@ from shadowkv.anatomy.rotary_table import RotaryTable, rotary_table
 from shadowkv.common.dims import Bytes
 from shadowkv.contract.layerwise import SteadyState
 from shadowkv.contract.method import LayerKV
-from shadowkv.kernels import operations, slots
+from shadowkv.kernels import slots
+from shadowkv.kernels.operations import operations
 from shadowkv.kernels.slots import Factors
 from shadowkv.methods.shadowkv.divided import divide, pre_rope
+from shadowkv.methods.shadowkv.settings import ShadowKVSettings
 from shadowkv.tensors.ragged import BatchLengths, RaggedBuffer, RowLengths, Rows
 from shadowkv.tensors.stored import CODINGS, Stored
 from shadowkv.tensors.streams import beside
-
-if TYPE_CHECKING:
-    from shadowkv.methods.shadowkv.method import ShadowKV
 
 # Columns of `spans`: see `shadowkv.kernels.slots.attend_resident`.
 _SLOTS, _OUTLIERS, _START, _LENGTH = range(4)
@@ -40,7 +38,7 @@ _SLOTS, _OUTLIERS, _START, _LENGTH = range(4)
 class ResidentLayer(SteadyState):
     """One layer of a batch whose rows may have prompts of different lengths."""
 
-    def __init__(self, method: ShadowKV, layer: int, kv: LayerKV, rope: Rope) -> None:
+    def __init__(self, method: ShadowKVSettings, layer: int, kv: LayerKV, rope: Rope) -> None:
         self._method, self._layer, self._rope = method, layer, rope
         prompt = divide(method, layer, kv, rope, offload=False)  # values move once, to where there is room
         regions, chunk, room = method.regions, method.chunk, method.room_tokens(False)
