@@ -14,7 +14,7 @@ TRANSFORMERS_newest := transformers>=5.2,<6
 TRANSFORMERS_TESTS := $(wildcard $(patsubst %,tests/test_%.py,calibration duo engine exports families gate_training geometries \
 	graphs infinigen joining loading methods minference real_model refusals rope self_check streamed turns))
 
-.PHONY: demo test test-newest test-oldest lint lock regression clean
+.PHONY: demo test docs test-newest test-oldest lint lock regression clean
 
 demo: $(VENV)/ready  ## full attention, ShadowKV and Quest on a real model, in minutes on a CPU
 	$(BIN)/skv pull smollm2-135m essays
@@ -38,6 +38,9 @@ lint: $(VENV)/ready
 
 regression: $(VENV)/ready  ## answers of a real model against results/baselines/, in minutes on a CPU
 	VENV=$(VENV) .ci/regression
+
+docs: $(VENV)/ready  ## tables in README.md and docs/ anew, from results/baselines/ and from what commands print
+	$(BIN)/python docs/make_docs.py
 
 lock:  ## adjusts the locks to pyproject.toml; with UPGRADE=1, to the newest versions that it allows
 	PYTHON="$(PYTHON)" TORCH="$(LOCKED_TORCH)" UPGRADE="$(UPGRADE)" .ci/lock
