@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from cli import paper, plan
+from cli.bench import gpu_day as bench_gpu_day
 from cli.bench import kernels as bench_kernels
 from cli.bench import latency as bench_latency
 from cli.bench import throughput as bench_throughput
@@ -39,6 +40,7 @@ bench = typer.Typer(no_args_is_help=True, help="Measure speed and memory.")
 bench.command("throughput", epilog=bench_throughput.EPILOG)(bench_throughput.throughput)
 bench.command("latency", epilog=bench_latency.EPILOG)(bench_latency.latency)
 bench.command("kernels", epilog=bench_kernels.EPILOG)(bench_kernels.kernels)
+bench.command("gpu-day", epilog=bench_gpu_day.EPILOG)(bench_gpu_day.gpu_day)
 app.add_typer(bench, name="bench")
 data = typer.Typer(no_args_is_help=True, help="Write a benchmark's prompts to files.")
 data.command("ruler", epilog=data_ruler.EPILOG)(data_ruler.ruler)

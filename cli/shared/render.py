@@ -15,7 +15,6 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
-from evals.tables.costs import cost_table
 from shadowkv.common.wording import plain_line
 
 if TYPE_CHECKING:
@@ -47,6 +46,8 @@ def say(text: str) -> None:
 
 def print_summary(section: Section) -> None:
     """The benchmark's own tables, then methods x lengths with what they cost, then what a reader must know."""
+    from evals.tables.costs import cost_table
+
     for table in section.tables[1:]:
         print_table(table)
     title, rows = section.title, section.rows
