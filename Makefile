@@ -14,7 +14,7 @@ TRANSFORMERS_newest := transformers>=5.2,<6
 TRANSFORMERS_TESTS := $(wildcard $(patsubst %,tests/test_%.py,calibration duo engine exports families gate_training geometries \
 	graphs infinigen joining loading methods minference real_model refusals rope self_check streamed turns))
 
-.PHONY: demo test docs test-newest test-oldest lint lock regression clean
+.PHONY: demo test gpu docs test-newest test-oldest lint lock regression clean
 
 demo: $(VENV)/ready  ## full attention, ShadowKV and Quest on a real model, in minutes on a CPU
 	$(BIN)/skv pull smollm2-135m essays
@@ -23,6 +23,10 @@ demo: $(VENV)/ready  ## full attention, ShadowKV and Quest on a real model, in m
 
 test: $(VENV)/ready
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n auto
+
+# Fetches nothing: it takes the environment if it was made, else the Python with torch that a rented machine brings.
+gpu:  ## all that a rented GPU is to be asked, in stages that go on where they were; GPU="--only probe,tests", say
+	$(if $(wildcard $(VENV)/ready),$(BIN)/python,$(PYTHON)) -m cli bench gpu-day $(GPU)
 
 test-newest test-oldest: test-%:  ## tests that touch transformers, with the newest and the oldest that is supported
 	$(MAKE) VENV=.venv-$* .venv-$*/ready
