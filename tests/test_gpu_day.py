@@ -13,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 import typer.main
 from test_cli import mistake
 
@@ -148,7 +149,7 @@ def test_every_command_is_one_that_is_taken(tmp_path, tiny):
             params = parsed(words)
             outs.append(params.get("out") or params["probe"])
             assert outs[-1].is_relative_to(tmp_path / stage.name)
-            for spec in params.get("methods") or [params["method"]] if params.get("method") else []:
+            for spec in params.get("methods") or filter(None, [params.get("method")]):
                 parse_method(spec)
             if "device" in params:
                 assert params["device"] == ("cpu" if tiny else "cuda")
@@ -206,6 +207,10 @@ def test_a_damaged_state_is_one_line(capsys, tmp_path):
 )
 def test_results_go_where_the_card_says(name, folder):
     assert Card(name, 1).folder == folder
+
+
+def test_a_card_is_found_where_torch_finds_one():
+    assert (machine.card_here() is not None) == torch.cuda.is_available()
 
 
 def test_what_a_stage_lacks_skips_it(monkeypatch, tmp_path):
@@ -339,12 +344,19 @@ def answer(method, tokens, score=1.0, sample="a", status="ok"):
         ([answer("full:engine=fast", [1] * 10, score=0.0)], False, "full: 10/10 tokens alike, 1 answers lost"),
         ([answer("full:engine=fast", [1] * 10, status="oom")], False, "full: nothing to compare"),
         ([], False, "full: nothing to compare"),
+        ([answer("full:engine=fast", [1] * 10, sample="b")], False, "full: nothing to compare"),
     ],
 )
 def test_engines_agree_or_not(monkeypatch, tmp_path, fast, ok, says):
     reference = answer("full:engine=reference", [1] * 10)
     monkeypatch.setattr("evals.runs.results.read_run", lambda folder: (None, [reference, *fast]))
     assert engines_agree(tmp_path) == (ok, says)
+
+
+def test_an_answer_that_one_engine_does_not_have_is_missed(monkeypatch, tmp_path):
+    answers = [answer(f"full:engine={engine}", [1], sample=s) for s in "ab" for engine in ("reference", "fast")]
+    monkeypatch.setattr("evals.runs.results.read_run", lambda folder: (None, answers[:-1]))
+    assert engines_agree(tmp_path) == (False, "full: 1/1 tokens alike, 1 answers missing")
 
 
 def test_an_answer_of_neither_engine_is_no_agreement(monkeypatch, tmp_path):
