@@ -293,6 +293,20 @@ def test_short_host_memory_is_said_with_the_number(engine, monkeypatch):
     room(engine).check_host(parse_method("full"), 20, 1, 5)
 
 
+@pytest.mark.parametrize(("device", "number"), [("cuda", 3), ("cuda:1", 1)])
+def test_a_gpu_is_held_to_the_cap_by_its_number(engine, monkeypatch, device, number):
+    """`--device cuda` names no number, and torch's function for this takes nothing else."""
+    held = {}
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (50 * 2**30, 100 * 2**30))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(torch.cuda.memory, "_lazy_init", lambda: None)
+    monkeypatch.setattr(
+        torch._C, "_cuda_setMemoryFraction", lambda share, index: held.update({index: share}), raising=False
+    )
+    room(engine, device=torch.device(device), cap_bytes=25 * 2**30).hold_cap()
+    assert held == {number: 0.25}
+
+
 def test_host_memory_of_this_machine_is_read():
     import os
 

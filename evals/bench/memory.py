@@ -98,7 +98,8 @@ class Room:
         """Make a GPU's allocator refuse what exceeds the cap."""
         if self.device.type == "cuda" and self.cap_bytes is not None:
             total = torch.cuda.mem_get_info(self.device)[1]
-            torch.cuda.set_per_process_memory_fraction(min(self.cap_bytes / total, 1.0), self.device)
+            # By its number, or None for the current one: this function alone refuses a device that names no number.
+            torch.cuda.set_per_process_memory_fraction(min(self.cap_bytes / total, 1.0), self.device.index)
 
 
 def release(device: torch.device) -> None:
