@@ -9,7 +9,7 @@ from __future__ import annotations
 import mmap
 import warnings
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import prod
 from typing import Any
 
@@ -25,7 +25,7 @@ class _Pages(mmap.mmap):
 
 def empty_pinned(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """An uninitialised tensor in pinned memory or, with a warning, in plain memory where the system refuses that."""
-    return _empty(shape, dtype, torch.cuda.cudart())
+    return _empty(shape, dtype, torch.cuda.cudart(), _launch)
 
 
 def empty_beside(shape: Sequence[int], like: Tensor) -> Tensor:
@@ -35,7 +35,7 @@ def empty_beside(shape: Sequence[int], like: Tensor) -> Tensor:
     return torch.empty(tuple(shape), dtype=like.dtype, device=like.device)
 
 
-def _empty(shape: Sequence[int], dtype: torch.dtype, cudart: Any) -> Tensor:
+def _empty(shape: Sequence[int], dtype: torch.dtype, cudart: Any, launch: Callable[[], object]) -> Tensor:
     count = prod(shape)
     if not count:
         return torch.empty(tuple(shape), dtype=dtype)
@@ -44,6 +44,7 @@ def _empty(shape: Sequence[int], dtype: torch.dtype, cudart: Any) -> Tensor:
     address = tensor.data_ptr()
     refused = int(cudart.cudaHostRegister(address, tensor.nbytes, 0))
     if refused:
+        _clear_error(launch)
         warnings.warn(
             f"{tensor.nbytes / 2**30:.2f} GiB of host memory could not be pinned (CUDA error {refused}; ulimit -l?): "
             "values are gathered by the host, which is slower",
@@ -53,3 +54,18 @@ def _empty(shape: Sequence[int], dtype: torch.dtype, cudart: Any) -> Tensor:
     else:
         weakref.finalize(pages, cudart.cudaHostUnregister, address)
     return tensor
+
+
+def _clear_error(launch: Callable[[], object]) -> None:
+    """Have CUDA forget that it refused something, or torch takes the next kernel, whatever it is, for what failed.
+
+    The runtime keeps the error until `cudaGetLastError`, which torch calls after each launch but offers nobody.
+    """
+    try:
+        launch()
+    except RuntimeError:
+        return  # the refusal told once more; an error that a device does not recover from comes again by itself
+
+
+def _launch() -> None:
+    torch.empty(1, device="cuda").fill_(0)
