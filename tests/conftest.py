@@ -51,7 +51,7 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def _plain_torch(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """The fast engine runs in plain torch on a CPU, but for tests of kernels: the interpreter is slow."""
-    if "interpreter" not in request.fixturenames:
+    if not {"interpreter", "kernel_device"} & set(request.fixturenames):
         monkeypatch.setattr("shadowkv.kernels.backend.interpreted", lambda: False)
 
 
@@ -67,3 +67,13 @@ def interpreter() -> None:
     pytest.importorskip("triton", reason="kernels need Triton")
     if torch.cuda.is_available():
         pytest.skip("kernels are compiled on this machine: pytest -m gpu")
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)], ids=["interpreter", "gpu"])
+def kernel_device(request: pytest.FixtureRequest) -> str:
+    """Where kernels run: once in Triton's interpreter and, with `-m gpu`, once compiled for the GPU that is here."""
+    if request.param == "cpu":
+        request.getfixturevalue("interpreter")
+    else:
+        pytest.importorskip("triton", reason="kernels need Triton")
+    return str(request.param)

@@ -1,4 +1,4 @@
-"""Every kernel gives what its plain-torch twin gives, in Triton's interpreter."""
+"""Every kernel gives what its plain-torch twin gives: in Triton's interpreter and, with `-m gpu`, on a GPU."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from shadowkv.contract.registry import parse_method
 from shadowkv.engine.engine import Engine
 from shadowkv.kernels import slots
 from shadowkv.kernels.slots import Regions
+from shadowkv.tensors.pinned import empty_pinned
 
-pytestmark = pytest.mark.usefixtures("interpreter")
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 GEOMETRIES = [
     Case(),
@@ -35,6 +35,7 @@ GEOMETRIES = [
     Case(heads=1, group=7, head_dim=96, chunks=17, slots=5, chunk=5, rank=33),
     Case(batch=1, heads=3, group=4, head_dim=256, slots=16, chunk=4, rank=8),
     Case(head_dim=16, chunk=3, slots=6, rank=50),
+    Case(batch=1, heads=1, group=8, head_dim=80, chunks=21),
 ]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -55,6 +56,7 @@ def kernels():
     return twins
 
 
+@pytest.mark.usefixtures("kernel_device")  # kernels are imported here
 def test_twins_have_the_same_names_and_signatures():
     for name in kernels().__all__:
         twin, kernel = (inspect.signature(getattr(module, name)) for module in (slots, kernels()))
@@ -63,21 +65,22 @@ def test_twins_have_the_same_names_and_signatures():
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", GEOMETRIES, ids=str)
-def test_chunk_scores(case, dtype):
-    case = replace(case, dtype=dtype)
+def test_chunk_scores(kernel_device, case, dtype):
+    case = replace(case, dtype=dtype, device=kernel_device)
     inputs = scores_inputs(case, [case.chunks, 3][: case.batch])
     close(kernels().chunk_scores(**inputs), slots.chunk_scores(**inputs))
 
 
-def test_scores_of_rows_without_chunks():
-    inputs = scores_inputs(Case(), [0, 1])
+def test_scores_of_rows_without_chunks(kernel_device):
+    inputs = scores_inputs(Case(device=kernel_device), [0, 1])
     scores = kernels().chunk_scores(**inputs)
     close(scores, slots.chunk_scores(**inputs))
     assert (scores[0] == -torch.inf).all()
 
 
-def test_scores_over_many_blocks():
-    inputs = scores_inputs(Case(batch=1, heads=1, chunks=128 * 66 + 5, head_dim=16), [128 * 66 + 1])
+def test_scores_over_many_blocks(kernel_device):
+    case = Case(batch=1, heads=1, chunks=128 * 66 + 5, head_dim=16, device=kernel_device)
+    inputs = scores_inputs(case, [128 * 66 + 1])
     inputs["landmarks"][:, :, 128 * 65 :] *= 3  # the largest logits come last
     close(kernels().chunk_scores(**inputs), slots.chunk_scores(**inputs))
 
@@ -98,16 +101,17 @@ def test_scores_over_many_blocks():
     ],
 )
 @pytest.mark.parametrize("case", [Case(), Case(chunks=5), Case(chunks=100, slots=37), Case(chunks=8, slots=8)], ids=str)
-def test_choose_chunks(case, make):
-    inputs = choose_inputs(case, make)
+def test_choose_chunks(kernel_device, case, make):
+    inputs = choose_inputs(replace(case, device=kernel_device), make)
     assert torch.equal(kernels().choose_chunks(**inputs), slots.choose_chunks(**inputs))
 
 
-def test_choose_chunks_over_several_blocks(monkeypatch):
+def test_choose_chunks_over_several_blocks(kernel_device, monkeypatch):
     from shadowkv.kernels import choose
 
     monkeypatch.setattr(choose, "_LARGEST_BLOCK", 16)
-    inputs = choose_inputs(Case(chunks=70, slots=40), lambda *shape: torch.randint(0, 9, shape).float())
+    case = Case(chunks=70, slots=40, device=kernel_device)
+    inputs = choose_inputs(case, lambda *shape: torch.randint(0, 9, shape).float())
     assert torch.equal(kernels().choose_chunks(**inputs), slots.choose_chunks(**inputs))
 
 
@@ -116,9 +120,9 @@ def test_choose_chunks_over_several_blocks(monkeypatch):
     [(8, 8, 8), (8, 8, 0), (8, 8, 5), (8, 0, 0), (5, 3, 2), (5, 5, 0), (0, 0, 0), (1, 0, 0)],
 )
 @pytest.mark.parametrize("many", [1, 9])
-def test_plan_fill(chosen, held, shared, many):
+def test_plan_fill(kernel_device, chosen, held, shared, many):
     chosen, held, shared = chosen * many, held * many, shared * many
-    inputs = plan_inputs(Case(slots=8 * many), chosen, held, shared)
+    inputs = plan_inputs(Case(slots=8 * many, device=kernel_device), chosen, held, shared)
     twin, kernel = ({name: x.clone() for name, x in inputs.items()} for _ in range(2))
     fill = kernels().plan_fill(**kernel)
     assert torch.equal(fill, slots.plan_fill(**twin))
@@ -133,8 +137,9 @@ def test_plan_fill(chosen, held, shared, many):
 @pytest.mark.parametrize("fills", [0, 3, 5])
 @pytest.mark.parametrize("values", ["native", "bf16", "int8", "fp8", "int4"])
 @pytest.mark.parametrize("case", GEOMETRIES, ids=str)
-def test_fill_values(case, values, fills):
-    case = replace(case, values=values, dtype=torch.bfloat16 if case.head_dim == 96 else torch.float32)
+def test_fill_values(kernel_device, case, values, fills):
+    dtype = torch.bfloat16 if case.head_dim == 96 else torch.float32
+    case = replace(case, values=values, dtype=dtype, device=kernel_device)
     stored, plan = stored_values(case), filling(case, fills)
     blank = poisoned(case.randn(case.batch, case.heads, case.slots * case.chunk + 3, case.head_dim))
     got, wanted = blank.clone(), blank.clone()
@@ -145,14 +150,28 @@ def test_fill_values(case, values, fills):
     assert int(got.isnan().any(-1).sum()) == case.batch * case.heads * (blank.shape[2] - fills * case.chunk)
 
 
-def test_every_byte_of_fp8_is_read_as_torch_reads_it():
-    codes = torch.arange(256).to(torch.uint8).view(torch.int8)
+@pytest.mark.gpu
+@pytest.mark.parametrize("values", ["native", "int8", "fp8", "int4"])
+def test_values_are_read_from_pinned_memory(values):
+    """Nothing but the kernel moves them: it reads the host's memory itself."""
+    case = Case(values=values, dtype=torch.bfloat16, head_dim=128, device="cuda")
+    stored, plan = stored_values(case), filling(case, 5)
+    pinned = [empty_pinned(part.shape, part.dtype).copy_(part) for part in stored.parts]
+    got, wanted = (torch.zeros(case.batch, case.heads, 64, 128, dtype=case.dtype, device="cuda") for _ in range(2))
+    kernels().fill_values(stored._replace(parts=tuple(pinned)), **plan, out=got)
+    slots.fill_values(stored, **plan, out=wanted)
+    close(got, wanted, case.dtype)
+
+
+def test_every_byte_of_fp8_is_read_as_torch_reads_it(kernel_device):
+    codes = torch.arange(256, device=kernel_device).to(torch.uint8).view(torch.int8)
     codes = torch.where((codes & 0x7F) == 0x7F, 0, codes)  # NaN, which is never written
     from shadowkv.tensors.stored import Stored
 
-    case = Case(batch=1, heads=1, head_dim=256, chunks=1, slots=1, chunk=1)
-    stored = Stored("fp8", (codes.view(1, 1, 1, 256), torch.ones(1, 1, 1, 1, dtype=torch.float16)))
-    got, wanted = (torch.zeros(1, 1, 1, 256) for _ in range(2))
+    case = Case(batch=1, heads=1, head_dim=256, chunks=1, slots=1, chunk=1, device=kernel_device)
+    scales = torch.ones(1, 1, 1, 1, dtype=torch.float16, device=kernel_device)
+    stored = Stored("fp8", (codes.view(1, 1, 1, 256), scales))
+    got, wanted = (torch.zeros(1, 1, 1, 256, device=kernel_device) for _ in range(2))
     kernels().fill_values(stored, **filling(case, 1), out=got)
     slots.fill_values(stored, **filling(case, 1), out=wanted)
     assert torch.equal(got, wanted)
@@ -161,9 +180,9 @@ def test_every_byte_of_fp8_is_read_as_torch_reads_it():
 @pytest.mark.parametrize("fills", [0, 5])
 @pytest.mark.parametrize("factors", ["native", "int8"])
 @pytest.mark.parametrize("case", [*GEOMETRIES, Case(family="glm"), Case(family="llama-yarn")], ids=str)
-def test_fill_keys(case, factors, fills):
+def test_fill_keys(kernel_device, case, factors, fills):
     dtype = torch.bfloat16 if case.head_dim == 128 else torch.float32
-    case = replace(case, factors=factors, dtype=dtype)
+    case = replace(case, factors=factors, dtype=dtype, device=kernel_device)
     inputs, plan = key_inputs(case), filling(case, fills)
     blank = poisoned(case.randn(case.batch, case.heads, case.slots * case.chunk + 3, case.head_dim))
     got, wanted = blank.clone(), blank.clone()
@@ -186,8 +205,8 @@ REGIONS = Regions(slots=64, outliers=16, ring=53)
     ],
 )
 @pytest.mark.parametrize("case", GEOMETRIES, ids=str)
-def test_attend_resident(case, regions, spans, dtype):
-    inputs = attention_inputs(replace(case, dtype=dtype), regions, spans[: case.batch])
+def test_attend_resident(kernel_device, case, regions, spans, dtype):
+    inputs = attention_inputs(replace(case, dtype=dtype, device=kernel_device), regions, spans[: case.batch])
     got = kernels().attend_resident(**inputs)
     assert torch.isfinite(got).all()
     close(got, slots.attend_resident(**inputs), dtype)
@@ -195,8 +214,8 @@ def test_attend_resident(case, regions, spans, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", GEOMETRIES, ids=str)
-def test_page_bounds(case, dtype):
-    inputs = pages_inputs(replace(case, dtype=dtype), [case.tokens - 3, case.chunk][: case.batch])
+def test_page_bounds(kernel_device, case, dtype):
+    inputs = pages_inputs(replace(case, dtype=dtype, device=kernel_device), [case.tokens - 3, case.chunk][: case.batch])
     asked = {name: inputs[name] for name in ("q", "low", "high", "lengths", "page")}
     got = kernels().page_bounds(**asked)
     close(got, slots.page_bounds(**asked))
@@ -207,9 +226,9 @@ def test_page_bounds(case, dtype):
 @pytest.mark.parametrize("shared", [True, False])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", GEOMETRIES, ids=str)
-def test_attend_pages(case, dtype, shared):
+def test_attend_pages(kernel_device, case, dtype, shared):
     """A full list, and one of a row of a single page, of which one token is there."""
-    inputs = pages_inputs(replace(case, dtype=dtype), [case.tokens - 1, 1][: case.batch], shared)
+    inputs = pages_inputs(replace(case, dtype=dtype, device=kernel_device), [case.tokens - 1, 1][: case.batch], shared)
     asked = {name: inputs[name] for name in ("q", "k", "v", "pages", "lengths", "page", "scaling")}
     got = kernels().attend_pages(**asked)
     assert torch.isfinite(got).all()
@@ -217,12 +236,14 @@ def test_attend_pages(case, dtype, shared):
 
 
 @pytest.mark.parametrize("reduce", ["per_q_head", "group_mean"])
-def test_steps_over_pages_on_kernels_equal_the_reference(reduce):
-    engine = Engine(tiny_model("llama", num_hidden_layers=1), prefill_chunk_tokens=128)
-    prefill = engine.prefill(random_prompt(46, batch=2))
+def test_steps_over_pages_on_kernels_equal_the_reference(kernel_device, reduce):
+    engine = Engine(tiny_model("llama", num_hidden_layers=1).to(kernel_device), prefill_chunk_tokens=128)
+    prefill = engine.prefill(random_prompt(46, batch=2).to(kernel_device))
     spec = f"quest:budget=32,page=8,dense_layers=0,reduce={reduce}"
     reference, fast = (engine.replay(prefill, parse_method(f"{spec},engine={e}")) for e in ("reference", "fast"))
-    for token in random_prompt(4, batch=2, seed=5).split(1, dim=1):  # a page fills, and another one opens
+    for token in (
+        random_prompt(4, batch=2, seed=5).to(kernel_device).split(1, dim=1)
+    ):  # a page fills, and another one opens
         torch.testing.assert_close(engine.extend(fast, token), engine.extend(reference, token), rtol=1e-4, atol=1e-4)
 
 
@@ -243,19 +264,20 @@ def test_steps_over_pages_on_kernels_equal_the_reference(reduce):
     ),
     st.data(),
 )
-def test_any_geometry(case, data):
+def test_any_geometry(kernel_device, case, data):
     """One step, kernel after kernel, on random shapes, lengths and hits."""
+    case = replace(case, device=kernel_device)
     counts = data.draw(st.lists(st.integers(0, case.chunks), min_size=case.batch, max_size=case.batch))
     inputs = scores_inputs(case, counts)
     scores = kernels().chunk_scores(**inputs)
     close(scores, slots.chunk_scores(**inputs))
-    numbers = torch.arange(case.chunks).int().expand(scores.shape).contiguous()
+    numbers = torch.arange(case.chunks, device=kernel_device).int().expand(scores.shape).contiguous()
     chosen = kernels().choose_chunks(scores, numbers, case.slots)
     assert torch.equal(chosen, slots.choose_chunks(scores, numbers, case.slots))
     held = torch.full_like(chosen, -1)
     fill = kernels().plan_fill(chosen, held)
     stored, keys = stored_values(case), key_inputs(case)
-    blank = torch.zeros(case.batch, case.heads, case.slots * case.chunk + 9, case.head_dim)
+    blank = torch.zeros(case.batch, case.heads, case.slots * case.chunk + 9, case.head_dim, device=kernel_device)
     for name, given_ in (("fill_values", {"stored": stored}), ("fill_keys", keys)):
         got, wanted = blank.clone(), blank.clone()
         getattr(kernels(), name)(**given_, held=held, fill=fill, chunk=case.chunk, out=got)
@@ -263,21 +285,21 @@ def test_any_geometry(case, data):
         torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
 
 
-def test_two_hundred_steps_on_kernels_equal_the_reference():
+def test_two_hundred_steps_on_kernels_equal_the_reference(kernel_device):
     # One layer and one head: the interpreter takes milliseconds per operation of a block.
-    engine = Engine(tiny_model("llama-mqa", num_hidden_layers=1), prefill_chunk_tokens=128)
-    prefill = engine.prefill(random_prompt(120))
+    engine = Engine(tiny_model("llama-mqa", num_hidden_layers=1).to(kernel_device), prefill_chunk_tokens=128)
+    prefill = engine.prefill(random_prompt(120).to(kernel_device))
     spec = "shadowkv:rank=6,budget=32,outliers=1,local=1,window=8"
     reference, fast = (engine.replay(prefill, parse_method(f"{spec},engine={e}")) for e in ("reference", "fast"))
-    for token in random_prompt(200, seed=5).split(1, dim=1):
+    for token in random_prompt(200, seed=5).to(kernel_device).split(1, dim=1):
         torch.testing.assert_close(engine.extend(fast, token), engine.extend(reference, token), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("coding", ["values=int4,factors=int8", "values=fp8,offload=none"])
-def test_batches_on_kernels_equal_the_reference(tiny, coding):
-    engine = Engine(tiny("llama"), prefill_chunk_tokens=128)
-    prefill = engine.prefill(random_prompt(120, batch=2))
+def test_batches_on_kernels_equal_the_reference(kernel_device, coding):
+    engine = Engine(tiny_model("llama").to(kernel_device), prefill_chunk_tokens=128)
+    prefill = engine.prefill(random_prompt(120, batch=2).to(kernel_device))
     spec = f"shadowkv:rank=12,budget=32,outliers=1,window=2,{coding}"
     reference, fast = (engine.replay(prefill, parse_method(f"{spec},engine={e}")) for e in ("reference", "fast"))
-    for token in random_prompt(12, batch=2, seed=5).split(1, dim=1):
+    for token in random_prompt(12, batch=2, seed=5).to(kernel_device).split(1, dim=1):
         torch.testing.assert_close(engine.extend(fast, token), engine.extend(reference, token), rtol=1e-4, atol=1e-4)
