@@ -7,8 +7,6 @@ import zipfile
 from contextlib import suppress
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from cli.main import main
 from evals.common.jsonl import read_jsonl, stream_array
@@ -24,6 +22,9 @@ from shadowkv.common.reading import decoded
 from shadowkv.contract.registry import parse_method
 from shadowkv.methods.prefill.minference import MInference
 from shadowkv.planning.gpus import find_gpu
+
+hypothesis = pytest.importorskip("hypothesis")  # not on a machine that is there to test kernels
+given, st = hypothesis.given, hypothesis.strategies
 
 # A codec -> the text of a test in it, what the error calls it, and what iconv does.
 WESTERN = "L'été, où l'élève a mangé la crème brûlée à côté de Noël. "
