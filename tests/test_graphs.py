@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from dataclasses import replace
 
 import pytest
 import torch
 from run_folders import manifest
-from tiny_models import random_prompt
+from tiny_models import random_prompt, tiny_model
 
 from evals.bench.latency.report import latency_notes
 from shadowkv.contract.registry import parse_method
@@ -73,7 +75,7 @@ def test_replays_give_what_steps_give_and_graphs_are_made_anew_where_buffers_gre
     for cache in (plain, graphed):
         engine.extend(cache, stream[:, :first])
     graphs = FakeGraphs(graphed)
-    feed = GraphedStep(engine.model, graphed, graphs)
+    feed = GraphedStep(engine.model, engine.rope, graphed, graphs)
     for token in stream[:, first:].split(1, dim=1):
         torch.testing.assert_close(feed(token), engine.extend(plain, token), rtol=1e-4, atol=1e-4)
     assert graphs.captured == 2
@@ -95,15 +97,38 @@ def test_ragged_rows_are_graphed_together(tiny, spec):
         return engine.join(rows, method)
 
     plain, graphed = batch(), batch()
-    feed = GraphedStep(engine.model, graphed, FakeGraphs(graphed))
+    feed = GraphedStep(engine.model, engine.rope, graphed, FakeGraphs(graphed))
     for token in random_prompt(30, batch=2, seed=5).split(1, dim=1):
         torch.testing.assert_close(feed(token), engine.extend(plain, token), rtol=1e-4, atol=1e-4)
+
+
+def test_tables_that_a_graph_reads_stay_until_it_is_made_anew(tiny):
+    """A longer cache of the same engine has longer tables made, which take the place of those."""
+    engine, method = Engine(tiny("llama"), prefill_chunk_tokens=128), parse_method(FAST[0])
+    caches = []
+    for tokens in (150, 600):
+        caches.append(engine.replay(engine.prefill(random_prompt(tokens)), method))
+        engine.forget()
+    short, long = caches
+    feed = GraphedStep(engine.model, engine.rope, short, FakeGraphs(short))
+    for token in random_prompt(2, seed=5).split(1, dim=1):
+        feed(token)
+    (table,) = engine.rope.derived.values()
+    read = weakref.ref(table.cos)
+    del table
+    engine.extend(long, random_prompt(1))
+    gc.collect()
+    assert [table.cos is read() for table in engine.rope.derived.values()] == [False]
+    assert read() is not None
+    del feed
+    gc.collect()
+    assert read() is None
 
 
 def test_a_step_that_fails_ends_the_cache(tiny, monkeypatch):
     engine, method = Engine(tiny("llama"), prefill_chunk_tokens=128), parse_method("full:engine=fast")
     cache = engine.replay(engine.prefill(random_prompt(50)), method)
-    feed = GraphedStep(engine.model, cache, FakeGraphs(cache))
+    feed = GraphedStep(engine.model, engine.rope, cache, FakeGraphs(cache))
     monkeypatch.setattr("shadowkv.kernels.slots.attend_resident", lambda *a: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         feed(random_prompt(1))
@@ -131,9 +156,9 @@ def test_what_can_be_graphed(tiny, family, spec, graphed):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("spec", FAST)
-def test_graphs_on_a_gpu_give_what_steps_give(tiny, spec):
+def test_graphs_on_a_gpu_give_what_steps_give(spec):
     """Capture fails on any wait for the device, so this is also the test that a step has none."""
-    engine, method = Engine(tiny("llama").to("cuda"), prefill_chunk_tokens=128), parse_method(spec)
+    engine, method = Engine(tiny_model("llama").to("cuda"), prefill_chunk_tokens=128), parse_method(spec)
     prefill = engine.prefill(random_prompt(150, batch=2).cuda())
     plain, graphed = engine.replay(prefill, method), engine.replay(prefill, method)
     feed = engine.stepper(graphed)

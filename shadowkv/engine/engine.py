@@ -210,7 +210,7 @@ class Engine:
         On a GPU a step is one CUDA graph, where the method and the model let it be; else it is `extend`.
         """
         if self.model.device.type == "cuda" and self._graphs and can_be_graphed(self.rope, cache):
-            return GraphedStep(self.model, cache, capture_on_gpu)
+            return GraphedStep(self.model, self.rope, cache, capture_on_gpu)
         return partial(self.extend, cache)
 
     def decode(

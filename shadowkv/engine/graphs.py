@@ -37,12 +37,13 @@ class GraphedStep:
     compiles kernels and makes tables. The one after it is captured, and all others are replays.
     """
 
-    def __init__(self, model: PreTrainedModel, cache: MethodCache, capture: Capture) -> None:
-        self._model, self._cache, self._capture = model, cache, capture
+    def __init__(self, model: PreTrainedModel, rope: Rope, cache: MethodCache, capture: Capture) -> None:
+        self._model, self._rope, self._cache, self._capture = model, rope, cache, capture
         self._ids = torch.zeros(len(cache.row_tokens), 1, dtype=torch.long, device=model.device)
         self._positions = torch.zeros_like(self._ids)
         self._warm = False
         self._replay: Callable[[], None] | None = None
+        self._read: list[object] = []  # what the graph reads and another cache may replace
         self._logits: Tensor | None = None
 
     @torch.inference_mode()
@@ -52,7 +53,7 @@ class GraphedStep:
             raise ValueError("this cache failed in a step, or its prompt was replaced by a later prefill")
         usable, cache.usable = cache.usable, lambda: False  # see `Engine.extend`
         if cache.make_room():
-            self._warm, self._replay, self._logits = False, None, None
+            self._warm, self._replay, self._logits, self._read = False, None, None, []
         self._ids.copy_(tokens)
         self._positions.copy_(torch.tensor(cache.row_tokens)[:, None])
         logits = self._step()
@@ -67,6 +68,7 @@ class GraphedStep:
             return self._forward()
         if self._replay is None:
             self._replay, self._logits = self._capture(self._forward)
+            self._read = list(self._rope.derived.values())
         self._replay()
         assert self._logits is not None
         return self._logits
