@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gc
 import weakref
+from contextlib import contextmanager
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ from tiny_models import random_prompt, tiny_model
 from evals.bench.latency.report import latency_notes
 from shadowkv.contract.registry import parse_method
 from shadowkv.engine.engine import Engine
-from shadowkv.engine.graphs import GraphedStep, can_be_graphed
+from shadowkv.engine.graphs import GraphedStep, can_be_graphed, capture_on_gpu
 from shadowkv.tensors.stacking import Stackable
 
 FAST = [
@@ -123,6 +125,70 @@ def test_tables_that_a_graph_reads_stay_until_it_is_made_anew(tiny):
     del feed
     gc.collect()
     assert read() is None
+
+
+@pytest.fixture
+def capturing(monkeypatch):
+    """torch's capture without a GPU; its end complains of work on side streams that was not waited for."""
+    there = SimpleNamespace(open=False, joined=True, replay=lambda: None)
+
+    @contextmanager
+    def capture(graph):
+        there.open = True
+        try:
+            yield
+        finally:  # as `torch.cuda.graph` has it, whatever happened within
+            there.open = False
+            if not there.joined:
+                raise RuntimeError("capture has unjoined work")
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: there)
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    monkeypatch.setattr("shadowkv.engine.graphs.join_captured", lambda: setattr(there, "joined", True))
+    return there
+
+
+class Cycle:
+    def __init__(self):
+        self.myself = self
+
+
+def test_nothing_is_collected_while_a_step_is_captured(capturing):
+    """Memory of the host that a collection unregisters would end the capture."""
+    collected_in = []
+    weakref.finalize(Cycle(), lambda: collected_in.append(capturing.open))
+
+    def step():
+        assert not gc.isenabled()
+        return torch.zeros(1)
+
+    capture_on_gpu(step)
+    assert collected_in == [False]
+    assert gc.isenabled()
+
+
+def test_a_capture_that_fails_says_what_went_wrong_in_the_step(capturing):
+    """Not that its end found a side stream unjoined: memory that ends is a result, anything else an error."""
+
+    def step():
+        capturing.joined = False
+        raise torch.OutOfMemoryError("no room for a block")
+
+    with pytest.raises(torch.OutOfMemoryError, match="no room"):
+        capture_on_gpu(step)
+    assert capturing.joined
+    assert gc.isenabled()
+
+
+def test_nor_does_a_join_that_fails_hide_it(capturing, monkeypatch):
+    monkeypatch.setattr("shadowkv.engine.graphs.join_captured", lambda: 1 / 0)
+
+    def step():
+        capturing.joined = False
+        raise torch.OutOfMemoryError("no room for a block")
+
+    with pytest.raises(torch.OutOfMemoryError, match="no room"):
+        capture_on_gpu(step)
 
 
 def test_a_step_that_fails_ends_the_cache(tiny, monkeypatch):

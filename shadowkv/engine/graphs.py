@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -11,6 +13,7 @@ from transformers import PreTrainedModel
 from shadowkv.anatomy.forward import last_logits
 from shadowkv.anatomy.rope import Rope
 from shadowkv.engine.cache import MethodCache
+from shadowkv.tensors.streams import join_captured
 
 # capture(step) -> (replay, what `step` returned): `step` is called once without anything being computed, and each call
 # of `replay` then computes it, writing to what was returned.
@@ -23,11 +26,39 @@ def can_be_graphed(rope: Rope, cache: MethodCache) -> bool:
 
 
 def capture_on_gpu(step: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-    """Capture with torch's graph-private memory pool."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = step()
+    """Capture with torch's graph-private memory pool. What `step` raises is raised."""
+    graph, failures = torch.cuda.CUDAGraph(), list[Exception]()
+
+    def attempt() -> Tensor:
+        try:
+            return step()
+        except Exception as failure:
+            failures.append(failure)
+            join_captured()
+            raise
+
+    try:
+        with _nothing_collected(), torch.cuda.graph(graph):
+            result = attempt()
+    except Exception:
+        # A capture that is broken off ends in an error of its own, which would hide that memory ran out.
+        if failures:
+            raise failures[0] from None
+        raise
     return graph.replay, result
+
+
+@contextmanager
+def _nothing_collected() -> Iterator[None]:
+    """Garbage goes before the block and not within: host memory in it is unregistered, which no capture survives."""
+    gc.collect()
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 class GraphedStep:
