@@ -10,6 +10,7 @@ from shadowkv.contract.registry import parse_method
 from shadowkv.engine.engine import Engine
 from shadowkv.kernels import slots
 from shadowkv.kernels.slots import Regions
+from shadowkv.tensors import streams
 
 SPECS = [
     "shadowkv:rank=12,budget=64,outliers=2,window=8",
@@ -86,6 +87,21 @@ def test_positions_that_were_never_written_do_not_matter(tiny, monkeypatch):
     reference, fast = both(engine, "shadowkv:rank=12,budget=64,outliers=2,window=8", random_prompt(90))
     for token in random_prompt(40, seed=5).split(1, dim=1):
         torch.testing.assert_close(engine.extend(fast, token), engine.extend(reference, token), rtol=1e-4, atol=1e-4)
+
+
+def test_values_are_fetched_before_all_other_work(tiny, monkeypatch):
+    """A step waits for the bus: its copies must not queue behind what scores the other half of the batch."""
+    asked = []
+
+    def noted(device, *, first=False):
+        asked.append(first)
+        return streams.beside(device, first=first)
+
+    monkeypatch.setattr("shadowkv.methods.shadowkv.resident.beside", noted)
+    engine = Engine(tiny("llama"), prefill_chunk_tokens=128)
+    _, fast = both(engine, SPECS[0], random_prompt(150))
+    engine.extend(fast, random_prompt(1))
+    assert asked == [True] * len(engine.layers)
 
 
 def test_the_ring_wraps_around():

@@ -110,7 +110,7 @@ class ResidentLayer(SteadyState):
         chosen = kernels.choose_chunks(scores, self._numbers.data[rows], held.shape[2])
         fill = kernels.plan_fill(chosen, held)
         stored = Stored(self._method.values, tuple(part.data[rows] for part in self._values))
-        with beside(q.device) as wait:
+        with beside(q.device, first=True) as wait:
             fill_values = kernels.fill_values if self.capturable else slots.fill_values
             fill_values(stored, held, fill, self._method.chunk, self._v[rows])
         return fill, wait
