@@ -17,6 +17,7 @@ from evals.bench.latency.report import latency_notes
 from shadowkv.contract.registry import parse_method
 from shadowkv.engine.engine import Engine
 from shadowkv.engine.graphs import GraphedStep, can_be_graphed, capture_on_gpu
+from shadowkv.methods.shadowkv.resident import ResidentLayer
 from shadowkv.tensors.stacking import Stackable
 
 FAST = [
@@ -125,6 +126,22 @@ def test_tables_that_a_graph_reads_stay_until_it_is_made_anew(tiny):
     del feed
     gc.collect()
     assert read() is None
+
+
+def test_a_step_that_comes_to_wait_for_the_device_is_no_graph_any_more(tiny, monkeypatch):
+    """Where buffers grew and the system refuses to pin the new ones, the host has to gather values from then on."""
+    engine, method = Engine(tiny("llama"), prefill_chunk_tokens=128), parse_method(FAST[0])
+    prefill = engine.prefill(random_prompt(100))
+    plain, graphed = engine.replay(prefill, method), engine.replay(prefill, method)
+    layer = graphed._shares[0].cache.layers[0]
+    room = layer._coefficients[0].tokens
+    monkeypatch.setattr(ResidentLayer, "capturable", property(lambda self: self._coefficients[0].tokens <= room))
+    graphs = FakeGraphs(graphed)
+    feed = GraphedStep(engine.model, engine.rope, graphed, graphs)
+    for token in random_prompt(170, seed=5).split(1, dim=1):
+        torch.testing.assert_close(feed(token), engine.extend(plain, token), rtol=1e-4, atol=1e-4)
+    assert layer._coefficients[0].tokens > room
+    assert graphs.captured == 1
 
 
 @pytest.fixture

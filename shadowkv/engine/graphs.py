@@ -65,14 +65,15 @@ class GraphedStep:
     """Feeds [B,1] tokens to a cache and returns the logits after them, [B,vocab] fp32, valid until the next call.
 
     A step after which tensors lie elsewhere (the first, and those before which the cache grew) runs as it is: it
-    compiles kernels and makes tables. The one after it is captured, and all others are replays.
+    compiles kernels and makes tables. The one after it is captured, and all others are replays. Where a growth leaves
+    values in memory that the host has to read, all steps run as they are from then on.
     """
 
     def __init__(self, model: PreTrainedModel, rope: Rope, cache: MethodCache, capture: Capture) -> None:
         self._model, self._rope, self._cache, self._capture = model, rope, cache, capture
         self._ids = torch.zeros(len(cache.row_tokens), 1, dtype=torch.long, device=model.device)
         self._positions = torch.zeros_like(self._ids)
-        self._warm = False
+        self._warm, self._capturable = False, True
         self._replay: Callable[[], None] | None = None
         self._read: list[object] = []  # what the graph reads and another cache may replace
         self._logits: Tensor | None = None
@@ -85,6 +86,7 @@ class GraphedStep:
         usable, cache.usable = cache.usable, lambda: False  # see `Engine.extend`
         if cache.make_room():
             self._warm, self._replay, self._logits, self._read = False, None, None, []
+            self._capturable = cache.steady  # not where the host could not pin what it made room for
         self._ids.copy_(tokens)
         self._positions.copy_(torch.tensor(cache.row_tokens)[:, None])
         logits = self._step()
@@ -94,7 +96,7 @@ class GraphedStep:
         return logits
 
     def _step(self) -> Tensor:
-        if not self._warm:
+        if not self._warm or not self._capturable:
             self._warm = True
             return self._forward()
         if self._replay is None:
