@@ -39,6 +39,7 @@ from shadowkv.models.model_size import model_size
 from shadowkv.models.presets import find_preset
 from shadowkv.models.resolving import ModelSource
 from shadowkv.planning.planner import demand_of, sequence_parts
+from shadowkv.tensors import host_memory
 from shadowkv.tensors.host_memory import available_host_bytes
 
 SPECS = ["full", "shadowkv:rank=8,budget=64", "quest:budget=64"]
@@ -305,6 +306,20 @@ def test_a_gpu_is_held_to_the_cap_by_its_number(engine, monkeypatch, device, num
     )
     room(engine, device=torch.device(device), cap_bytes=25 * 2**30).hold_cap()
     assert held == {number: 0.25}
+
+
+def test_host_memory_that_grows_on_demand_can_be_told(monkeypatch, tmp_path):
+    """Some virtual machines begin with little memory and are given more as they take it."""
+    (tmp_path / "meminfo").write_text("MemTotal: 2097152 kB\nMemFree: 1 kB\nMemAvailable: 1048576 kB\n")
+    monkeypatch.setattr(host_memory, "_MEMINFO", tmp_path / "meminfo")
+    with pytest.raises(SkvError, match=r"keep 3\.0 GiB on the host, where 1\.0 of 2\.0 GiB are free"):
+        host_memory.require_host_bytes(3 * 2**30, "it")
+    monkeypatch.setenv("SKV_HOST_MEMORY", "128GiB")
+    assert available_host_bytes() == 127 * 2**30, "what is taken now stays taken"
+    host_memory.require_host_bytes(3 * 2**30, "it")
+    monkeypatch.setenv("SKV_HOST_MEMORY", "much")
+    with pytest.raises(SkvError, match="SKV_HOST_MEMORY: 'much' is not a size"):
+        available_host_bytes()
 
 
 def test_host_memory_of_this_machine_is_read():
