@@ -22,7 +22,7 @@ from evals.bench.measuring import Bench
 from evals.bench.memory import MemoryShortError, Room
 from evals.bench.prompts import RealPrompts, SyntheticPrompts
 from evals.bench.records import BenchRecord, Cell
-from evals.bench.reuse import hit_rate
+from evals.bench.reuse import MadeHits, hit_rate
 from evals.bench.throughput.report import notes_of, throughput_table
 from evals.bench.throughput.summary import gains, summarise_bench
 from evals.bench.throughput.sweep import Plan, doublings, ladder_cells, largest_fitting, run_sweep
@@ -431,6 +431,41 @@ def test_hits_are_chunks_that_were_chosen_before(engine, prompts):
     assert found == same / sum(len(layer) for step in chosen[1:] for layer in step)
     assert 0 < found < 1
     assert hit_rate(lambda: pytest.fail("nothing to count"), lambda: [], 6) is None
+
+
+@pytest.mark.parametrize("share", [0.0, 0.6, 1.0])
+def test_hits_can_be_made(engine, share):
+    """Of random keys a step finds what chance left; a plan assumes a share, and its speed has to be measured so."""
+    method = parse_method("shadowkv:rank=8,budget=64,outliers=2,engine=fast")
+    decoding = SkvContender(engine, SyntheticPrompts(engine, 0, with_queries=True), method).start(2000, 2)
+    made = MadeHits(share, decoding.resident_chunks, decoding.chunk_numbers)
+    known = [numbers.clone() for numbers in decoding.chunk_numbers()]
+
+    def step():
+        made()
+        decoding.step()
+
+    step()
+    assert hit_rate(step, decoding.resident_chunks, 8) == pytest.approx(share, abs=0.06 if share == 0.6 else 0.01)
+    for numbers, real in zip(decoding.chunk_numbers(), known, strict=True):
+        assert set(numbers.unique().tolist()) <= set(real.unique().tolist())
+
+
+def test_what_is_made_before_a_step_is_not_of_its_time(engine):
+    now = [0.0]
+    clock = SimpleNamespace(now=lambda: now[0])
+    made, steps = (lambda: now.__setitem__(0, now[0] + 7)), (lambda: now.__setitem__(0, now[0] + 0.5))
+    assert step_times(steps, 3, 4, clock, made) == [500.0] * 4
+
+
+def test_a_measurement_makes_the_hits_that_it_is_told_to(engine):
+    there = replace(bench(engine), hits=1.0)
+    prompts = SyntheticPrompts(engine, 0, with_queries=True)
+    for spec, rate in (("shadowkv:rank=8,budget=64,outliers=2,engine=fast", 1.0), ("full", None)):
+        contender = SkvContender(engine, prompts, parse_method(spec))
+        record = there.measure(contender, Cell(contender.label, 600, 1, 0))
+        assert (record.status, record.error) == ("ok", None)
+        assert record.hit_rate == rate
 
 
 def test_empty_slots_are_no_hits():

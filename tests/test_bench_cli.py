@@ -71,6 +71,8 @@ def test_both_show_examples(capsys, command):
         (["--memory-cap", "much"], "is not a size; write 80GB"),
         (["--memory-cap", "10kB"], "--memory-cap 10kB is less than the weights"),
         (["-m", "shadwkv"], "did you mean 'shadowkv'"),
+        (["--hits", "0.6"], "--hits is of made-up keys: add --synthetic-kv"),
+        (["--hits", "60", "--synthetic-kv"], "--hits must be from 0 to 1, got 60"),
         (["-m", "full", "-m", "infinigen", "--synthetic-kv"], "hidden states, which --synthetic-kv does not have"),
         (["-m", "shadowkv:energy=0.9", "--synthetic-kv"], "leave out the method or --synthetic-kv"),
         (["-m", "full+minference", "--synthetic-kv"], "leave out the method or --synthetic-kv"),
@@ -206,11 +208,13 @@ def test_a_dry_run_plans_and_runs_nothing(capsys, throughput, tmp_path):
 def test_synthetic_and_dummy_runs_say_so_everywhere(capsys, tmp_path):
     argv = ["bench", "throughput", "--model", "smollm2-135m", "--dummy", "--synthetic-kv", "--context", "256"]
     argv += ["--steps", "2", "--warmup", "0", "--batch", "1", "--repeats", "1", "-m", "full", "-m", "quest:budget=64"]
+    argv += ["--hits", "0.6"]
     assert main([*argv, "--out", str(tmp_path)]) == 0
     out = capsys.readouterr().out
     for said in (out, *((tmp_path / name).read_text() for name in ("summary.md", "summary.tex", "run.json"))):
         assert "dummy weights" in said
         assert "synthetic KV" in said
+        assert "hits made" in said
     assert "synthetic_kv" in (tmp_path / "summary.csv").read_text().splitlines()[0]
 
 

@@ -131,8 +131,8 @@ class Loaded:
     contenders: list[Contender]
 
 
-def load(ready: Prepared, *, graphs: bool = True) -> Loaded:
-    """Load the weights and line up what is measured. graphs: see `shadowkv.engine.engine.Engine`."""
+def load(ready: Prepared, *, graphs: bool = True, hits: float | None = None) -> Loaded:
+    """Load the weights and line up what is measured. See `Engine` for graphs, and `Bench` for hits."""
     from evals.bench.conditions import machine_name
     from evals.bench.engines import ENGINES, SkvContender
     from evals.bench.measuring import STEPS_OF_HITS, Bench
@@ -172,7 +172,8 @@ def load(ready: Prepared, *, graphs: bool = True) -> Loaded:
             contenders.append(VllmContender(folder, ready.dtype, ready.dims, prompts, model.model.device))
     warm_up(engine)
     machine = machine_name(this_session([], model.device).machine)
-    return Loaded(ready, model, engine, Bench(engine, ready.room, machine, settings.warmup, settings.steps), contenders)
+    bench = Bench(engine, ready.room, machine, settings.warmup, settings.steps, hits)
+    return Loaded(ready, model, engine, bench, contenders)
 
 
 def manifest_of(loaded: Loaded, benchmark: str, selection: dict[str, Any]) -> Manifest:
@@ -198,6 +199,11 @@ def manifest_of(loaded: Loaded, benchmark: str, selection: dict[str, Any]) -> Ma
     notes += weight_notes(model_entry(model))
     if settings.synthetic_kv:
         notes.append("synthetic KV: random keys and values, no prefill; what depends on text is not that of text")
+    if loaded.bench.hits is not None:
+        notes.append(
+            f"hits made: {loaded.bench.hits:.0%} of the chunks that a step chooses are said to be there (--hits), "
+            "whichever they are; what a text would find there was not measured"
+        )
     if ready.cap_bytes is not None:
         how = "as planned, not as allocated" if ready.device == "cpu" else "by torch's allocator"
         notes.append(f"device memory capped at {settings.memory_cap}, {how}")
@@ -219,6 +225,7 @@ def manifest_of(loaded: Loaded, benchmark: str, selection: dict[str, Any]) -> Ma
             "warmup_steps": settings.warmup,
             "synthetic_kv": settings.synthetic_kv,
             "memory_cap_bytes": ready.cap_bytes,
+            **({} if loaded.bench.hits is None else {"hits": loaded.bench.hits}),
             "seed": settings.seed,
             "machine": loaded.bench.machine,
         },

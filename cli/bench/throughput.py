@@ -48,6 +48,10 @@ def throughput(
     max_batch: Annotated[
         int | None, typer.Option(help="Largest batch tried (256; without a search 2 on a CPU).")
     ] = None,
+    hits: Annotated[
+        float | None,
+        typer.Option(help="With --synthetic-kv: share of the chosen chunks made to be there already, such as 0.6."),
+    ] = None,
 ) -> int:
     """Tokens per second of each method, by context and batch, with memory, bytes moved and the spread of repeats.
 
@@ -63,6 +67,10 @@ def throughput(
     for option, value in (("--repeats", repeats), ("--max-batch", max_batch)):
         if value is not None and value < 1:
             raise SkvError(f"{option} must be at least 1, got {value}")
+    if hits is not None and not settings.synthetic_kv:
+        raise SkvError("--hits is of made-up keys: add --synthetic-kv, or leave it out and real ones are counted")
+    if hits is not None and not 0 <= hits <= 1:
+        raise SkvError(f"--hits must be from 0 to 1, got {hits:g}")
     ready = Prepared(settings)
     kind = ready.device.partition(":")[0]
     most = max_batch or (_MOST_SEARCHED if find_max_batch else _MOST.get(kind, 256))
@@ -71,10 +79,10 @@ def throughput(
     _check_host(ready, plan)
     if settings.dry_run:
         return _show_plan(ready, plan)
-    return _run(ready, plan)
+    return _run(ready, plan, hits)
 
 
-def _run(ready: Prepared, plan: Plan) -> int:
+def _run(ready: Prepared, plan: Plan, hits: float | None) -> int:
     from cli.bench.prepared import folder_for, load, manifest_of
     from cli.shared.render import print_notes, print_table, progress_bar
     from evals.bench.records import BenchRecord
@@ -86,7 +94,7 @@ def _run(ready: Prepared, plan: Plan) -> int:
     from shadowkv.common.wording import plain_line
 
     settings = ready.settings
-    loaded = load(ready)
+    loaded = load(ready, hits=hits)
     path, manifest = folder_for(manifest_of(loaded, "throughput", asdict(plan)), settings)
     with open_records(path, manifest, BenchRecord) as folder:
         if folder.repaired_lines and not settings.quiet:

@@ -61,6 +61,10 @@ class Decoding(ABC):
         """See `shadowkv.contract.method.DecodeCache.resident_chunks`."""
         return ()
 
+    def chunk_numbers(self) -> Sequence[Tensor]:
+        """See `shadowkv.contract.method.DecodeCache.chunk_numbers`."""
+        return ()
+
     @abstractmethod
     def close(self) -> None:
         """Let go of everything."""
@@ -145,6 +149,9 @@ class _SkvDecoding(Decoding):
 
     def resident_chunks(self) -> Sequence[Tensor]:
         return self._cache.resident_chunks()
+
+    def chunk_numbers(self) -> Sequence[Tensor]:
+        return self._cache.chunk_numbers()
 
     def close(self) -> None:
         self._cache.close()

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 
 from evals.bench.conditions import conditions
 from evals.bench.engines import Contender
 from evals.bench.memory import Room, peak_bytes, release
 from evals.bench.records import BenchRecord, Cell
-from evals.bench.reuse import hit_rate
+from evals.bench.reuse import MadeHits, hit_rate
 from evals.bench.timing import Clock, step_times
 from evals.runs.failures import FAILURES, status_of
 from shadowkv.common.wording import one_line
@@ -28,6 +30,7 @@ class Bench:
     machine: str
     warmup_steps: int
     steps: int
+    hits: float | None = None  # share of the chunks chosen that are made to be there: see `MadeHits`
 
     @property
     def new_tokens(self) -> int:
@@ -59,10 +62,14 @@ class Bench:
         demand = demand_of(contender.method, model.dims, cell.context)
         decoding = contender.start(cell.context, cell.batch)
         try:
-            step_ms = step_times(decoding.step, self.warmup_steps, self.steps, Clock(device))
+            step, made = decoding.step, None
+            if self.hits is not None and decoding.chunk_numbers():
+                made = MadeHits(self.hits, decoding.resident_chunks, decoding.chunk_numbers)
+                step = partial(_one_by_one, made, step)
+            step_ms = step_times(decoding.step, self.warmup_steps, self.steps, Clock(device), made)
             held, began, tokens_sha256 = decoding.nbytes(), decoding.began, decoding.tokens_sha256()
             on_device, on_host = peak_bytes(device)
-            hits = hit_rate(decoding.step, decoding.resident_chunks, STEPS_OF_HITS)
+            hits = hit_rate(step, decoding.resident_chunks, STEPS_OF_HITS)
             return BenchRecord(
                 *cell,
                 status="ok",
@@ -89,3 +96,8 @@ class Bench:
             )
         finally:
             decoding.close()
+
+
+def _one_by_one(*calls: Callable[[], None]) -> None:
+    for call in calls:
+        call()

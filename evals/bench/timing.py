@@ -44,8 +44,12 @@ class Clock:
         return time.perf_counter()
 
 
-def step_times(step: Callable[[], None], warmup: int, steps: int, clock: Clock) -> list[float]:
-    """Milliseconds of each of `steps` steps, after `warmup` that do not count."""
+def step_times(
+    step: Callable[[], None], warmup: int, steps: int, clock: Clock, before: Callable[[], None] | None = None
+) -> list[float]:
+    """Milliseconds of each of `steps` steps, after `warmup` that do not count, and without what comes before each."""
+    if before is not None:
+        return [_time_of(step, clock, before) for _ in range(warmup + steps)][warmup:]
     for _ in range(warmup):
         step()
     marks = [clock.now()]
@@ -53,6 +57,13 @@ def step_times(step: Callable[[], None], warmup: int, steps: int, clock: Clock) 
         step()
         marks.append(clock.now())
     return [1000 * (after - before) for before, after in pairwise(marks)]
+
+
+def _time_of(step: Callable[[], None], clock: Clock, before: Callable[[], None]) -> float:
+    before()
+    began = clock.now()
+    step()
+    return 1000 * (clock.now() - began)
 
 
 def distribution(values: Sequence[float]) -> Distribution | None:

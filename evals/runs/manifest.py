@@ -114,6 +114,7 @@ class Manifest:
     def marks(self) -> list[str]:
         """How far this run is from the real thing."""
         marks = {"dummy weights": self.model.get("dummy"), "synthetic KV": self.config.get("synthetic_kv")}
+        marks["hits made"] = self.config.get("hits") is not None
         return [f"[{mark}]" for mark, on in marks.items() if on]
 
     @property

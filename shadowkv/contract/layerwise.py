@@ -35,6 +35,11 @@ class LayerState(Stackable, ABC):
         """See `DecodeCache.resident_chunks`; None where there is no larger store."""
         return None
 
+    @property
+    def chunk_numbers(self) -> Tensor | None:
+        """See `DecodeCache.chunk_numbers`."""
+        return None
+
 
 class StepwiseState(LayerState):
     """A layer in which every new token changes what is kept or read: T tokens at once are T steps."""
@@ -108,6 +113,10 @@ class LayeredCache(DecodeCache):
 
     def resident_chunks(self) -> Sequence[Tensor]:
         found = [state.resident_chunks for state in self.layers.values()]
+        return [numbers for numbers in found if numbers is not None]
+
+    def chunk_numbers(self) -> Sequence[Tensor]:
+        found = [state.chunk_numbers for state in self.layers.values()]
         return [numbers for numbers in found if numbers is not None]
 
     def nbytes(self) -> Bytes:

@@ -74,6 +74,13 @@ class DecodeCache(ABC):
         """Chunks of a larger store that a step finds on the device, by layer: numbers by slot, -1 for none, [B,H,S]."""
         return ()
 
+    def chunk_numbers(self) -> Sequence[Tensor]:
+        """Chunks that a step chooses from, by layer as `resident_chunks`: numbers by landmark, [B,H,C].
+
+        What is written there decides which chunks a landmark stands for: of use with keys that mean nothing.
+        """
+        return ()
+
     @classmethod
     def join(cls, rows: list[Self]) -> Sequence[DecodeCache]:
         """Caches of one row each, in as few caches as can hold them, in order. `rows` cannot be used afterwards.

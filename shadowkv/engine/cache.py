@@ -136,6 +136,10 @@ class MethodCache(Cache):
         """See `DecodeCache.resident_chunks`."""
         return [numbers for share in self._shares for numbers in share.cache.resident_chunks()]
 
+    def chunk_numbers(self) -> list[Tensor]:
+        """See `DecodeCache.chunk_numbers`."""
+        return [numbers for share in self._shares for numbers in share.cache.chunk_numbers()]
+
     def close(self) -> None:
         """Let go of everything held; the cache cannot be used afterwards."""
         for share in self._shares:

@@ -70,6 +70,7 @@ def plan_fill(chosen: Tensor, held: Tensor) -> Tensor:
     count = (chosen >= 0).sum(dim=-1, keepdim=True)
     missed = (chosen >= 0) & ~same.any(dim=-1)
     free = (slots < count) & ~same.any(dim=-2)
+    free &= free.cumsum(dim=-1) <= missed.sum(dim=-1, keepdim=True)  # more only where a chunk was chosen twice
     fill = _compact(slots.int().expand_as(held), free)
     entering = _compact(chosen, missed)
     filled = fill >= 0

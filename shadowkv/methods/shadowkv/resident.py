@@ -166,6 +166,10 @@ class ResidentLayer(SteadyState):
     def resident_chunks(self) -> Tensor:
         return self._held
 
+    @property
+    def chunk_numbers(self) -> Tensor:
+        return self._numbers.data[:, :, : min(row.landmarks for row in self._lengths.rows)]
+
     def nbytes(self) -> Bytes:
         buffers = (*self._coefficients, self._means, self._numbers)
         tensors = (self._k, self._v, self._held, self._spans, self._counts)
