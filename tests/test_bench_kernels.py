@@ -15,6 +15,7 @@ import torch._inductor.config
 from test_cli import mistake
 
 from cli.main import main
+from evals.bench.kernels import fit
 from evals.bench.kernels.cases import Case, attention_inputs, llama_rotary
 from evals.bench.kernels.flex_attention import whole_context
 from evals.bench.kernels.items import Item, Subject, Way, Workload
@@ -419,3 +420,16 @@ def test_a_staged_copy_is_another_way_to_the_twins_result():
     slots.fill_values(stored, *plan.values(), wanted)
     assert torch.equal(got, wanted)
     assert wanted.any()
+
+
+def test_a_long_row_is_factorised_without_an_svd(monkeypatch):
+    """Which takes minutes of a GPU, several times over; both ways agree where both are had."""
+    case = Case(batch=1, heads=2, head_dim=16, chunks=40, rank=6)
+    small = fit.factorisation(case)
+    monkeypatch.setattr(fit, "_LARGEST_SVD", 0)
+    torch.manual_seed(0)
+    long = fit.factorisation(case)
+    assert [way.name for way in small.besides] == ["torch.linalg.svd"]
+    assert not long.besides
+    monkeypatch.setattr(torch.linalg, "svd", lambda *a, **k: pytest.fail("an SVD"))
+    assert abs(long.error([call() for call in long.calls], [call() for call in long.twins])) < 1e-3

@@ -17,7 +17,8 @@ from shadowkv.kernels.backend import CompiledKernel
 COMPILED_FILE = "compiled.jsonl"
 _CHECKED = (
     "Error: the largest difference to the plain-torch twin over the largest magnitude (of whole numbers, the share "
-    "that differs; of low_rank.fit, by how much its error exceeds that of torch.linalg.svd)."
+    "that differs; of low_rank.fit, by how much its error exceeds that of torch.linalg.svd or, of "
+    "a row too long for it, of eigenvectors in fp64)."
 )
 _TIMED = (
     "Times: by the GPU's clock, as a CUDA graph, the cache flushed before each; of a staged copy, low_rank.fit and "
