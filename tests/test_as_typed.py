@@ -93,7 +93,7 @@ def test_no_command_requires_a_model_or_a_gpu(words):
     required = {param.name for param in command.params if param.required}
     assert not required & {"model", "models", "gpu", "method"}
     if any(param.name == "model" for param in command.params):
-        assert words in {*NEEDING_A_MODEL, ("plan",), ("bench", "kernels"), ("methods",)}
+        assert words in {*NEEDING_A_MODEL, ("plan",), ("bench", "kernels"), ("bench", "gpu-day"), ("methods",)}
 
 
 @pytest.mark.parametrize("words", NEEDING_A_MODEL, ids=" ".join)

@@ -43,8 +43,8 @@ def test_two_hundred_steps_equal_the_reference(tiny, spec):
     reference, fast = both(engine, spec, random_prompt(150, batch=2))
     for token in random_prompt(200, batch=2, seed=5).split(1, dim=1):
         left, right = engine.extend(fast, token), engine.extend(reference, token)
-        # Sums in another order; of 80,000 logits one comes to 1.2e-4.
-        torch.testing.assert_close(left, right, rtol=1e-4, atol=2e-4)
+        # Sums in another order, by which a code of few bits may fall to the other side.
+        torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-3 if "int" in spec else 1e-4)
 
 
 def test_it_grows_beyond_its_spare_room(tiny):
