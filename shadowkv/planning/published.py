@@ -1,7 +1,7 @@
 """ShadowKV as its authors run it, for the planner: another engine than ours, with other buffers and another step.
 
 Read in their repository (bytedance/ShadowKV a21f5a9, `ShadowKVCache_CPU`); what differs in bytes and times from
-shadowkv/methods/shadowkv/contract/method.py:
+shadowkv/methods/shadowkv/method.py:
 - selected keys and values stay on the device for all layers, so that a chunk selected again is neither rebuilt nor
   fetched. Which share is, depends on the text: about 60 % by their paper, which is what is assumed here;
 - 128 tokens of room for generated ones; chunk numbers are int64;
