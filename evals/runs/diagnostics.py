@@ -18,7 +18,8 @@ from shadowkv.contract.layerwise import LayerwiseMethod
 from shadowkv.contract.method import DecodeCache, Guess, LayerKV, Method
 from shadowkv.contract.with_prefill import WithPrefill
 from shadowkv.contract.wrapper import Wrapper
-from shadowkv.engine.engine import Engine, Prefill
+from shadowkv.engine.engine import Engine
+from shadowkv.engine.snapshots import Prefill
 from shadowkv.methods.full.method import Full
 from shadowkv.tensors import ops
 

@@ -24,8 +24,9 @@ from shadowkv.common.errors import NotFiniteError
 from shadowkv.common.wording import one_line
 from shadowkv.contract.method import Method
 from shadowkv.engine.cache import MethodCache
-from shadowkv.engine.engine import Engine, Prefill
+from shadowkv.engine.engine import Engine
 from shadowkv.engine.finite import where_not_finite
+from shadowkv.engine.snapshots import Prefill
 from shadowkv.models.loading import LoadedModel
 
 T = TypeVar("T")

@@ -19,9 +19,14 @@ _CACHE_ARGUMENTS = ("cache", "past_key_values")
 
 def last_logits(model: PreTrainedModel, input_ids: Tensor, through: Cache, **more: Any) -> Tensor:
     """Feed [B,T] tokens to `through` and return the logits after the last one, [B,vocab] fp32."""
-    given = {cache_argument(type(model).forward): through, "use_cache": True, "logits_to_keep": 1, **more}
+    return logits_after(model, input_ids, through, 1, **more)[:, -1]
+
+
+def logits_after(model: PreTrainedModel, input_ids: Tensor, through: Cache, wanted: int, **more: Any) -> Tensor:
+    """Feed [B,T] tokens to `through` and return the logits after the last `wanted`, [B,wanted,vocab] fp32."""
+    given = {cache_argument(type(model).forward): through, "use_cache": True, "logits_to_keep": wanted, **more}
     logits: Tensor = model(input_ids, **given).logits
-    return logits[:, -1].float()
+    return logits[:, -wanted:].float()  # some models take no notice of how many are asked for
 
 
 def last_hidden(model: PreTrainedModel, input_ids: Tensor, through: Cache) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -17,44 +17,24 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from shadowkv.anatomy.forward import check_ids, check_prompt, last_logits
+from shadowkv.anatomy.forward import check_ids, check_prompt, last_logits, logits_after
 from shadowkv.anatomy.geometry import decoder_layers
 from shadowkv.anatomy.rope import Rope
 from shadowkv.anatomy.survey import survey
 from shadowkv.common.errors import NotFiniteError, SkvError
-from shadowkv.contract.method import OBSERVED_QUERIES, Method
+from shadowkv.contract.method import Method
 from shadowkv.contract.setting import require
 from shadowkv.contract.sparse_prefill import SparsePrefill
 from shadowkv.engine.cache import JoinedCache, MethodCache
 from shadowkv.engine.graphs import GraphedStep, can_be_graphed, capture_on_gpu
 from shadowkv.engine.recording import Recorded, Recording
+from shadowkv.engine.snapshots import Kept, Prefill
 from shadowkv.engine.streamed import StreamedPrompt
 from shadowkv.tensors.host_memory import require_host_bytes
 from shadowkv.tensors.streams import beside
 
 # Small chunks waste less of a shared prefix; large ones keep a GPU busy.
 _CHUNK_TOKENS = {"cpu": 256, "cuda": 8192}
-
-
-@dataclass(eq=False)
-class Prefill:
-    """The prefill of one batch of equally long prompts; valid until the engine's next one of its kind."""
-
-    recording: Recording
-    logits: Tensor  # [B,vocab] of the last position: the first new token is always the prefill's own
-    prompt_tokens: int
-    reused_tokens: int
-    sparse: SparsePrefill | None
-    valid: bool = True
-
-
-@dataclass(eq=False)
-class _Kept:
-    """What stays of the latest prefill of one kind, dense or sparse."""
-
-    recording: Recording | None = None
-    ids: Tensor | None = None  # those that the recording holds; None while it holds nothing that can be reused
-    prefill: Prefill | None = None
 
 
 class Engine:
@@ -87,7 +67,7 @@ class Engine:
         self._reuse_prefix = reuse_prefix
         self._record_queries = record_queries
         self._graphs = graphs
-        self._kept: dict[SparsePrefill | None, _Kept] = defaultdict(_Kept)
+        self._kept: dict[SparsePrefill | None, Kept] = defaultdict(Kept)
 
     @torch.inference_mode()
     def prefill(self, input_ids: Tensor, sparse: SparsePrefill | None = None) -> Prefill:
@@ -97,7 +77,7 @@ class Engine:
         input_ids = input_ids.to(self.model.device)
         ends = self._grid(input_ids.shape[1])
         kept = self._kept[sparse]
-        recording, start = self._recording_for(kept, input_ids, ends, sparse)
+        recording, start = self._begun(kept, input_ids, ends, sparse)
         kept.ids = None  # an interrupted prefill leaves nothing to reuse
         logits = None
         for begin, end in zip([0, *ends], ends, strict=False):
@@ -185,24 +165,31 @@ class Engine:
         """Let go of all snapshots: their buffers are freed, or belong to the caches that show views of them."""
         self._kept.clear()
 
-    @torch.inference_mode()
     def extend(self, cache: MethodCache, input_ids: Tensor) -> Tensor:
         """Feed T new tokens, [B,T], and return the logits after the last one, [B,vocab] fp32."""
+        return self._fed(cache, input_ids, 1)[:, 0]
+
+    def force(self, cache: MethodCache, input_ids: Tensor) -> Tensor:
+        """Feed T new tokens, [B,T], and return the logits after each, [B,T,vocab] fp32."""
+        return self._fed(cache, input_ids, input_ids.shape[1])
+
+    @torch.inference_mode()
+    def _fed(self, cache: MethodCache, input_ids: Tensor, wanted: int) -> Tensor:
         if not cache.usable():
             raise ValueError("this cache failed in a step, or its prompt was replaced by a later prefill")
         check_ids(self.model, input_ids)
         usable, cache.usable = cache.usable, lambda: False  # a step that fails leaves some layers ahead of others
-        logits = self._forward(input_ids.to(self.model.device), cache)
+        logits = self._forward(input_ids.to(self.model.device), cache, wanted)
         cache.usable = usable
         cache.fed(input_ids.shape[1])
         return logits
 
-    def _forward(self, input_ids: Tensor, cache: MethodCache) -> Tensor:
+    def _forward(self, input_ids: Tensor, cache: MethodCache, wanted: int) -> Tensor:
         known: dict[str, Any] = {}
         if cache.positions is not None:
             ahead = torch.arange(input_ids.shape[1], device=input_ids.device)
             known["position_ids"] = cache.positions.to(input_ids.device) + ahead
-        return last_logits(self.model, input_ids, cache, **known)
+        return logits_after(self.model, input_ids, cache, wanted, **known)
 
     def stepper(self, cache: MethodCache) -> Callable[[Tensor], Tensor]:
         """What feeds [B,1] tokens to `cache` and returns the logits after them, [B,vocab] fp32.
@@ -267,31 +254,21 @@ class Engine:
                 first = max(first, crossing + 1)
         return [*range(first, tokens, self.prefill_chunk_tokens), tokens]
 
-    def _recording_for(
-        self, kept: _Kept, input_ids: Tensor, ends: list[int], sparse: SparsePrefill | None
+    def _begun(
+        self, kept: Kept, input_ids: Tensor, ends: list[int], sparse: SparsePrefill | None
     ) -> tuple[Recording, int]:
-        """A recording that holds the chunks shared with the previous prompt, and how many tokens that is."""
+        """A recording to fill, and how many tokens of it are there: whole chunks shared with the previous prompt."""
         if kept.prefill is not None:
             kept.prefill.valid = False
-        if kept.recording is None or kept.ids is None or not self._reuse_prefix:
-            return self._fresh(kept, input_ids, sparse), 0
-        old = kept.ids
-        if old.shape[0] != input_ids.shape[0]:
-            return self._fresh(kept, input_ids, sparse), 0
-        # Methods may ask for the last queries, so at least those are computed anew.
-        limit = min(old.shape[1], input_ids.shape[1] - OBSERVED_QUERIES)
-        if limit <= 0:
-            return self._fresh(kept, input_ids, sparse), 0
-        same = (old[:, :limit] == input_ids[:, :limit]).all(dim=0)
-        shared = limit if bool(same.all()) else int(same.int().argmin())
-        start = max((end for end in ends if end <= shared and end in self._grid(old.shape[1])), default=0)
+        shared = kept.shared_tokens(input_ids) if self._reuse_prefix else None
+        if shared is None or kept.recording is None or kept.ids is None:
+            kept.recording = kept.prefill = None  # the old buffers go before the new ones come
+            recording = Recording(self.layers, sparse, self._record_queries)
+            for layer in recording.recorded:
+                layer.reserve(input_ids.shape[1])
+            return recording, 0
+        before = self._grid(kept.ids.shape[1])
+        start = max((end for end in ends if end <= shared and end in before), default=0)
         for layer in kept.recording.recorded:
             layer.rewind(start)
         return kept.recording, start
-
-    def _fresh(self, kept: _Kept, input_ids: Tensor, sparse: SparsePrefill | None) -> Recording:
-        kept.recording = kept.prefill = None  # the old buffers go before the new ones come
-        recording = Recording(self.layers, sparse, self._record_queries)
-        for layer in recording.recorded:
-            layer.reserve(input_ids.shape[1])
-        return recording
