@@ -15,6 +15,7 @@ from cli.bench import kernels as bench_kernels
 from cli.bench import latency as bench_latency
 from cli.bench import throughput as bench_throughput
 from cli.eval import data_ruler
+from cli.eval import fidelity as eval_fidelity
 from cli.eval import longbench as eval_longbench
 from cli.eval import niah as eval_niah
 from cli.eval import ruler as eval_ruler
@@ -35,6 +36,7 @@ evaluate = typer.Typer(no_args_is_help=True, help="Run an accuracy benchmark.")
 evaluate.command("niah", epilog=eval_niah.EPILOG)(eval_niah.niah)
 evaluate.command("ruler", epilog=eval_ruler.EPILOG)(eval_ruler.ruler)
 evaluate.command("longbench", epilog=eval_longbench.EPILOG)(eval_longbench.longbench)
+evaluate.command("fidelity", epilog=eval_fidelity.EPILOG)(eval_fidelity.fidelity)
 app.add_typer(evaluate, name="eval")
 bench = typer.Typer(no_args_is_help=True, help="Measure speed and memory.")
 bench.command("throughput", epilog=bench_throughput.EPILOG)(bench_throughput.throughput)

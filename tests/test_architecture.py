@@ -30,7 +30,7 @@ ROOMS = (
     ("evals.calibration",),
     ("evals.runs",),
     ("evals.tables",),
-    ("evals.niah", "evals.ruler", "evals.longbench"),
+    ("evals.niah", "evals.ruler", "evals.longbench", "evals.fidelity"),
     ("evals.bench",),
     ("evals.reporting",),
     ("evals.compare", "evals.exports", "evals.paper"),

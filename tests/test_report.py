@@ -271,7 +271,7 @@ def test_a_score_that_is_no_number_is_no_zero(run):
 @pytest.mark.parametrize(
     ("spoil", "says"),
     [
-        (lambda run: (run / "samples.jsonl").unlink(), "holds no results (samples.jsonl, throughput.jsonl, "),
+        (lambda run: (run / "samples.jsonl").unlink(), "holds no results (samples.jsonl, forced.jsonl, "),
         (lambda run: (run / "samples.jsonl").write_text("oops\n"), "holds no whole record"),
         (_described(schema=99), "run.json is of schema 99; this version of skv reads schema 1"),
         (_described(benchmark="rulr"), "unknown benchmark 'rulr' (did you mean 'ruler'?)"),

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cli.eval.answering import answering, check_workers, processes
+from cli.eval.forcing import check_forcing, forced, kind_of_records
 from cli.shared.asked import AskedModel
 from cli.shared.options import Settings
 from cli.shared.which_model import with_model
@@ -19,7 +20,7 @@ from cli.shared.which_model import with_model
 if TYPE_CHECKING:
     from evals.common.chat import Chat
     from evals.runs.manifest import Circumstances, Manifest
-    from evals.runs.results import Record
+    from evals.runs.runner import Answered
     from evals.runs.task import Question, Task
     from shadowkv.contract.method import Method
 
@@ -42,11 +43,12 @@ class _Prepared(AskedModel):
         check_run(settings)
         if settings.stream and settings.diagnostics:
             raise SkvError("--diagnostics compares layers of a prompt that is kept, and --stream keeps none")
+        check_forcing(settings)
         settings = with_model(settings)
         super().__init__(settings, dummy=settings.dummy)
         check_workers(settings.workers, self.device)
         self.settings = settings
-        self.task = make_task(self)
+        self.task = forced(make_task(self), settings)
         fetch_missing(self.task.needs(), offline=settings.offline, silent=settings.silent)
         self.chat = self._chat()
         if settings.kv_bytes is not None:
@@ -107,20 +109,20 @@ def run(make_task: MakeTask, settings: Settings) -> int:
     return 1 if unscored or ready.left_out or ready.unsupported else 0
 
 
-def _run(ready: _Prepared, questions: Sequence[Question]) -> list[Record]:
+def _run(ready: _Prepared, questions: Sequence[Question]) -> list[Answered]:
     """Answer what is open, report, and return the records of these questions that have no score."""
     from cli.shared.render import print_summary, progress
     from evals.reporting.files import write_run
-    from evals.runs.results import open_run
+    from evals.runs.results import open_records
 
     settings = ready.settings
     with ExitStack() as held:
         told, answer = held.enter_context(answering(settings, ready.task, questions, ready.methods))
         manifest = _manifest(ready, told)
         path = settings.out or Path("results") / manifest.folder_name
-        folder = held.enter_context(open_run(path, manifest))
+        folder = held.enter_context(open_records(path, manifest, kind_of_records(ready.task)))
         if folder.repaired_lines and not settings.quiet:
-            print(f"skv: repaired an unfinished last line of {path / 'samples.jsonl'}", file=sys.stderr)
+            print(f"skv: repaired an unfinished last line of {folder.file}", file=sys.stderr)
         with progress(shown=not (settings.quiet or settings.as_json)) as on_step:
             answer(folder, on_step)
         section, files = write_run(path)
@@ -139,7 +141,7 @@ def _run(ready: _Prepared, questions: Sequence[Question]) -> list[Record]:
     elif not settings.quiet:
         print_summary(section)
         names = [str(file.relative_to(path)) for file in files]
-        print(f"{path}: run.json samples.jsonl {' '.join(names)}")
+        print(f"{path}: run.json {folder.file.name} {' '.join(names)}")
     return unscored
 
 
@@ -252,8 +254,8 @@ def _manifest(ready: _Prepared, told: Circumstances) -> Manifest:
     )
 
 
-def _unscored(records: list[Record], questions: Sequence[Question], methods: list[Method]) -> list[Record]:
+def _unscored(records: list[Answered], questions: Sequence[Question], methods: list[Method]) -> list[Answered]:
     """Failed records of what this command asked for."""
     asked, labels = set(questions), {method.label for method in methods}
     wanted = [r for r in records if (r.task, r.length, r.sample) in asked and r.method in labels]
-    return [r for r in wanted if r.score is None]
+    return [r for r in wanted if not r.final]

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cli.shared.asked import AskedModel
 from cli.shared.options import Settings
@@ -15,12 +15,13 @@ from cli.shared.quiet import quieten
 
 if TYPE_CHECKING:
     from evals.runs.manifest import Circumstances
-    from evals.runs.results import Record, RunFolder
-    from evals.runs.runner import Run, Step
+    from evals.runs.results import RunFolder
+    from evals.runs.run import Run
+    from evals.runs.runner import Step
     from evals.runs.task import Question, Task
     from shadowkv.contract.method import Method
 
-    Answer = Callable[[RunFolder[Record], Callable[[Step], None]], None]
+    Answer = Callable[[RunFolder[Any], Callable[[Step], None]], None]
 
 
 def check_workers(count: int, device: str) -> None:
@@ -67,7 +68,7 @@ def _begin(
     import torch
 
     from evals.runs.manifest import Circumstances, model_entry, session_of
-    from evals.runs.runner import Run
+    from evals.runs.run import Run
     from shadowkv.engine.engine import Engine
     from shadowkv.models.calibrated import check_weights
 

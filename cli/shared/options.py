@@ -131,6 +131,19 @@ class Settings(RunOptions):
         bool,
         typer.Option("--stream", help="Compute prompts anew per method, layer by layer: dense KV need not fit."),
     ] = False
+    forced: Annotated[
+        int | None,
+        typer.Option(
+            help="Feed every method the same tokens, so many, and compare distributions; nothing is answered."
+        ),
+    ] = None
+    continuation: Annotated[
+        str | None,
+        typer.Option(help="What --forced feeds: text (what follows), greedy (full attention's answer), or a file."),
+    ] = None
+    one_by_one: Annotated[
+        bool, typer.Option("--one-by-one", help="Feed forced tokens as decoding does: slower, the same but rounding.")
+    ] = False
     diagnostics: Annotated[
         bool, typer.Option("--diagnostics", help="Compare every layer with full attention: error, and mass recalled.")
     ] = False

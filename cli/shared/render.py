@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -46,12 +47,11 @@ def say(text: str) -> None:
 
 def print_summary(section: Section) -> None:
     """The benchmark's own tables, then methods x lengths with what they cost, then what a reader must know."""
-    from evals.tables.costs import cost_table
-
-    for table in section.tables[1:]:
+    headline, *others = section.tables
+    for table in others:
         print_table(table)
-    title, rows = section.title, section.rows
-    print_table(cost_table(title, rows), narrow=cost_table(title, rows, dense=True))
+    narrow = section.narrow and replace(section.narrow, title=section.title)
+    print_table(replace(headline, title=section.title), narrow=narrow)
     print_notes(section.notes)
 
 
@@ -106,7 +106,7 @@ def progress(*, shown: bool) -> Iterator[Callable[[Step], None]]:
         def on_step(step: Step) -> None:
             said = "computing the first prompt"
             if step.record is not None:
-                said = f"{step.record.method} @ {step.record.length}: {safe(step.record.prediction, 24)}"
+                said = f"{step.record.method} @ {step.record.length}: {safe(step.record.shown, 24)}"
             advance(step.done, step.total, said)
 
         yield on_step

@@ -12,9 +12,9 @@ from typing import Any
 
 from evals.common.grouping import grouped
 from evals.reporting.presentations import PRESENTATIONS
+from evals.runs.forced.record import ForcedRecord
 from evals.runs.manifest import Manifest, SchemaError
 from evals.runs.results import Record, salvage, sound
-from evals.tables.summary import methods_of
 from shadowkv.common.errors import SkvError
 from shadowkv.common.names import did_you_mean
 
@@ -118,7 +118,7 @@ def _kinds() -> tuple[Any, ...]:
     from evals.bench.latency.profile import LatencyRecord
     from evals.bench.records import BenchRecord
 
-    return Record, BenchRecord, LatencyRecord, KernelRecord
+    return Record, ForcedRecord, BenchRecord, LatencyRecord, KernelRecord
 
 
 def _described(path: Path) -> Manifest:
@@ -136,8 +136,9 @@ def _lines(numbers: Sequence[int]) -> str:
 
 def _stand_in(kind: Any, records: Sequence[Any], note: str) -> Manifest:
     """What a run's records alone say of it."""
-    benchmark = records[0].benchmark if kind is Record else Path(kind.FILE).stem
-    machine = {} if kind is Record else {"machine": records[0].machine}
+    asked = kind in (Record, ForcedRecord)
+    benchmark = records[0].benchmark if asked else Path(kind.FILE).stem
+    machine = {} if asked else {"machine": records[0].machine}
     return Manifest(benchmark, machine, {}, {}, dict(_UNKNOWN), {}, [note])
 
 
@@ -172,16 +173,31 @@ def _check_answers(manifest: Manifest, records: Sequence[Record]) -> tuple[Seque
     return kept, [*problems, *_incomplete(manifest, kept)]
 
 
-def _incomplete(manifest: Manifest, records: Sequence[Record]) -> list[str]:
+def _check_forced(manifest: Manifest, records: Sequence[ForcedRecord]) -> tuple[Sequence[ForcedRecord], list[str]]:
+    """Distances that can be summed up: as many of each kind, all of them numbers."""
+    kept = [r for r in records if not r.final or _whole(r)]
+    lost = [r for r in records if r.final and not _whole(r)]
+    problems = [f"{len(lost)} records whose distances are no numbers or not as many, left out"] if lost else []
+    return kept, [*problems, *_incomplete(manifest, kept)]
+
+
+def _whole(record: ForcedRecord) -> bool:
+    rows = (record.kl, record.nll, record.full_nll, record.top1, record.top5, record.rank)
+    return (
+        len({len(row) for row in rows}) == 1 and bool(record.kl) and all(math.isfinite(x) for row in rows for x in row)
+    )
+
+
+def _incomplete(manifest: Manifest, records: Sequence[Record | ForcedRecord]) -> list[str]:
     """What methods lack of the prompts that any of them answered."""
     asked = {(r.task, r.length, r.sample) for r in records}
     held = {label: len(found) for label, found in grouped(records, lambda r: r.method).items()}
     without = [label for label in manifest.methods if label not in held]
     said = [f"{label}: {count} of {len(asked)} prompts answered" for label, count in held.items() if count < len(asked)]
     said += [f"{label}: no answer" for label in without]
-    if len(methods_of(records)) == 1:
+    if len(held) == 1:
         said.append(f"one method only ({records[0].method}): nothing to compare it with")
-    unscored = sum(r.score is None for r in records)
+    unscored = sum(not r.final for r in records)
     return said + ([f"{unscored} of {len(records)} answers are unscored"] if unscored else [])
 
 
@@ -197,4 +213,6 @@ def _examples(records: Sequence[Record]) -> str:
 
 
 _Check = Callable[[Manifest, Sequence[Any]], tuple[Sequence[Any], list[str]]]
-_CHECKS: Mapping[str, _Check] = MappingProxyType({Record.FILE: _check_answers, "throughput.jsonl": _check_measurements})
+_CHECKS: Mapping[str, _Check] = MappingProxyType(
+    {Record.FILE: _check_answers, ForcedRecord.FILE: _check_forced, "throughput.jsonl": _check_measurements}
+)

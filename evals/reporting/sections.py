@@ -8,6 +8,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+from evals.fidelity.report import fidelity_table, fidelity_tables
+from evals.fidelity.summary import summarise_forced
 from evals.reporting.folders import Run
 from evals.reporting.presentations import accuracy_tables, write_accuracy_plots
 from evals.tables.costs import cost_table
@@ -30,6 +32,7 @@ class Section:
     data: Mapping[str, pd.DataFrame]  # by file name: what the tables show, unrounded, with the notes in every line
     plots: Sequence[Path]  # PNGs, each with an SVG beside it
     remarks: Sequence[str]  # below the tables
+    narrow: Table | None = None  # the headline with fewer columns
 
     @property
     def title(self) -> str:
@@ -114,6 +117,32 @@ def _accuracy(run: Run, plots: Path) -> Section:
         },
         write_accuracy_plots(plots, manifest, records, rows),
         [f"Intervals: {BOOTSTRAP_95}."],
+        cost_table("Score and cost", rows, dense=True),
+    )
+
+
+def _fidelity(run: Run, plots: Path) -> Section:
+    from evals.fidelity.plots import write_fidelity_plots
+
+    records, manifest = run.records, run.manifest
+    rows = summarise_forced(records)
+    good = [record for record in records if record.final]
+    facts = {
+        "methods": str(len(methods_of(records))),
+        "lengths": ", ".join(tokens(length) for length in sorted({r.length for r in records})),
+        "prompts": f"{len({(r.task, r.length, r.sample) for r in records}):,}",
+        "tokens compared": f"{sum(len(r.kl) for r in good):,}",
+    }
+    compared = ", ".join(sorted({record.compared for record in good})) or "none"
+    return Section(
+        run,
+        facts,
+        rows,
+        fidelity_tables(records),
+        {"summary.csv": _frame([asdict(row) for row in rows], manifest.notes)},
+        write_fidelity_plots(plots, records, rows, manifest.title),
+        [f"Distributions compared: {compared}. Intervals: {BOOTSTRAP_95}."],
+        fidelity_table("Fidelity", rows, dense=True),
     )
 
 
@@ -190,5 +219,5 @@ def _measured(run: Run) -> dict[str, str]:
 
 
 _BUILDERS: Mapping[str, Callable[[Run, Path], Section]] = MappingProxyType(
-    {"throughput": _throughput, "latency": _latency, "kernels": _kernels}
+    {"fidelity": _fidelity, "throughput": _throughput, "latency": _latency, "kernels": _kernels}
 )

@@ -88,6 +88,11 @@ class Record:
         return self.score is not None
 
     @property
+    def shown(self) -> str:
+        """What a line of progress says of it."""
+        return self.prediction
+
+    @property
     def decode_ms_per_token(self) -> float | None:
         """Time of one decode step; the first token costs none, since it comes from the prefill."""
         steps = self.new_tokens if self.stopped else self.new_tokens - 1

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any, NamedTuple, Protocol, TypeVar
 
@@ -17,19 +17,19 @@ from torch import Tensor
 
 from evals.common.grouping import grouped
 from evals.runs.diagnostics import diagnose
-from evals.runs.failures import FAILURES, status_of
+from evals.runs.failures import FAILURES, located, status_of
+from evals.runs.forced.loop import forced_answers
+from evals.runs.forced.record import ForcedRecord
 from evals.runs.results import Key, Record
-from evals.runs.task import Example, Question, Task
-from shadowkv.common.errors import NotFiniteError
+from evals.runs.run import Run
+from evals.runs.task import Example, Question
 from shadowkv.common.wording import one_line
 from shadowkv.contract.method import Method
 from shadowkv.engine.cache import MethodCache
-from shadowkv.engine.engine import Engine
-from shadowkv.engine.finite import where_not_finite
 from shadowkv.engine.snapshots import Prefill
-from shadowkv.models.loading import LoadedModel
 
 T = TypeVar("T")
+Answered = Record | ForcedRecord
 _TAIL_TOKENS = 64  # kept of a prompt: enough for a question, too few to republish a data set's text
 
 
@@ -39,7 +39,7 @@ class Answers(Protocol):
     def has(self, key: Key) -> bool:
         """Whether this question is answered."""
 
-    def append(self, record: Record) -> None:
+    def append(self, record: Answered) -> None:
         """Take one more."""
 
 
@@ -48,28 +48,7 @@ class Step(NamedTuple):
 
     done: int
     total: int
-    record: Record | None
-
-
-@dataclass(frozen=True)
-class Run:
-    """What answers: a model in its engine, and the benchmark that asks.
-
-    With `diagnostics`, prompts of one turn also get each layer of each method compared with full attention. `streamed`
-    prompts are computed for each method anew, layer by layer: none of them has to fit as a whole, and none is shared.
-    """
-
-    engine: Engine
-    loaded: LoadedModel
-    task: Task
-    diagnostics: bool = False
-    streamed: bool = False
-
-    def now(self) -> float:
-        """The time after everything queued on the device is done, in seconds."""
-        if self.engine.model.device.type == "cuda":
-            torch.cuda.synchronize(self.engine.model.device)
-        return time.perf_counter()
+    record: Answered | None
 
 
 def run_accuracy(
@@ -88,12 +67,19 @@ def run_accuracy(
     for example in one_ahead(run.task.examples(run.loaded.tokenizer, todo)):
         asked = {method for question in example.questions for method in missing.get(question, ())}
         open_methods = [method for method in methods if method in asked]
-        for alike in grouped(open_methods, lambda method: method.prefill).values():
-            for record in _answers(run, example, alike):
-                if not folder.has(record.key):  # of several turns, some may have been answered before
-                    folder.append(record)
-                    done += 1
-                    on_step(Step(done, total, record))
+        for record in _records(run, example, open_methods):
+            if not folder.has(record.key):  # of several turns, some may have been answered before
+                folder.append(record)
+                done += 1
+                on_step(Step(done, total, record))
+
+
+def _records(run: Run, example: Example, methods: Sequence[Method]) -> Iterator[Answered]:
+    if run.task.forced is not None:
+        yield from forced_answers(run, run.task.forced, example, methods)
+        return
+    for alike in grouped(methods, lambda method: method.prefill).values():
+        yield from _answers(run, example, alike)
 
 
 def one_ahead(items: Iterator[T]) -> Iterator[T]:
@@ -232,7 +218,7 @@ def _conversation(run: Run, example: Example, method: Method, begin: Callable[[M
                 del blanks[turn.sample]
                 yield answered
         except FAILURES as failure:
-            told = _located(engine, example, failure)
+            told = failure if example.later else located(engine, example.input_ids, failure)
             yield from (_failed(blank, told) for blank in blanks.values())
 
 
@@ -245,16 +231,6 @@ def _diagnosis(run: Run, example: Example, prefill: Prefill | None, method: Meth
     except FAILURES as failure:
         return {"diagnostics_error": one_line(failure)}
     return {"diagnostics": asdict(found)}
-
-
-def _located(engine: Engine, example: Example, failure: BaseException) -> BaseException:
-    """What an answer failed with; of numbers that overflow, with the layer where they do."""
-    if not isinstance(failure, NotFiniteError) or example.later:
-        return failure
-    try:
-        return where_not_finite(engine, torch.tensor([[*example.input_ids, *failure.answer]]), failure)
-    except FAILURES:
-        return failure  # a place that cannot be found, such as for want of memory, makes it no less of a failure
 
 
 def _failed(blank: Record, failure: BaseException) -> Record:

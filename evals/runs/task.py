@@ -7,6 +7,8 @@ from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
+from evals.runs.forced.record import Forcing
+
 
 class Question(NamedTuple):
     """What names a prompt of a benchmark for good, whatever else is run. Known before the prompt is made."""
@@ -30,6 +32,7 @@ class Example:
     meta: Mapping[str, Any] = field(default_factory=dict)
     stop_ids: tuple[int, ...] = ()  # tokens that end this answer besides the model's own
     min_new_tokens: int = 0  # no stop token is taken before this many
+    continuation: tuple[int, ...] = field(default=(), repr=False)  # what follows in the text, where this is one
     # Turns that go on in the same cache, their tokens being fed after the answers so far.
     later: tuple[Example, ...] = ()
 
@@ -45,7 +48,7 @@ class Example:
     @property
     def questions(self) -> tuple[Question, ...]:
         """What is asked, in order."""
-        return tuple(turn.question for turn in self.turns if turn.references)
+        return tuple(turn.question for turn in self.turns if turn.references or turn.continuation)
 
 
 class Task(ABC):
@@ -87,6 +90,11 @@ class Task(ABC):
     @abstractmethod
     def chat_answer_tokens(self) -> Collection[int]:
         """How many tokens answers to prompts in the chat template may have; none where no prompt is put into it."""
+
+    @property
+    def forced(self) -> Forcing | None:
+        """How much of a continuation methods are fed instead of answering; None where they answer."""
+        return None
 
     def needs(self) -> tuple[str, ...]:
         """Packs that must have been pulled before anything is asked."""

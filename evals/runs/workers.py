@@ -17,8 +17,9 @@ from typing import Any, NamedTuple
 
 from evals.common.grouping import grouped
 from evals.runs.manifest import Circumstances
-from evals.runs.results import Key, Record, RunFolder
-from evals.runs.runner import Run, Step, key_of, run_accuracy
+from evals.runs.results import Key, RunFolder
+from evals.runs.run import Run
+from evals.runs.runner import Answered, Step, key_of, run_accuracy
 from evals.runs.task import Question, Task
 from shadowkv.common.errors import SkvError
 from shadowkv.contract.method import Method
@@ -47,7 +48,7 @@ class Workers:
         task: Task,
         questions: Sequence[Question],
         methods: Sequence[Method],
-        folder: RunFolder[Record],
+        folder: RunFolder[Any],
         on_step: Callable[[Step], None] = lambda _: None,
     ) -> None:
         """`evals.runs.runner.run_accuracy`, by all of them. Raises `SkvError` if one ends early; what came stays."""
@@ -65,7 +66,7 @@ class Workers:
             done += 1
             on_step(Step(done, total, record))
 
-    def _arriving(self) -> Iterator[Record]:
+    def _arriving(self) -> Iterator[Answered]:
         """Records until every process has said that it is done."""
         open_ones = list(self.connections)
         while open_ones:
@@ -123,7 +124,7 @@ class _Sent:
     def has(self, key: Key) -> bool:
         return key in self.answered
 
-    def append(self, record: Record) -> None:
+    def append(self, record: Answered) -> None:
         self.connection.send(record)
 
 

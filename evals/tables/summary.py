@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import numpy as np
 
@@ -15,6 +15,13 @@ from evals.tables.statistics import interval_95, mean_of_means
 T = TypeVar("T")
 K = TypeVar("K", bound=Hashable)
 REFERENCE = "full"  # the label of what everything is compared with
+
+
+class OfMethod(Protocol):
+    """Any record that says which method it is of."""
+
+    @property
+    def method(self) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -72,7 +79,7 @@ def task_scores(records: Sequence[Record]) -> list[TaskScore]:
     return [_task_score(*cell, found) for cell, found in cells.items()]
 
 
-def methods_of(records: Sequence[Record]) -> list[str]:
+def methods_of(records: Sequence[OfMethod]) -> list[str]:
     """Labels in order of first appearance."""
     return list(dict.fromkeys(record.method for record in records))
 
