@@ -255,7 +255,7 @@ def test_gates_that_make_no_sense_are_refused(capsys, spec, says):
 
 def test_gates_are_read():
     gate = parse_gate(["accuracy=0.03", "throughput=7%"])
-    assert gate.tolerances == {"accuracy": 0.03, "throughput": pytest.approx(0.07), "memory": 0.01}
+    assert gate.tolerances == {"accuracy": 0.03, "fidelity": 0.05, "throughput": pytest.approx(0.07), "memory": 0.01}
     assert gate.failing == {"accuracy", "throughput"}
     assert parse_gate(["nothing"]).failing == set()
     with pytest.raises(SkvError):

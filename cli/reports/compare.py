@@ -23,8 +23,8 @@ def compare(
         list[str] | None,
         typer.Option(
             "--fail-on",
-            help="Metric whose loss fails, from a size on; repeatable. Without any: accuracy=0.02, throughput=5%, "
-            "memory=1%. `nothing` only shows.",
+            help="Metric whose loss fails, from a size on; repeatable. Without any: accuracy=0.02, fidelity=5%, "
+            "throughput=5%, memory=1%. `nothing` only shows.",
         ),
     ] = None,
     markdown: Annotated[Path | None, typer.Option(help="Also write the comparison as Markdown to this file.")] = None,

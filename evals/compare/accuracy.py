@@ -13,15 +13,18 @@ from evals.common.grouping import grouped
 from evals.compare.gate import ACCURACY, MEMORY, Gate
 from evals.compare.paired import Paired
 from evals.compare.rows import Comparison, RatioRow, ScoreRow
-from evals.compare.sides import Side, other_parameters, refuse, refuse_different
+from evals.compare.sides import (
+    Side,
+    differing_circumstances,
+    refuse_other_questions,
+    same_bytes,
+    shared_methods,
+)
 from evals.compare.verdicts import Decision, Verdict, decide, judge_range
 from evals.runs.results import Key, Record
 from evals.tables.statistics import mean_of_means
 from evals.tables.table import tokens
 from shadowkv.common.errors import SkvError
-
-# How a prefill is cut into chunks changes rounding only, and follows the device.
-_MAY_DIFFER = frozenset({"config.prefill_chunk_tokens", "config.streamed"})
 
 
 class _Cell(NamedTuple):
@@ -50,11 +53,11 @@ def compare_answers(baseline: Side[Record], current: Side[Record], gate: Gate) -
     """Compare two runs of one benchmark. Raises `SkvError` where they are not of the same questions."""
     notes: list[str] = []
     baseline, current = (_with_numbers(side, notes) for side in (baseline, current))
-    _refuse(baseline, current)
-    methods = _shared_methods(baseline, current, notes)
+    refuse_other_questions(baseline, current)
+    methods = shared_methods(baseline, current, notes)
     cells = _answers(baseline, current, methods, notes)
-    notes += _differing_circumstances(baseline, current)
-    sizes = _sizes(cells, gate) if _same_bytes(baseline, current) else []
+    notes += differing_circumstances(baseline, current)
+    sizes = _sizes(cells, gate) if same_bytes(baseline, current) else []
     return Comparison(
         baseline.described, current.described, current.manifest.title, gate, _scores(cells, gate), sizes, notes
     )
@@ -71,37 +74,6 @@ def _with_numbers(side: Side[Record], notes: list[str]) -> Side[Record]:
         notes.append(f"{side.name}: {nowhere} scores are not numbers and count as unscored")
     records = [r if r.score is None or isfinite(r.score) else replace(r, score=None) for r in side.records]
     return replace(side, records=records)
-
-
-def _refuse(baseline: Side[Record], current: Side[Record]) -> None:
-    refuse_different(baseline.manifest, current.manifest, _MAY_DIFFER)
-    refuse(other_parameters(baseline.manifest, current.manifest))
-    before, after = (_lengths(side) for side in (baseline, current))
-    refuse([] if before == after else [f"lengths: {before} -> {after}"])
-    prompts = {record.key: record.prompt_sha256 for record in baseline.records}
-    other = [r for r in current.records if r.key in prompts and prompts[r.key] != r.prompt_sha256]
-    if other:
-        first = f"{other[0].task} @ {other[0].length} {other[0].sample}"
-        refuse([f"prompts: {len(other)} samples have another prompt_sha256, the first is {first}"])
-
-
-def _lengths(side: Side[Record]) -> list[int]:
-    """Of what was asked, and of what is there: a run may have been stopped, or have grown."""
-    return sorted({*side.manifest.selection.get("lengths", ()), *(record.length for record in side.records)})
-
-
-def _shared_methods(baseline: Side[Record], current: Side[Record], notes: list[str]) -> list[str]:
-    """Methods in both, in the baseline's order. Of a method only one side has, nothing can be said."""
-    before, after = baseline.manifest.methods, current.manifest.methods
-    shared = [label for label in before if label in after]
-    if not shared:
-        raise SkvError(
-            f"no method in common: {baseline.name} has {', '.join(before)}; {current.name} {', '.join(after)}"
-        )
-    for side, names in ((baseline, before.keys() - after.keys()), (current, after.keys() - before.keys())):
-        if names:
-            notes.append(f"only in {side.name}: {', '.join(sorted(names))}")
-    return shared
 
 
 def _answers(
@@ -136,26 +108,6 @@ def _of_methods(side: Side[Record], methods: Sequence[str]) -> dict[Key, Record]
 def _example(side: Side[Record]) -> str:
     first = side.records[0]
     return f"{side.name} holds {len(side.records)} answers, such as {first.task} @ {first.length} {first.sample}"
-
-
-def _differing_circumstances(baseline: Side[Record], current: Side[Record]) -> list[str]:
-    """What may change answers without being anybody's regression; and what tables of either run must say."""
-    notes = []
-    for key, matters in (
-        ("name", ""),
-        ("dtype", "; KV bytes are not compared"),
-        ("device", "; KV bytes are not compared"),
-    ):
-        before, after = (side.manifest.model.get(key) for side in (baseline, current))
-        if before != after:
-            notes.append(f"model.{key} differs: {before} -> {after}{matters}")
-    said = {f"{side.name}: {note}" for side in (baseline, current) for note in side.manifest.notes}
-    return [*notes, *sorted(said)]
-
-
-def _same_bytes(baseline: Side[Record], current: Side[Record]) -> bool:
-    """Whether KV bytes compare: another type of numbers holds other bytes, and a GPU keeps other things on itself."""
-    return all(baseline.manifest.model.get(k) == current.manifest.model.get(k) for k in ("dtype", "device"))
 
 
 def _scores(cells: Mapping[str, Mapping[_Cell, _Answers]], gate: Gate) -> list[ScoreRow]:

@@ -19,6 +19,7 @@ from evals.compare.gate import parse_gate
 from evals.compare.report import counted
 from evals.compare.run import compare
 from evals.compare.sides import kind_of, read_manifest, read_side
+from evals.runs.forced.record import ForcedRecord
 from evals.runs.manifest import Manifest
 from evals.runs.results import Record
 from shadowkv.common.errors import SkvError
@@ -68,9 +69,14 @@ def update_baseline(
 
 def unfit(run: Path, manifest: Manifest) -> list[str]:
     """Why a run should not be what others are compared with."""
-    if kind_of(manifest, run) is BenchRecord:
+    kind = kind_of(manifest, run)
+    if kind is BenchRecord:
         sweep = read_side("RUN", run, manifest, BenchRecord).records
         return _half_written(run, manifest, BenchRecord.FILE, [record.final for record in sweep])
+    if kind is ForcedRecord:
+        forced = read_side("RUN", run, manifest, ForcedRecord).records
+        settled = [record.final for record in forced]
+        return [*_half_written(run, manifest, ForcedRecord.FILE, settled), *_unanswered(manifest, forced)]
     answers = read_side("RUN", run, manifest, Record).records
     scored = [record.score is not None and isfinite(record.score) for record in answers]
     return [*_half_written(run, manifest, Record.FILE, scored), *_unanswered(manifest, answers)]
@@ -89,7 +95,7 @@ def _half_written(run: Path, manifest: Manifest, file: str, settled: Sequence[bo
     return reasons
 
 
-def _unanswered(manifest: Manifest, records: Sequence[Record]) -> list[str]:
+def _unanswered(manifest: Manifest, records: Sequence[Record | ForcedRecord]) -> list[str]:
     """Questions that a method did not answer, though another did, or the settings ask for them."""
     questions = {(r.task, r.length, r.sample) for r in records}
     answered = grouped(records, lambda r: r.method)
@@ -97,7 +103,7 @@ def _unanswered(manifest: Manifest, records: Sequence[Record]) -> list[str]:
     reasons = [f"{missing} answers are missing that other methods gave"] if missing else []
     cells = grouped(sorted(questions), lambda q: (q[0], q[1]))
     asked, selection = manifest.selection.get("samples"), manifest.selection
-    if manifest.benchmark == "ruler" and asked is not None:
+    if manifest.benchmark in ("ruler", "fidelity") and asked is not None:
         short = [f"{task} @ {length}" for (task, length), held in cells.items() if len(held) < asked]
         reasons += [f"fewer than {asked} samples of {', '.join(short)}"] if short else []
     if manifest.benchmark == "niah" and "turns" not in manifest.config and "depths" in selection:

@@ -9,8 +9,8 @@ from types import MappingProxyType
 from shadowkv.common.errors import SkvError
 from shadowkv.common.names import did_you_mean
 
-ACCURACY, THROUGHPUT, MEMORY = "accuracy", "throughput", "memory"
-TOLERANCES: Mapping[str, float] = MappingProxyType({ACCURACY: 0.02, THROUGHPUT: 0.05, MEMORY: 0.01})
+ACCURACY, FIDELITY, THROUGHPUT, MEMORY = "accuracy", "fidelity", "throughput", "memory"
+TOLERANCES: Mapping[str, float] = MappingProxyType({ACCURACY: 0.02, FIDELITY: 0.05, THROUGHPUT: 0.05, MEMORY: 0.01})
 _NOTHING = "nothing"
 
 

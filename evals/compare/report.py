@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from evals.compare.rows import Comparison, Judged, RatioRow, ScoreRow
+from evals.compare.rows import Comparison, DivergenceRow, Judged, RatioRow, ScoreRow
 from evals.compare.verdicts import Verdict
 from evals.tables.table import Table, mib, number
 from shadowkv.common.wording import plain_line
@@ -19,6 +19,12 @@ _SCORES = (
     "Over samples that both runs scored; baseline and current are means of those. 95 %: paired bootstrap. W/L: samples "
     "that got a higher / lower score. Changed: samples whose text differs. Lost: scored in the baseline, now failed or "
     "unanswered. p: exact McNemar where all changes weigh the same, else a permutation test; by Holm, over all rows."
+)
+_DIVERGENCES = (
+    "KL: from full attention, nats per token, mean over prompts that both runs hold; its change as a share of what it "
+    "was. 95 %: paired bootstrap over prompts. Top 1: share of tokens at which both find the same one most likely. "
+    "Nll: change in nats per token. Moved: prompts in which anything differs. p: permutation test over prompts, by "
+    "Holm, over all rows."
 )
 _RATIOS = (
     "Ratio: current over baseline; of speeds with a 95 % interval (Welch, over repeats), of sizes with the lowest and "
@@ -46,6 +52,11 @@ def tables(comparison: Comparison) -> list[Table]:
         ]
         lines = [_score_line(row, comparison) for row in comparison.scores]
         made.append(_table(f"Scores · {comparison.title}", columns, lines, _SCORES, names=2))
+    if comparison.divergences:
+        columns = ["method", "cell", "prompts", "KL", "now", "change", "95 %", "top 1", "now", "nll", "moved", "lost"]
+        lines = [_divergence_line(row, comparison) for row in comparison.divergences]
+        title = f"Fidelity · {comparison.title}"
+        made.append(_table(title, [*columns, "p", "verdict"], lines, _DIVERGENCES, names=2))
     if comparison.ratios:
         columns = ["method", "cell", "metric", "n", "baseline", "current", "ratio", "95 % / range", "p", "verdict"]
         lines = [_ratio_line(row, comparison) for row in comparison.ratios]
@@ -112,6 +123,7 @@ def as_json(comparison: Comparison) -> dict[str, Any]:
         "failed": bool(comparison.failures),
         "verdicts": dict(Counter(str(row.verdict) for row in comparison.rows)),
         "scores": [_plain(row, comparison) for row in comparison.scores],
+        "divergences": [_plain(row, comparison) for row in comparison.divergences],
         "ratios": [_plain(row, comparison) for row in comparison.ratios],
         "notes": list(comparison.notes),
     }
@@ -154,6 +166,25 @@ def _score_line(row: ScoreRow, comparison: Comparison) -> list[str]:
         "–" if row.low is None or row.high is None else f"{row.low:+.3f} to {row.high:+.3f}",
         f"{row.wins}/{row.losses}",
         str(row.changed),
+        str(row.lost),
+        number(row.p_holm, ".3g"),
+        said(row, comparison),
+    ]
+
+
+def _divergence_line(row: DivergenceRow, comparison: Comparison) -> list[str]:
+    return [
+        row.method,
+        row.place,
+        str(row.samples),
+        number(row.before, ".4g"),
+        number(row.after, ".4g"),
+        number(row.change, "+.1%"),
+        "–" if row.low is None or row.high is None else f"{row.low:+.1%} to {row.high:+.1%}",
+        number(row.top1_before, ".3f"),
+        number(row.top1_after, ".3f"),
+        number(row.nll_change, "+.4f"),
+        str(row.moved),
         str(row.lost),
         number(row.p_holm, ".3g"),
         said(row, comparison),

@@ -13,7 +13,7 @@ from evals.compare.verdicts import Verdict
 class Judged:
     """What every row says: which metric, of what, and what is known of its change."""
 
-    metric: str  # accuracy, throughput or memory
+    metric: str  # accuracy, fidelity, throughput or memory
     method: str
     place: str  # the cell: task @ length, context x batch; or what is averaged
     verdict: Verdict
@@ -40,6 +40,27 @@ class ScoreRow(Judged):
     changed: int  # samples whose text differs
     lost: int  # scored before; now failed, or not answered though asked
     found: int  # not scored before, scored now
+    p: float | None
+    p_holm: float | None
+
+
+@dataclass(frozen=True)
+class DivergenceRow(Judged):
+    """Distances from full attention of one method in one cell; means are over prompts that both runs hold."""
+
+    samples: int  # prompts in both
+    tokens: int  # of each of them, compared
+    before: float | None  # KL in nats per token
+    after: float | None
+    change: float | None  # of the KL, as a share of what it was (or of the least that counts)
+    low: float | None  # 95 % paired bootstrap over prompts
+    high: float | None
+    top1_before: float | None
+    top1_after: float | None
+    nll_change: float | None  # nats per token
+    moved: int  # prompts whose distances differ at all
+    lost: int  # there before; now failed, or not there though asked
+    found: int
     p: float | None
     p_holm: float | None
 
@@ -72,10 +93,11 @@ class Comparison:
     scores: Sequence[ScoreRow]
     ratios: Sequence[RatioRow]
     notes: Sequence[str]
+    divergences: Sequence[DivergenceRow] = ()
 
     @property
     def rows(self) -> list[Judged]:
-        return [*self.scores, *self.ratios]
+        return [*self.scores, *self.divergences, *self.ratios]
 
     @property
     def failures(self) -> list[Judged]:

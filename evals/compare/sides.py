@@ -9,11 +9,15 @@ from typing import Any, Generic, TypeVar
 
 from evals.bench.records import BenchRecord
 from evals.reporting.presentations import PRESENTATIONS
+from evals.runs.forced.record import ForcedRecord
 from evals.runs.manifest import Manifest, Session
 from evals.runs.results import Kept, Record, read_records
 from shadowkv.common.errors import SkvError
 
 R = TypeVar("R", bound=Kept)
+Asked = TypeVar("Asked", Record, ForcedRecord)  # records of a prompt
+# How a prefill is cut into chunks changes rounding only, and follows the device.
+_MAY_DIFFER = frozenset({"config.prefill_chunk_tokens", "config.streamed"})
 _SHOWN = 6  # names and differences that fit a line
 
 
@@ -57,13 +61,14 @@ def read_side(name: str, path: Path, manifest: Manifest, kind: type[R]) -> Side[
     return Side(name, path, manifest, records)
 
 
-def kind_of(manifest: Manifest, path: Path) -> type[Record] | type[BenchRecord]:
+def kind_of(manifest: Manifest, path: Path) -> type[Record] | type[ForcedRecord] | type[BenchRecord]:
     """What the records of a run are. Raises `SkvError` for runs that are not compared."""
     if manifest.benchmark in PRESENTATIONS:
         return Record
-    if manifest.benchmark == "throughput":
-        return BenchRecord
-    compared = ", ".join([*PRESENTATIONS, "throughput"])
+    others: dict[str, type[ForcedRecord] | type[BenchRecord]] = {"fidelity": ForcedRecord, "throughput": BenchRecord}
+    if manifest.benchmark in others:
+        return others[manifest.benchmark]
+    compared = ", ".join([*PRESENTATIONS, *others])
     raise SkvError(f"{path} is a run of '{manifest.benchmark}'; compared are {compared}")
 
 
@@ -74,6 +79,58 @@ def refuse_different(baseline: Manifest, current: Manifest, ignored: frozenset[s
     refuse(
         [f"{name}: {before.get(name)} -> {after.get(name)}" for name in fields if before.get(name) != after.get(name)]
     )
+
+
+def refuse_other_questions(baseline: Side[Asked], current: Side[Asked]) -> None:
+    """Raise `SkvError` unless both asked the same of the same prompts, as far as they hold the same ones."""
+    refuse_different(baseline.manifest, current.manifest, _MAY_DIFFER)
+    refuse(other_parameters(baseline.manifest, current.manifest))
+    before, after = (_lengths(side) for side in (baseline, current))
+    refuse([] if before == after else [f"lengths: {before} -> {after}"])
+    prompts = {record.key: record.prompt_sha256 for record in baseline.records}
+    other = [r for r in current.records if r.key in prompts and prompts[r.key] != r.prompt_sha256]
+    if other:
+        first = f"{other[0].task} @ {other[0].length} {other[0].sample}"
+        refuse([f"prompts: {len(other)} samples have another prompt_sha256, the first is {first}"])
+
+
+def _lengths(side: Side[Asked]) -> list[int]:
+    """Of what was asked, and of what is there: a run may have been stopped, or have grown."""
+    return sorted({*side.manifest.selection.get("lengths", ()), *(record.length for record in side.records)})
+
+
+def shared_methods(baseline: Side[R], current: Side[R], notes: list[str]) -> list[str]:
+    """Methods in both, in the baseline's order. Of a method only one side has, nothing can be said: that is noted."""
+    before, after = baseline.manifest.methods, current.manifest.methods
+    shared = [label for label in before if label in after]
+    if not shared:
+        raise SkvError(
+            f"no method in common: {baseline.name} has {', '.join(before)}; {current.name} {', '.join(after)}"
+        )
+    for side, names in ((baseline, before.keys() - after.keys()), (current, after.keys() - before.keys())):
+        if names:
+            notes.append(f"only in {side.name}: {', '.join(sorted(names))}")
+    return shared
+
+
+def differing_circumstances(baseline: Side[R], current: Side[R]) -> list[str]:
+    """What may change answers without being anybody's regression; and what tables of either run must say."""
+    notes = []
+    for key, matters in (
+        ("name", ""),
+        ("dtype", "; KV bytes are not compared"),
+        ("device", "; KV bytes are not compared"),
+    ):
+        before, after = (side.manifest.model.get(key) for side in (baseline, current))
+        if before != after:
+            notes.append(f"model.{key} differs: {before} -> {after}{matters}")
+    said = {f"{side.name}: {note}" for side in (baseline, current) for note in side.manifest.notes}
+    return [*notes, *sorted(said)]
+
+
+def same_bytes(baseline: Side[R], current: Side[R]) -> bool:
+    """Whether KV bytes compare: another type of numbers holds other bytes, and a GPU keeps other things on itself."""
+    return all(baseline.manifest.model.get(k) == current.manifest.model.get(k) for k in ("dtype", "device"))
 
 
 def refuse(differences: list[str]) -> None:
