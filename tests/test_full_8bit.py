@@ -23,8 +23,9 @@ from shadowkv.tensors.stored import CODINGS, Stored
 
 CODED = ("int8", "fp8")
 ENGINES = ("reference", "fast")
-# What attention is off by, over what comes out, on keys and values drawn alike: docs/methods/full.md says so.
-USUAL_ERROR = {"int8": 0.02, "fp8": 0.06}
+# What attention is off by, over what comes out, at most in 40 draws of keys and values, where weights are over many
+# tokens and, with scores three times as large, over few: docs/methods/full.md says so.
+USUAL_ERROR = {("int8", 1.0): 0.015, ("int8", 3.0): 0.035, ("fp8", 1.0): 0.05, ("fp8", 3.0): 0.12}
 GEOMETRIES = [
     Case(group=1, head_dim=64),
     Case(group=7, head_dim=80, heads=1, chunks=21),
@@ -71,14 +72,15 @@ def test_errors_stay_within_what_half_a_step_can_do(coding, engine, group, head_
 
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("coding", CODED)
+@pytest.mark.parametrize("head_dim", [64, 80, 128, 256])
 @pytest.mark.parametrize("sharpness", [1.0, 3.0])
-def test_on_random_data_errors_are_a_few_per_cent(coding, engine, sharpness):
-    """Weights over many tokens and over few; an error is told apart from none, too."""
-    q, k, v = (torch.randn(1, 8, tokens, 128) for tokens in (1, 1000, 1000))
-    exact = ops.attend(q, [(k, v)], sharpness * 128**-0.5)
-    got = one_step(coding, engine, q, k, v, sharpness * 128**-0.5)
+def test_on_random_data_errors_are_a_few_per_cent(coding, engine, head_dim, sharpness):
+    """Weights over many tokens and over few. Less than a twentieth of it would be no error of 8 bits."""
+    q, k, v = (torch.randn(1, 8, tokens, head_dim) for tokens in (1, 1000, 1000))
+    scaling = sharpness * head_dim**-0.5
+    exact, got = ops.attend(q, [(k, v)], scaling), one_step(coding, engine, q, k, v, scaling)
     error = ((got - exact).norm() / exact.norm()).item()
-    assert USUAL_ERROR[coding] / 20 < error < USUAL_ERROR[coding]
+    assert USUAL_ERROR[coding, sharpness] / 20 < error < USUAL_ERROR[coding, sharpness]
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -104,7 +106,7 @@ def test_tokens_of_zeros_are_tokens_of_zeros(coding, engine):
     q, k, v = (torch.randn(1, 2, tokens, 64) for tokens in (1, 9, 9))
     k[:, :, 2], v[:, :, 5:] = 0, 0
     exact, got = ops.attend(q, [(k, v)], 0.125), one_step(coding, engine, q, k, v, 0.125)
-    assert ((got - exact).norm() / exact.norm()).item() < 2 * USUAL_ERROR[coding]
+    assert ((got - exact).norm() / exact.norm()).item() < USUAL_ERROR[coding, 3.0]
     nothing = one_step(coding, engine, q, k * 0, v * 0, 0.125)
     assert torch.equal(nothing, torch.zeros_like(nothing))
 

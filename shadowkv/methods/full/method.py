@@ -2,10 +2,9 @@
 
 In 8 bits (`kv=int8`, `kv=fp8`) it is what a cache of few tokens has to beat where it would be used: nothing is left
 out, and a step reads half. Each token and head has one scale for its key and one for its value, the largest channel in
-magnitude over 127 or 448 (e4m3fn), in fp16: x = code * scale. So a token's codes hang on no other token, whenever and
-with whatever it comes, and scales can stay outside of products with codes. Codes are made with the rounded scale, which
-is never zero; an element is off by half a step at most, of 1/127 of the largest in int8, and of 1/8 to 1/16 of itself
-in fp8, but for where fp16 ends.
+magnitude over 127 or over 448 (e4m3fn), in fp16: x is its code times the scale. A token's codes hang on no other token,
+whenever and with whatever it comes, and scales can stay outside of products with codes. Codes are made with the rounded
+scale, which is never zero. docs/methods/full.md says how far off this is.
 """
 
 from __future__ import annotations
