@@ -32,7 +32,7 @@ from shadowkv.planning.gpus import Rates
 
 SIZES = ["--context", "512", "--batch", "1", "-m", "shadowkv:rank=8,budget=64"]
 KERNELS = {
-    "chunk_scores", "choose_chunks", "plan_fill", "fill_values", "fill_keys", "attend_resident",
+    "chunk_scores", "choose_chunks", "plan_fill", "fill_values", "fill_keys", "attend_resident", "attend_codes",
     "page_bounds", "attend_pages", "low_rank.fit",
 }  # fmt: skip
 

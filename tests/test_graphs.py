@@ -23,6 +23,8 @@ from shadowkv.tensors.stacking import Stackable
 FAST = [
     "shadowkv:rank=12,budget=64,outliers=2,window=8,engine=fast",
     "full:engine=fast",
+    "full:kv=int8,engine=fast",
+    "full:kv=fp8,engine=fast",
     "quest:budget=64,dense_layers=1,engine=fast",
     "quest:budget=30,page=5,reduce=group_max,dense_layers=0,engine=fast",
 ]

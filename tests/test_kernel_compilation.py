@@ -14,7 +14,7 @@ from evals.bench.kernels.compilation import compile_for
 ROOT = Path(__file__).parent.parent
 _KERNELS = {
     "chunk_logits", "group_scores", "select_chunks", "assign_slots", "copy_chunks", "rebuild_chunks", "attend_stretch",
-    "join_stretches", "bound_pages", "attend_listed",
+    "join_stretches", "bound_pages", "attend_listed", "attend_code_stretch",
 }  # fmt: skip
 
 

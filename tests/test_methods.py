@@ -16,7 +16,14 @@ from shadowkv.engine.engine import Engine
 # Settings small enough to leave things out at 300 tokens. A method not listed is tested at its defaults.
 SMALL = {
     "duo": ["duo:sinks=4,recent=24", "duo:sinks=0,recent=16,retrieval=0.2", "duo:sinks=33,recent=1,retrieval=0.0"],
-    "full": ["full", "full:engine=fast"],
+    "full": [
+        "full",
+        "full:engine=fast",
+        "full:kv=int8",
+        "full:kv=fp8",
+        "full:kv=int8,engine=fast",
+        "full:kv=fp8,engine=fast",
+    ],
     "infinigen": [
         "infinigen:budget=40,dense_layers=1",
         "infinigen:budget=32,alpha=1.5,ratio=0.5,dense_layers=1,reduce=group_max",

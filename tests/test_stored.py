@@ -52,3 +52,14 @@ def test_zeros_and_huge_values_stay_finite(coding):
     got = CodedTokens(x, coding).fetch_all(x.device)
     assert torch.isfinite(got).all()
     assert torch.equal(got[0, 0, 0], torch.zeros(2))
+
+
+@pytest.mark.parametrize("coding", ["int8", "fp8"])
+def test_tokens_of_next_to_nothing_are_not_taken_for_zeros(coding):
+    """Below what a scale of fp16 times the largest code can say, the smallest scale serves."""
+    x = torch.tensor([[1e-6, -5e-7], [0.0, 0.0]])[None, None]
+    codes, scale = CODINGS[coding].encode(x)
+    assert (scale > 0).all()
+    got = CODINGS[coding].decode(codes, scale)
+    assert (got - x).abs().max() <= 2.0**-24
+    assert torch.equal(got[0, 0, 1], torch.zeros(2))

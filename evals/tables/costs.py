@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from evals.tables.summary import Row
+from evals.tables.summary import REFERENCE, Row, eight_bit_reference
 from evals.tables.table import Table, kib, mib, number, tokens
 
 _CAPTION = (
@@ -13,6 +13,11 @@ _CAPTION = (
     "Agree: share of tokens 2..n equal to full attention's; the first one is the prefill's under every method. Tokens "
     "read: per decode step, mean over layers and heads, at most. Bus: what a decoded token moves between host and "
     "device. Prefill: median, once per prompt for all methods."
+)
+
+_RATIOS = (
+    " KV x, speed x: device KV, and tokens per second of the median decode step, over those of full attention as it "
+    "comes and in 8 bits at the same length."
 )
 
 
@@ -49,8 +54,35 @@ _COLUMNS = (
 )
 
 
+def _rate(row: Row) -> float | None:
+    return 1000 / row.decode_ms_p50 if row.decode_ms_p50 else None
+
+
+def _over(rows: Sequence[Row], label: str, value: Callable[[Row], float | None]) -> Callable[[Row], str]:
+    """A cell with what a method has over what the method of that label has at the same length."""
+    found = {row.length: value(row) for row in rows if row.method == label}
+
+    def cell(row: Row) -> str:
+        mine, theirs = value(row), found.get(row.length)
+        return number(mine / theirs if mine is not None and theirs else None, ".2f")
+
+    return cell
+
+
+def _ratio_columns(rows: Sequence[Row]) -> list[_Column]:
+    """Memory and speed over those of both references, where full attention ran in 8 bits too."""
+    eight_bit = eight_bit_reference([row.method for row in rows])
+    compared = (("KV", lambda row: row.device_bytes), ("speed", _rate))
+    return [
+        _Column(f"{name}\nx {label}", _over(rows, label, value), dense=False)
+        for label in ((REFERENCE, eight_bit) if eight_bit else ())
+        for name, value in compared
+    ]
+
+
 def cost_table(title: str, rows: Sequence[Row], *, dense: bool = False) -> Table:
     """One line per row; the dense one has fewer columns, for a narrow terminal."""
-    shown = [column for column in _COLUMNS if column.dense in (None, dense)]
+    ratios = _ratio_columns(rows)
+    shown = [column for column in (*_COLUMNS, *ratios) if column.dense in (None, dense)]
     lines = [[column.cell(row) for column in shown] for row in rows]
-    return Table(title, [column.head for column in shown], lines, _CAPTION, names=2)
+    return Table(title, [column.head for column in shown], lines, _CAPTION + (_RATIOS if ratios else ""), names=2)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Collection, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
@@ -15,6 +15,7 @@ from evals.tables.statistics import interval_95, mean_of_means
 T = TypeVar("T")
 K = TypeVar("K", bound=Hashable)
 REFERENCE = "full"  # the label of what everything is compared with
+_EIGHT_BIT = ("full:kv=fp8", "full:kv=int8")
 
 
 class OfMethod(Protocol):
@@ -77,6 +78,11 @@ def task_scores(records: Sequence[Record]) -> list[TaskScore]:
     """Scores by method, length and task, in order of first appearance."""
     cells = grouped(records, lambda r: (r.method, r.length, r.task))
     return [_task_score(*cell, found) for cell, found in cells.items()]
+
+
+def eight_bit_reference(methods: Collection[str]) -> str | None:
+    """The full attention in 8 bits that tables compare with too: where it ran, and full attention beside it."""
+    return next((label for label in _EIGHT_BIT if label in methods), None) if REFERENCE in methods else None
 
 
 def methods_of(records: Sequence[OfMethod]) -> list[str]:

@@ -23,6 +23,7 @@ from shadowkv.anatomy.rotary_table import RotaryTable
 from shadowkv.common.errors import SkvError
 from shadowkv.kernels import attention, choose, fetch, pages, rebuild, scores
 from shadowkv.kernels.backend import CompiledKernel
+from shadowkv.kernels.coded import attention as coded_attention
 from shadowkv.kernels.slots import Factors, Regions
 from shadowkv.tensors.stored import CODINGS, Stored
 
@@ -57,7 +58,7 @@ def launches(dtype: torch.dtype, head_dim: int) -> list[Launch]:
         found.append(Launch(kernel, dict(zip(kernel.arg_names, given, strict=False)) | by_name, num_warps))
 
     with ExitStack() as patches:
-        for module in (attention, choose, fetch, pages, rebuild, scores):
+        for module in (attention, choose, coded_attention, fetch, pages, rebuild, scores):
             for kernel in vars(module).values():
                 if isinstance(kernel, JITFunction):
                     patches.enter_context(patch.object(kernel, "run", partial(note, kernel)))
@@ -88,6 +89,9 @@ def _one_step(dtype: torch.dtype, head_dim: int) -> None:
         rebuild.fill_keys(factors, rotary, held, fill, _CHUNK, k)
     attention.attend_resident(q, k, v, number(_BATCH, 4), _REGIONS, 1.0)
     whole = [like(_BATCH, _HEADS, tokens, head_dim) for _ in range(2)]
+    for coding in ("int8", "fp8"):
+        k_codes, v_codes = (Stored(coding, CODINGS[coding].encode(x)) for x in whole)
+        coded_attention.attend_codes(q, k_codes, v_codes, number(_BATCH, 4)[:, 3], 1.0)
     extremes = [like(_BATCH, _HEADS, tokens // _PAGE, head_dim) for _ in range(2)]
     pages.page_bounds(q, extremes[0], extremes[1], counts, _PAGE)
     listed = number(_BATCH, _HEADS, _PAGES_READ)

@@ -18,7 +18,7 @@ from shadowkv.common.ranges import ranged
 from shadowkv.tensors import ops
 from shadowkv.tensors.ops import chunk_scores as chunk_scores
 from shadowkv.tensors.ops import top_mask
-from shadowkv.tensors.stored import Stored
+from shadowkv.tensors.stored import CODINGS, Stored
 
 
 class Regions(NamedTuple):
@@ -114,6 +114,22 @@ def attend_resident(q: Tensor, k: Tensor, v: Tensor, spans: Tensor, regions: Reg
     # What is not in use was never written: it may be NaN, and 0 * NaN is not 0.
     values = torch.where(positions_in_use(spans, regions)[:, None, :, None], v, 0)
     return (scores.softmax(dim=-1).to(v.dtype) @ values).view(q.shape)
+
+
+@ranged("attention")
+def attend_codes(q: Tensor, k: Stored, v: Stored, lengths: Tensor, scaling: float) -> Tensor:
+    """Exact softmax attention of one query per head to what the codes of a row's tokens stand for.
+
+    q [B,Hq,1,D]; k and v in int8 or fp8, of [B,H,R,D]; lengths [B] int32, tokens of each row. Returns [B,Hq,1,D].
+    """
+    batch, q_heads, _, head_dim = q.shape
+    keys, values = (CODINGS[x.coding].decode(*x.parts) for x in (k, v))
+    heads, tokens = keys.shape[1:3]
+    there = (torch.arange(tokens, device=q.device) < lengths[:, None])[:, None, None]
+    scores = q.reshape(batch, heads, q_heads // heads, head_dim).float() @ keys.mT * scaling
+    weights = scores.masked_fill(~there, float("-inf")).softmax(dim=-1)
+    # What is not there was never written: it may be NaN, and 0 * NaN is not 0.
+    return (weights @ torch.where(there.mT, values, 0)).to(q.dtype).view(q.shape)
 
 
 @ranged("selection")

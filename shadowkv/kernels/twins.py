@@ -2,12 +2,14 @@
 
 from shadowkv.kernels.attention import attend_resident
 from shadowkv.kernels.choose import choose_chunks, plan_fill
+from shadowkv.kernels.coded.attention import attend_codes
 from shadowkv.kernels.fetch import fill_values
 from shadowkv.kernels.pages import attend_pages, page_bounds
 from shadowkv.kernels.rebuild import fill_keys
 from shadowkv.kernels.scores import chunk_scores
 
 __all__ = [
+    "attend_codes",
     "attend_pages",
     "attend_resident",
     "choose_chunks",

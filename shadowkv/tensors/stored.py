@@ -17,6 +17,8 @@ from shadowkv.tensors.pinned import empty_pinned
 from shadowkv.tensors.quantise import pack, quantise, unpack
 from shadowkv.tensors.stacking import Stackable
 
+_LEAST_SCALE = 2.0**-24  # the smallest number of fp16
+
 
 class Coding(NamedTuple):
     """How tokens are written: what is stored of them, how to read it, and what it takes."""
@@ -27,11 +29,13 @@ class Coding(NamedTuple):
 
 
 def _scaled(x: Tensor, top: float) -> tuple[Tensor, Tensor]:
-    """x brought into [-top, top] by one fp16 scale per token and head, and the scale. fp32, fp16 [B,H,n,1]."""
+    """x brought into [-top, top] by one fp16 scale per token and head, and the scale. fp32, fp16 [B,H,n,1].
+
+    x is the scaled one times the scale: of the largest channel in magnitude over `top`, never zero.
+    """
     x = x.float()
     largest = torch.finfo(torch.float16).max
-    scale = (x.abs().amax(dim=-1, keepdim=True) / top).clamp(max=largest).half()
-    scale = torch.where(scale > 0, scale, torch.ones_like(scale))  # a token of zeros
+    scale = (x.abs().amax(dim=-1, keepdim=True) / top).clamp(_LEAST_SCALE, largest).half()
     return (x / scale.float()).clamp(-top, top), scale
 
 
@@ -122,6 +126,11 @@ class CodedTokens(Stackable):
     def fetch_all(self, device: torch.device) -> Tensor:
         """Every token, on `device`. [B,H,n,D]."""
         return CODINGS[self._coding].decode(*(part.view.to(device) for part in self._parts)).to(self._dtype)
+
+    @ranged("rebuild")
+    def decode(self) -> Tensor:
+        """Every token, where it is kept. [B,H,n,D]."""
+        return CODINGS[self._coding].decode(*self.stored.parts).to(self._dtype)
 
     def nbytes(self) -> Bytes:
         held = sum(part.nbytes() for part in self._parts)

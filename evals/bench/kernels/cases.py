@@ -139,6 +139,22 @@ def attention_inputs(case: Case, regions: Regions, spans: list[list[int]]) -> di
     return {"q": q, "k": k, "v": v, "spans": used, "regions": regions, "scaling": case.head_dim**-0.5}
 
 
+def codes_inputs(case: Case, lengths: list[int]) -> dict[str, Any]:
+    """Keys and values in the coding of the case, of which rows hold `lengths` tokens; what is beyond reads as NaN."""
+    rows = torch.tensor([[0, 0, 0, length] for length in lengths], dtype=torch.int32, device=case.device)
+    held = rows[:, 3]  # as the engine keeps them
+    beyond = torch.arange(case.tokens, device=case.device) >= held[:, None]
+    shape = (case.batch, case.heads, case.tokens, case.head_dim)
+    coded = []
+    for x in (case.randn(*shape), case.randn(*shape)):
+        codes, scales = CODINGS[case.values].encode(x)
+        # In fp8 the byte 0x7F is NaN; in int8 only a scale can be.
+        codes = codes.masked_fill(beyond[:, None, :, None], 0x7F)
+        coded.append(Stored(case.values, (codes, scales.masked_fill(beyond[:, None, :, None], float("nan")))))
+    q = case.randn(case.batch, case.heads * case.group, 1, case.head_dim)
+    return {"q": q, "k": coded[0], "v": coded[1], "lengths": held, "scaling": case.head_dim**-0.5}
+
+
 def pages_inputs(case: Case, lengths: list[int], shared: bool = False) -> dict[str, Any]:
     """Pages of `chunk` tokens, of which rows hold `lengths`, and lists of up to `slots` of them with the newest."""
     held = torch.tensor(lengths, dtype=torch.int32, device=case.device)

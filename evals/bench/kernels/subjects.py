@@ -9,6 +9,8 @@ parts. Of what it reads by index they are the rows that are asked for, those tha
 - fill_keys: coefficients (and scales) of the missed tokens, directions, cos and sin; the keys. Its FLOP are
   those of one product: the second one, which takes the place of exchanging channels for RoPE, is not counted.
 - attend_resident: queries, and keys and values in use; outputs. FLOP: 4 per query head, position and channel.
+  attend_codes: the same of codes and scales. No other way stands beside it: those of FlashInfer have one scale for all
+  tokens, which is another result.
 - page_bounds: extremes of all pages and queries, bounds. attend_pages: queries, keys and values of the pages that any
   head of a group asks for; outputs.
 - low_rank.fit: none are counted, and no FLOP: most of its time goes into the eigenproblem, in fp64.
@@ -29,6 +31,7 @@ from evals.bench.kernels.cases import (
     Case,
     attention_inputs,
     choose_inputs,
+    codes_inputs,
     filling,
     key_inputs,
     llama_rotary,
@@ -60,6 +63,8 @@ def items(work: Workload, kernels: Any) -> Iterator[Item]:
         yield Item("fill_keys", f"{coding} factors", partial(_keys, work, kernels, coding))
     yield Item("attend_resident", "chosen tokens", partial(_attention, work, kernels))
     yield Item("attend_resident", "whole context", partial(_dense, work, kernels))
+    for coding in ("int8", "fp8"):
+        yield Item("attend_codes", f"{coding}, whole context", partial(_codes, work, kernels, coding))
     yield Item("page_bounds", "Quest's pages", partial(_bounds, work, kernels))
     yield Item("attend_pages", "Quest's pages", partial(_pages, work, kernels))
     yield Item("low_rank.fit", "one row's keys", partial(factorisation, work.case), "Gram, fp64")
@@ -189,6 +194,20 @@ def _attending(case: Case, kernels: Any, regions: Regions, span: list[int]) -> t
         flop=4 * channels * case.group,
     )
     return subject, inputs
+
+
+def _codes(work: Workload, kernels: Any, coding: str) -> Subject:
+    case = replace(work.case, values=coding)
+    inputs = codes_inputs(case, [case.tokens] * case.batch)
+    exact = inputs | {"q": inputs["q"].float()}
+    q, k, v = (inputs[name] for name in ("q", "k", "v"))
+    return Subject(
+        (lambda: kernels.attend_codes(**inputs),),
+        (lambda: slots.attend_codes(**exact).to(case.dtype),),
+        _BOUNDS[case.dtype],
+        moved_bytes=sum(part.nbytes for part in (*k.parts, *v.parts)) + 2 * q.nbytes,
+        flop=4 * case.batch * case.heads * case.group * case.tokens * case.head_dim,
+    )
 
 
 def _bounds(work: Workload, kernels: Any) -> Subject:

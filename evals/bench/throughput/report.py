@@ -31,6 +31,12 @@ _CAPTION = (
     "whole process."
 )
 
+# Of a row, empty where full attention did not run in 8 bits.
+_EIGHT_BIT_FIELDS = (
+    "eight_bit", "eight_bit_ratio", "eight_bit_ratio_low", "eight_bit_ratio_high", "kv_ratio", "eight_bit_kv_ratio",
+)  # fmt: skip
+_EIGHT_BIT = " The second ratio, and KV x, are the same to full attention in 8 bits, and of device KV."
+
 
 class _Column(NamedTuple):
     head: str
@@ -82,11 +88,32 @@ _COLUMNS = (
 )
 
 
+def _columns(rows: Sequence[BenchRow]) -> list[_Column]:
+    """Those of every sweep and, where full attention ran in 8 bits too, ratios to it and of memory."""
+    eight_bit = _eight_bit(rows)
+    if eight_bit is None:
+        return list(_COLUMNS)
+    kv = [
+        _Column(f"KV\nx {REFERENCE}", lambda row: number(row.kv_ratio, ".2f"), dense=False),
+        _Column(f"KV\nx {eight_bit}", lambda row: number(row.eight_bit_kv_ratio, ".2f"), dense=False),
+    ]
+    after = {
+        f"x {REFERENCE}": [_Column(f"x {eight_bit}", lambda row: ratio(row.over_eight_bit))],
+        "host\nKV MiB": kv,
+    }
+    return [one for column in _COLUMNS for one in (column, *after.get(column.head, ()))]
+
+
+def _eight_bit(rows: Sequence[BenchRow] | Sequence[Gain]) -> str | None:
+    return next((row.eight_bit for row in rows if row.eight_bit), None)
+
+
 def throughput_table(title: str, rows: Sequence[BenchRow], *, dense: bool = False) -> Table:
     """One line per method, context and batch; the dense one has fewer columns."""
-    shown = [column for column in _COLUMNS if column.dense in (None, dense) and column.shown(rows)]
+    shown = [column for column in _columns(rows) if column.dense in (None, dense) and column.shown(rows)]
     lines = [[column.cell(row) for column in shown] for row in rows]
-    return Table(title, [column.head for column in shown], lines, _CAPTION, names=2)
+    caption = _CAPTION + (_EIGHT_BIT if _eight_bit(rows) else "")
+    return Table(title, [column.head for column in shown], lines, caption, names=2)
 
 
 def gain_table(found: Sequence[Gain]) -> Table:
@@ -95,6 +122,7 @@ def gain_table(found: Sequence[Gain]) -> Table:
     def at(rate: float | None, batch: int | None) -> str:
         return "–" if rate is None else f"{rate:.2f} ({batch})"
 
+    eight_bit = _eight_bit(found)
     lines = [
         [
             tokens(gain.context),
@@ -103,10 +131,12 @@ def gain_table(found: Sequence[Gain]) -> Table:
             at(gain.tokens_per_s, gain.batch),
             ratio(gain.gain),
             ratio(gain.gain_equal),
+            *([ratio(gain.eight_bit_gain)] if eight_bit else []),
         ]
         for gain in found
     ]
     columns = ["context", "method", "full\ntokens/s (batch)", "tokens/s\n(batch)", "gain", "gain at\nfull's batch"]
+    columns += [f"gain over\n{eight_bit}"] if eight_bit else []
     caption = (
         "Each at the batch, of those measured, that decodes most tokens per second. Gain: median (lowest-highest)."
     )
@@ -168,7 +198,8 @@ def bench_frame(manifest: Manifest, rows: Sequence[BenchRow], notes: Sequence[st
 
     synthetic = bool(manifest.config.get("synthetic_kv"))
     marks = {"dummy": manifest.model["dummy"], "synthetic_kv": synthetic, "notes": "; ".join(notes)}
-    return pd.DataFrame([asdict(row) | marks for row in rows])
+    frame = pd.DataFrame([asdict(row) | marks for row in rows])
+    return frame if _eight_bit(rows) else frame.drop(columns=list(_EIGHT_BIT_FIELDS))
 
 
 def write_bench_plots(folder: Path, rows: Sequence[BenchRow], found: Sequence[Gain], title: str) -> list[Path]:

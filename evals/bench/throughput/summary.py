@@ -9,7 +9,7 @@ from typing import Any
 from evals.bench.records import BenchRecord
 from evals.bench.timing import Spread, distribution, paired_ratios, spread
 from evals.common.grouping import grouped
-from evals.tables.summary import REFERENCE
+from evals.tables.summary import REFERENCE, eight_bit_reference
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,12 @@ class BenchRow:
     read_bytes: int | None  # per step
     stacked: bool | None
     hit_rate: float | None  # median over repeats
+    eight_bit: str | None  # full attention in 8 bits, where it ran beside full attention as it comes
+    eight_bit_ratio: float | None  # to it at the same batch, as `ratio`
+    eight_bit_ratio_low: float | None
+    eight_bit_ratio_high: float | None
+    kv_ratio: float | None  # device KV to full attention's at the same batch
+    eight_bit_kv_ratio: float | None
 
     @property
     def bus_bytes_per_s(self) -> float | None:
@@ -59,15 +65,15 @@ class BenchRow:
 
     @property
     def over_full(self) -> Spread | None:
-        if self.ratio is None or self.ratio_low is None or self.ratio_high is None:
-            return None
-        return Spread(self.ratio, self.ratio_low, self.ratio_high)
+        return _whole(self.ratio, self.ratio_low, self.ratio_high)
+
+    @property
+    def over_eight_bit(self) -> Spread | None:
+        return _whole(self.eight_bit_ratio, self.eight_bit_ratio_low, self.eight_bit_ratio_high)
 
     @property
     def throughput(self) -> Spread | None:
-        if self.tokens_per_s is None or self.tokens_per_s_low is None or self.tokens_per_s_high is None:
-            return None
-        return Spread(self.tokens_per_s, self.tokens_per_s_low, self.tokens_per_s_high)
+        return _whole(self.tokens_per_s, self.tokens_per_s_low, self.tokens_per_s_high)
 
 
 @dataclass(frozen=True)
@@ -82,10 +88,12 @@ class Gain:
     full_tokens_per_s: float | None
     gain: Spread | None  # at each one's own best batch
     gain_equal: Spread | None  # at full attention's best batch
+    eight_bit: str | None  # full attention in 8 bits, where it ran beside full attention as it comes
+    eight_bit_gain: Spread | None  # over it, at each one's own best batch
 
     def flat(self) -> dict[str, Any]:
         """Fields for JSON, the spreads by name."""
-        spreads = {"gain": self.gain, "gain_equal": self.gain_equal}
+        spreads = {"gain": self.gain, "gain_equal": self.gain_equal, "eight_bit_gain": self.eight_bit_gain}
         return {**vars(self), **{name: found and found._asdict() for name, found in spreads.items()}}
 
 
@@ -94,7 +102,12 @@ def summarise_bench(records: Sequence[BenchRecord]) -> list[BenchRow]:
     order = {method: place for place, method in enumerate(dict.fromkeys(r.method for r in records))}
     cells = grouped(records, lambda r: (r.context, r.method, r.batch))
     keys = sorted(cells, key=lambda key: (key[0], order[key[1]], key[2]))
-    return [_row(cells[key], _rates(cells.get((key[0], REFERENCE, key[2]), []))) for key in keys]
+    eight_bit = eight_bit_reference(order)
+
+    def beside(key: tuple[int, str, int], label: str | None) -> list[BenchRecord]:
+        return [] if label is None else cells.get((key[0], label, key[2]), [])
+
+    return [_row(cells[key], beside(key, REFERENCE), eight_bit, beside(key, eight_bit)) for key in keys]
 
 
 def gains(records: Sequence[BenchRecord]) -> list[Gain]:
@@ -106,10 +119,13 @@ def gains(records: Sequence[BenchRecord]) -> list[Gain]:
         fastest = best.get((context, method))
         if fastest is None or _median(found) > _median(rates[context, method, fastest]):
             best[context, method] = batch
-    made = []
+    made, eight_bit = [], eight_bit_reference([r.method for r in records])
     for (context, method), batch in best.items():
         mine, full_batch = rates[context, method, batch], best.get((context, REFERENCE))
         full = {} if full_batch is None else rates[context, REFERENCE, full_batch]
+        coded: Rates = {}
+        if eight_bit is not None and (context, eight_bit) in best:
+            coded = rates[context, eight_bit, best[context, eight_bit]]
         equal = {} if full_batch is None else rates.get((context, method, full_batch), {})
         made.append(
             Gain(
@@ -121,6 +137,8 @@ def gains(records: Sequence[BenchRecord]) -> list[Gain]:
                 _median(full) if full else None,
                 paired_ratios(mine, full),
                 paired_ratios(equal, full),
+                eight_bit,
+                paired_ratios(mine, coded),
             )
         )
     return sorted(made, key=lambda gain: gain.context)
@@ -140,11 +158,14 @@ def _median(rates: Rates) -> float:
     return found.median
 
 
-def _row(records: list[BenchRecord], full: Rates) -> BenchRow:
+def _row(
+    records: list[BenchRecord], full: list[BenchRecord], eight_bit: str | None, coded: list[BenchRecord]
+) -> BenchRow:
     good = [r for r in records if r.status == "ok"]
     failed = [r for r in records if r.status != "ok"]
     rates = _rates(good)
-    speed, ratio = spread(list(rates.values())), paired_ratios(rates, full)
+    speed = spread(list(rates.values()))
+    ratio, eight_bit_ratio = (paired_ratios(rates, _rates(other)) for other in (full, coded))
     steps = distribution([ms for r in good for ms in r.step_ms])
     first = good[0] if good else None
     return BenchRow(
@@ -177,7 +198,22 @@ def _row(records: list[BenchRecord], full: Rates) -> BenchRow:
         read_bytes=None if first is None else first.read_bytes,
         stacked=None if first is None else first.stacked,
         hit_rate=_middle([r.hit_rate for r in good]),
+        eight_bit=eight_bit,
+        eight_bit_ratio=eight_bit_ratio and eight_bit_ratio.median,
+        eight_bit_ratio_low=eight_bit_ratio and eight_bit_ratio.low,
+        eight_bit_ratio_high=eight_bit_ratio and eight_bit_ratio.high,
+        kv_ratio=_kv_ratio(good, full),
+        eight_bit_kv_ratio=_kv_ratio(good, coded),
     )
+
+
+def _kv_ratio(mine: Sequence[BenchRecord], theirs: Sequence[BenchRecord]) -> float | None:
+    held = [next((r.kv_device_bytes for r in found if r.status == "ok"), 0) for found in (mine, theirs)]
+    return held[0] / held[1] if mine and held[1] else None
+
+
+def _whole(median: float | None, low: float | None, high: float | None) -> Spread | None:
+    return None if median is None or low is None or high is None else Spread(median, low, high)
 
 
 def _middle(values: Sequence[float | None]) -> float | None:
