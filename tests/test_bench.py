@@ -41,6 +41,7 @@ from shadowkv.models.resolving import ModelSource
 from shadowkv.planning.planner import demand_of, sequence_parts
 from shadowkv.tensors import host_memory
 from shadowkv.tensors.host_memory import available_host_bytes
+from shadowkv.tensors.pinned import HostRows
 
 SPECS = ["full", "shadowkv:rank=8,budget=64", "quest:budget=64"]
 CONTEXT = 300
@@ -537,6 +538,27 @@ def test_short_prompts_are_computed_together(engine, prompts, monkeypatch):
     for _ in range(3):
         alone.step()
     assert decoding.tokens_sha256() == alone.tokens_sha256()
+
+
+@pytest.mark.parametrize("coding", ["native", "int8"])
+def test_values_of_a_batch_are_written_once(engine, prompts, monkeypatch, coding):
+    """Rows are built where they will be: joining them copies none of what is on the host."""
+    method, places = parse_method(f"shadowkv:rank=12,budget=64,outliers=2,engine=fast,values={coding}"), []
+    monkeypatch.setattr("evals.bench.engines.HostRows", lambda rows: places.append(HostRows(rows)) or places[-1])
+    decoding = SkvContender(engine, prompts, method).start(CONTEXT, 3)
+    [share] = decoding._cache._shares
+    layers = [layer._values for layer in share.cache.layers.values()]
+    blocks = {block.untyped_storage().data_ptr() for block in places[0]._blocks.values()}
+    assert {part.data.untyped_storage().data_ptr() for parts in layers for part in parts} == blocks
+    assert len(blocks) == len(layers) * len(layers[0])
+    for _ in range(4):
+        decoding.step()
+    monkeypatch.setattr("evals.bench.engines.HostRows", lambda rows: None)
+    apart = SkvContender(engine, prompts, method).start(CONTEXT, 3)
+    for _ in range(4):
+        apart.step()
+    assert decoding.tokens_sha256() == apart.tokens_sha256()
+    assert decoding.nbytes() == apart.nbytes()
 
 
 def test_distributions():

@@ -23,6 +23,7 @@ from shadowkv.contract.method import Method
 from shadowkv.engine.cache import MethodCache
 from shadowkv.engine.engine import Engine
 from shadowkv.methods.full.method import Full
+from shadowkv.tensors.pinned import HostRows
 
 
 @dataclass(frozen=True)
@@ -107,13 +108,13 @@ class SkvContender(Contender):
     def start(self, context: int, batch: int) -> Decoding:
         engine, sparse = self._engine, self.method.prefill
         self._prompts.prepare(context, batch, sparse)
-        caches, first = list[MethodCache](), list[int]()
+        caches, first, host_rows = list[MethodCache](), list[int](), HostRows(batch)
         # Until each prompt's first token, without its cache and with it.
         alone_s, built_s = list[float](), list[float]()
         prefill_s, build_s = 0.0, 0.0
         for rows in self._prompts.rows(context, batch, sparse):
             began = self._clock.now()
-            caches.append(engine.adopt(rows, self.method))
+            caches.append(engine.adopt(rows, self.method, host_rows))
             tokens, took = rows.first_tokens(), self._clock.now() - began
             first += tokens
             if rows.streamed:
