@@ -348,6 +348,7 @@ def test_made_up_keys_cost_what_real_ones_do(engine, prompts, tokenizer, name):
     assert filled.began.prefill_s is None
     shas = {SkvContender(engine, made_up, method).start(CONTEXT, 2).tokens_sha256() for _ in range(2)}
     assert len(shas) == 1, "the same rows every time"
+    assert all(layer.layer_kv(None, 0).made_up for layer in next(made_up.rows(CONTEXT, 1, None)).recorded)
 
 
 def test_made_up_keys_have_the_size_of_real_ones(engine, prompts):

@@ -35,6 +35,7 @@ class LayerKV(NamedTuple):
     q_all: Tensor | None = None  # [B,Hq,S,D] all queries, post-RoPE, where `Method.needs_prompt_queries`
     shared: bool = False  # the prompt stays with others too: what is copied of it is held twice
     depth: float = 0.5  # place among the layers served: 0 the first, 1 the last, 0.5 the only one
+    made_up: bool = False  # keys and values are noise, and what would be fitted to them may be made up too
     host_rows: HostRows | None = None  # places on the host, of a batch that the prompt will be a row of
 
 
