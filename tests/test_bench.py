@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import subprocess
 from dataclasses import replace
 from itertools import count, pairwise
 from types import SimpleNamespace
@@ -681,23 +682,65 @@ def test_latex_compiles_whatever_a_model_is_called():
     assert made.endswith("% two lines\n")
 
 
-def test_the_gpu_is_asked_by_its_own_name(monkeypatch):
-    """As CUDA_VISIBLE_DEVICES may number it anew, and from within a container, which sees other process ids."""
-    asked = []
-    answers = {"clocks.sm": "1980, 2619, 35, 80.1\n", "pid": "4001\n4002\n"}
+SMI = """<?xml version="1.0" ?>
+<!DOCTYPE nvidia_smi_log SYSTEM "nvsmi_device_v12.dtd">
+<nvidia_smi_log><attached_gpus>1</attached_gpus><gpu id="00000000:04:00.0">
+<temperature><gpu_temp>35 C</gpu_temp></temperature>
+<gpu_power_readings><power_draw>N/A</power_draw><average_power_draw>80.10 W</average_power_draw></gpu_power_readings>
+<clocks><graphics_clock>1980 MHz</graphics_clock><sm_clock>1980 MHz</sm_clock><mem_clock>2619 MHz</mem_clock></clocks>
+<processes>PROCESSES</processes>
+</gpu></nvidia_smi_log>"""
+
+
+def process(kind):
+    return f"<process_info><pid>4001</pid><type>{kind}</type><used_memory>90 MiB</used_memory></process_info>"
+
+
+@pytest.fixture
+def smi(monkeypatch):
+    """nvidia-smi, how often it was asked and what it says."""
+    there = SimpleNamespace(asked=[], says=SMI, fails=None)
 
     def run(command, **_):
-        asked.append(command[-1])
-        said = next(text for word, text in answers.items() if word in command[1])
-        return SimpleNamespace(returncode=0, stdout=said)
+        there.asked.append(command)
+        if there.fails is not None:
+            raise there.fails
+        return SimpleNamespace(returncode=0, stdout=there.says)
 
     monkeypatch.setattr("subprocess.run", run)
     monkeypatch.setattr("torch.cuda.get_device_properties", lambda _: SimpleNamespace(uuid="c0ffee"))
+    return there
+
+
+@pytest.mark.parametrize(
+    ("processes", "others"), [(["C", "C", "G"], 1), (["C"], 0), (["C+G", "C", "C"], 2), ([], 0), (["G"], 0)]
+)
+def test_the_gpu_is_asked_once_by_its_own_name(smi, processes, others):
+    """As CUDA_VISIBLE_DEVICES may number it anew, and from within a container, which sees other process ids."""
+    smi.says = SMI.replace("PROCESSES", "".join(map(process, processes)))
     found = conditions(torch.device("cuda:0"))
-    assert set(asked) == {"GPU-c0ffee"}
-    assert (found["clocks.sm"], found["other_gpu_processes"]) == ("1980", 1)
-    answers["pid"] = ""
-    assert conditions(torch.device("cuda:0"))["other_gpu_processes"] == 0
+    [command] = smi.asked
+    assert command[-1] == "GPU-c0ffee"
+    del found["load_per_core"]
+    clocks = {"clocks.sm": "1980", "clocks.mem": "2619", "temperature.gpu": "35", "power.draw": "80.10"}
+    assert found == clocks | {"other_gpu_processes": others}
+
+
+@pytest.mark.parametrize(
+    ("says", "fails"),
+    [
+        ("Failed to initialize NVML", None),
+        ("<nvidia_smi_log></nvidia_smi_log>", None),
+        ("<nvidia_smi_log><gpu><clocks><sm_clock>N/A</sm_clock></clocks></gpu></nvidia_smi_log>", None),
+        ("", FileNotFoundError("nvidia-smi")),
+        ("", subprocess.CalledProcessError(9, "nvidia-smi")),
+        ("", subprocess.TimeoutExpired("nvidia-smi", 10)),
+    ],
+)
+def test_a_gpu_that_does_not_tell_is_no_matter(smi, says, fails):
+    smi.says, smi.fails = says, fails
+    assert set(conditions(torch.device("cuda:0"))) == {"load_per_core"}
+    assert len(smi.asked) == 1
 
 
 def test_noise_is_told():
