@@ -132,7 +132,8 @@ def arbitrary(rows: Tensor, rank: int) -> Tensor:
     batch, width = rows.shape[0], rows.shape[2]
     start = torch.Generator(rows.device).manual_seed(_SEED)
     noise = torch.randn(batch, width, min(rank, width), generator=start, device=rows.device)
-    return torch.linalg.qr(noise)[0].mT.contiguous()
+    directions: Tensor = torch.linalg.qr(noise)[0].mT.contiguous()
+    return directions
 
 
 def project(x: Tensor, directions: Tensor) -> Tensor:
