@@ -123,6 +123,157 @@ def test_tokens_are_those_of_transformers(engine, prompts, tmp_path):
     assert engine.model.config._attn_implementation == "skv", "our attention is back"
 
 
+class Counting(SkvContender):
+    """Says in `log` when it builds, and when a batch of it is let go."""
+
+    log: list[tuple[str, str]]
+
+    def start(self, context, batch):
+        self.log.append(("built", self.label))
+        decoding = super().start(context, batch)
+        close = decoding.close
+
+        def closing():
+            self.log.append(("let go", self.label))
+            close()
+
+        decoding.close = closing
+        return decoding
+
+
+def counting(engine, prompts, specs):
+    log, made = [], [Counting(engine, prompts, parse_method(spec)) for spec in specs]
+    for contender in made:
+        contender.log = log
+    return log, made
+
+
+@pytest.fixture
+def growing(monkeypatch):
+    """Rows of the tests' short contexts may grow by as much as those of 8K."""
+    monkeypatch.setattr("evals.bench.measuring.GROWTH_SHARE", 0.3)
+
+
+@pytest.mark.usefixtures("growing")
+def test_a_batch_is_built_once_and_methods_still_take_turns(engine, prompts, tmp_path):
+    log, made = counting(engine, prompts, ["full", "quest:budget=64"])
+    records, steps = sweep(tmp_path, bench(engine), made, Plan((CONTEXT,), (1, 2), 4, 8))
+    assert [entry for entry in log if entry[0] == "built"] == [("built", c.label) for c in made] * 2
+    assert len(log) == 8, "all are let go, and before the next batch"
+    assert {label for _, label in log[2:4]} == {c.label for c in made}
+    assert [r.method.partition(":")[0] for r in records[:4]] == ["full", "quest", "quest", "full"]
+    assert steps[-1].done == steps[-1].total == len(records) == 16
+    for r in records:
+        assert r.decoded_before == r.repeat * 5, "a warm-up and four steps in each"
+        assert r.turns is None
+        assert len(r.step_ms) == 4
+    for same in ({r.build_s for r in records if r.key[:3] == key} for key in {r.key[:3] for r in records}):
+        assert len(same) == 1, "the one build is in every record of it"
+    assert {(r.method, r.repeat, r.tokens_sha256) for r in records if r.batch == 1} >= {
+        ("full", 0, alone(engine, prompts, 5)), ("full", 3, alone(engine, prompts, 20))
+    }  # fmt: skip
+
+
+def alone(engine, prompts, steps):
+    """The tokens of the first prompt, by itself."""
+    decoding = SkvContender(engine, prompts, parse_method("full")).start(CONTEXT, 1)
+    for _ in range(steps):
+        decoding.step()
+    return decoding.tokens_sha256()
+
+
+def test_a_build_serves_no_repeat_in_which_rows_would_have_grown_too_long(engine, prompts, tmp_path, monkeypatch):
+    monkeypatch.setattr("evals.bench.measuring.GROWTH_SHARE", 18 / CONTEXT)
+    log, made = counting(engine, prompts, ["shadowkv:rank=8,budget=64,engine=fast"])
+    assert bench(engine).repeats_of_a_build(CONTEXT) == 2
+    records, _ = sweep(tmp_path, bench(engine), made, Plan((CONTEXT,), (1,), 5, 8))
+    assert [r.decoded_before for r in records] == [0, 13, 0, 13, 0], "eight more steps count hits"
+    assert log == [("built", made[0].label), ("let go", made[0].label)] * 3
+    monkeypatch.undo()
+    assert bench(engine).repeats_of_a_build(CONTEXT) == 1
+    assert bench(engine).steps_of_a_build(10**6) == 128, "beyond it buffers grow, in the middle of what is timed"
+
+
+@pytest.mark.usefixtures("growing")
+def test_methods_that_do_not_fit_side_by_side_are_measured_apart(engine, prompts, tmp_path):
+    specs = ["full", "quest:budget=64", "streaming:budget=16"]
+    methods = [parse_method(spec) for spec in specs]
+    plain = room(engine)
+    of = {m.label: plain.need(m, CONTEXT, 2, 5).device for m in methods}
+    cap = int((of[specs[0]] + of[specs[2]] - plain.model.weight_bytes) / 0.95) + 1
+    assert plain.model.weight_bytes + sum(x - plain.model.weight_bytes for x in of.values()) > cap
+    log, made = counting(engine, prompts, specs)
+    records, _ = sweep(tmp_path, bench(engine, cap_bytes=cap), made, Plan((CONTEXT,), (2,), 2, 8))
+    assert [r.method for r in records] == [specs[0], specs[2], specs[2], specs[0], specs[1], specs[1]]
+    assert {tuple(r.turns) for r in records if r.method != specs[1]} == {(specs[0], specs[2])}
+    assert {tuple(r.turns) for r in records if r.method == specs[1]} == {(specs[1],)}
+    assert sum(kind == "built" for kind, _ in log) == 3
+    rows = summarise_bench(records)
+    said = [note for note in notes_of(MANIFEST, records, rows) if "not turn by turn with full" in note]
+    assert len(said) == 1
+    assert specs[1] in said[0]
+    assert specs[2] not in said[0]
+    assert any("up to 5 tokens more than their context (1.7 %)" in n for n in notes_of(MANIFEST, records, rows))
+
+
+@pytest.mark.usefixtures("growing")
+def test_memory_that_others_hold_is_no_failure_of_a_method(engine, prompts, tmp_path):
+    """Where the plan was wrong, the others make way, and come back by being built anew."""
+    log, (full, quest) = counting(engine, prompts, ["full", "quest:budget=64"])
+    there, start = [], quest.start
+
+    def crowded(context, batch):
+        there.append(sum({"built": 1, "let go": -1}[kind] for kind, _ in log))
+        if there[-1]:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+        return start(context, batch)
+
+    quest.start = crowded
+    records, _ = sweep(tmp_path, bench(engine), [full, quest], Plan((CONTEXT,), (1,), 2, 8))
+    assert [r.status for r in records] == ["ok"] * 4
+    assert there == [1, 0]
+    first = [("built", full.label), ("let go", full.label), ("built", quest.label)]
+    assert log == [*first, ("built", full.label), ("let go", quest.label), ("let go", full.label)]
+
+
+@pytest.mark.usefixtures("growing")
+def test_peaks_are_without_what_stands_beside(engine, prompts, monkeypatch):
+    monkeypatch.setattr("evals.bench.measuring.peak_bytes", lambda _: (None, 10**9))
+    mine, other = contenders(engine, prompts, ["full", "quest:budget=64"])
+    cells = [Cell(c.label, CONTEXT, 1, repeat) for repeat in (0, 1) for c in (mine, other)]
+    there = bench(engine)
+    with there.batches() as batches:
+        first, beside, again, _ = (
+            there.measure(c, cell, batches) for c, cell in zip([mine, other] * 2, cells, strict=True)
+        )
+    assert first.peak_host_bytes == 10**9
+    assert beside.peak_host_bytes == 10**9 - first.kv_device_bytes
+    assert again.peak_host_bytes == 10**9, "building is in it, which was done once"
+
+
+@pytest.mark.usefixtures("growing")
+def test_hits_stay_those_that_are_made_in_later_repeats(engine):
+    made_up = SyntheticPrompts(engine, 0, with_queries=True)
+    contender = SkvContender(engine, made_up, parse_method("shadowkv:rank=8,budget=64,outliers=2,engine=fast"))
+    there = replace(bench(engine), hits=0.5)
+    with there.batches() as batches:
+        first, second = (there.measure(contender, Cell(contender.label, 600, 1, r), batches) for r in (0, 1))
+        made = batches.built[contender.label].made
+    assert second.decoded_before > 0
+    assert first.hit_rate == second.hit_rate, "counted once"
+    assert [int(known.max()) for known in made._known] == [600 // 8 - 5] * len(made._known), "as no hits were made yet"
+
+
+@pytest.mark.usefixtures("growing")
+def test_transformers_waits_its_turn_without_its_attention(engine, prompts, tmp_path):
+    mine, theirs = SkvContender(engine, prompts, parse_method("full")), TransformersContender(engine, prompts)
+    records, _ = sweep(tmp_path, bench(engine), [mine, theirs], Plan((CONTEXT,), (1,), 3, 8))
+    shas = {(r.method, r.repeat): r.tokens_sha256 for r in records if r.status == "ok"}
+    assert len(shas) == 6
+    assert all(shas["full", repeat] == shas["full@hf", repeat] for repeat in range(3))
+    assert engine.model.config._attn_implementation == "skv"
+
+
 def test_methods_take_turns_within_a_repeat():
     cells = list(ladder_cells(["a", "b", "c"], 10, (1, 2), 3))
     assert [c.method for c in cells[:9]] == ["a", "b", "c", "b", "c", "a", "c", "a", "b"]
@@ -371,8 +522,9 @@ def test_transformers_takes_made_up_keys_too(engine):
     made_up = SyntheticPrompts(engine, 0, with_queries=False)
     theirs = TransformersContender(engine, made_up).start(CONTEXT, 2)
     ours = SkvContender(engine, made_up, parse_method("full")).start(CONTEXT, 2)
-    for _ in range(5):
-        theirs.step()
+    with theirs.awake():
+        for _ in range(5):
+            theirs.step()
     theirs.close()
     for _ in range(5):
         ours.step()
