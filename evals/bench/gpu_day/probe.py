@@ -1,6 +1,7 @@
 """What a machine can do, below the engine: each finding by itself, and written as soon as it is there.
 
-It needs torch and Triton, nothing else. What only a GPU has says so elsewhere: nothing is imitated.
+It needs torch and Triton, and for a decoder layer transformers. What only a GPU has says so elsewhere: nothing is
+imitated.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any
 
 import torch
 
+from evals.bench.gpu_day.probe_dense import compiled_dense_layer, dense_layer
 from evals.bench.gpu_day.probe_memory import (
     graph_with_a_side_stream,
     refused_registration,
@@ -167,6 +169,8 @@ PROBES: Mapping[str, Probe] = MappingProxyType(
         "registered_memory": Probe(registered_memory, needs_cuda=True),
         "graph_with_a_side_stream": Probe(graph_with_a_side_stream, needs_cuda=True),
         "eigenvectors": Probe(eigenvectors),
+        "dense_layer": Probe(dense_layer),
+        "compiled_dense_layer": Probe(compiled_dense_layer, needs_cuda=True),
         "registration_rates": Probe(registration_rates, needs_cuda=True),
         "refused_registration": Probe(refused_registration, needs_cuda=True),
     }
