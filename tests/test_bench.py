@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import subprocess
 from dataclasses import replace
 from itertools import count, pairwise
 from types import SimpleNamespace
@@ -41,6 +42,7 @@ from shadowkv.models.resolving import ModelSource
 from shadowkv.planning.planner import demand_of, sequence_parts
 from shadowkv.tensors import host_memory
 from shadowkv.tensors.host_memory import available_host_bytes
+from shadowkv.tensors.pinned import HostRows
 
 SPECS = ["full", "shadowkv:rank=8,budget=64", "quest:budget=64"]
 CONTEXT = 300
@@ -119,6 +121,157 @@ def test_tokens_are_those_of_transformers(engine, prompts, tmp_path):
     by_key = {r.key: r.tokens_sha256 for r in records}
     assert by_key[Cell("full", CONTEXT, 2, 0)] == by_key[Cell("full@hf", CONTEXT, 2, 0)]
     assert engine.model.config._attn_implementation == "skv", "our attention is back"
+
+
+class Counting(SkvContender):
+    """Says in `log` when it builds, and when a batch of it is let go."""
+
+    log: list[tuple[str, str]]
+
+    def start(self, context, batch):
+        self.log.append(("built", self.label))
+        decoding = super().start(context, batch)
+        close = decoding.close
+
+        def closing():
+            self.log.append(("let go", self.label))
+            close()
+
+        decoding.close = closing
+        return decoding
+
+
+def counting(engine, prompts, specs):
+    log, made = [], [Counting(engine, prompts, parse_method(spec)) for spec in specs]
+    for contender in made:
+        contender.log = log
+    return log, made
+
+
+@pytest.fixture
+def growing(monkeypatch):
+    """Rows of the tests' short contexts may grow by as much as those of 8K."""
+    monkeypatch.setattr("evals.bench.measuring.GROWTH_SHARE", 0.3)
+
+
+@pytest.mark.usefixtures("growing")
+def test_a_batch_is_built_once_and_methods_still_take_turns(engine, prompts, tmp_path):
+    log, made = counting(engine, prompts, ["full", "quest:budget=64"])
+    records, steps = sweep(tmp_path, bench(engine), made, Plan((CONTEXT,), (1, 2), 4, 8))
+    assert [entry for entry in log if entry[0] == "built"] == [("built", c.label) for c in made] * 2
+    assert len(log) == 8, "all are let go, and before the next batch"
+    assert {label for _, label in log[2:4]} == {c.label for c in made}
+    assert [r.method.partition(":")[0] for r in records[:4]] == ["full", "quest", "quest", "full"]
+    assert steps[-1].done == steps[-1].total == len(records) == 16
+    for r in records:
+        assert r.decoded_before == r.repeat * 5, "a warm-up and four steps in each"
+        assert r.turns is None
+        assert len(r.step_ms) == 4
+    for same in ({r.build_s for r in records if r.key[:3] == key} for key in {r.key[:3] for r in records}):
+        assert len(same) == 1, "the one build is in every record of it"
+    assert {(r.method, r.repeat, r.tokens_sha256) for r in records if r.batch == 1} >= {
+        ("full", 0, alone(engine, prompts, 5)), ("full", 3, alone(engine, prompts, 20))
+    }  # fmt: skip
+
+
+def alone(engine, prompts, steps):
+    """The tokens of the first prompt, by itself."""
+    decoding = SkvContender(engine, prompts, parse_method("full")).start(CONTEXT, 1)
+    for _ in range(steps):
+        decoding.step()
+    return decoding.tokens_sha256()
+
+
+def test_a_build_serves_no_repeat_in_which_rows_would_have_grown_too_long(engine, prompts, tmp_path, monkeypatch):
+    monkeypatch.setattr("evals.bench.measuring.GROWTH_SHARE", 18 / CONTEXT)
+    log, made = counting(engine, prompts, ["shadowkv:rank=8,budget=64,engine=fast"])
+    assert bench(engine).repeats_of_a_build(CONTEXT) == 2
+    records, _ = sweep(tmp_path, bench(engine), made, Plan((CONTEXT,), (1,), 5, 8))
+    assert [r.decoded_before for r in records] == [0, 13, 0, 13, 0], "eight more steps count hits"
+    assert log == [("built", made[0].label), ("let go", made[0].label)] * 3
+    monkeypatch.undo()
+    assert bench(engine).repeats_of_a_build(CONTEXT) == 1
+    assert bench(engine).steps_of_a_build(10**6) == 128, "beyond it buffers grow, in the middle of what is timed"
+
+
+@pytest.mark.usefixtures("growing")
+def test_methods_that_do_not_fit_side_by_side_are_measured_apart(engine, prompts, tmp_path):
+    specs = ["full", "quest:budget=64", "streaming:budget=16"]
+    methods = [parse_method(spec) for spec in specs]
+    plain = room(engine)
+    of = {m.label: plain.need(m, CONTEXT, 2, 5).device for m in methods}
+    cap = int((of[specs[0]] + of[specs[2]] - plain.model.weight_bytes) / 0.95) + 1
+    assert plain.model.weight_bytes + sum(x - plain.model.weight_bytes for x in of.values()) > cap
+    log, made = counting(engine, prompts, specs)
+    records, _ = sweep(tmp_path, bench(engine, cap_bytes=cap), made, Plan((CONTEXT,), (2,), 2, 8))
+    assert [r.method for r in records] == [specs[0], specs[2], specs[2], specs[0], specs[1], specs[1]]
+    assert {tuple(r.turns) for r in records if r.method != specs[1]} == {(specs[0], specs[2])}
+    assert {tuple(r.turns) for r in records if r.method == specs[1]} == {(specs[1],)}
+    assert sum(kind == "built" for kind, _ in log) == 3
+    rows = summarise_bench(records)
+    said = [note for note in notes_of(MANIFEST, records, rows) if "not turn by turn with full" in note]
+    assert len(said) == 1
+    assert specs[1] in said[0]
+    assert specs[2] not in said[0]
+    assert any("up to 5 tokens more than their context (1.7 %)" in n for n in notes_of(MANIFEST, records, rows))
+
+
+@pytest.mark.usefixtures("growing")
+def test_memory_that_others_hold_is_no_failure_of_a_method(engine, prompts, tmp_path):
+    """Where the plan was wrong, the others make way, and come back by being built anew."""
+    log, (full, quest) = counting(engine, prompts, ["full", "quest:budget=64"])
+    there, start = [], quest.start
+
+    def crowded(context, batch):
+        there.append(sum({"built": 1, "let go": -1}[kind] for kind, _ in log))
+        if there[-1]:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+        return start(context, batch)
+
+    quest.start = crowded
+    records, _ = sweep(tmp_path, bench(engine), [full, quest], Plan((CONTEXT,), (1,), 2, 8))
+    assert [r.status for r in records] == ["ok"] * 4
+    assert there == [1, 0]
+    first = [("built", full.label), ("let go", full.label), ("built", quest.label)]
+    assert log == [*first, ("built", full.label), ("let go", quest.label), ("let go", full.label)]
+
+
+@pytest.mark.usefixtures("growing")
+def test_peaks_are_without_what_stands_beside(engine, prompts, monkeypatch):
+    monkeypatch.setattr("evals.bench.measuring.peak_bytes", lambda _: (None, 10**9))
+    mine, other = contenders(engine, prompts, ["full", "quest:budget=64"])
+    cells = [Cell(c.label, CONTEXT, 1, repeat) for repeat in (0, 1) for c in (mine, other)]
+    there = bench(engine)
+    with there.batches() as batches:
+        first, beside, again, _ = (
+            there.measure(c, cell, batches) for c, cell in zip([mine, other] * 2, cells, strict=True)
+        )
+    assert first.peak_host_bytes == 10**9
+    assert beside.peak_host_bytes == 10**9 - first.kv_device_bytes
+    assert again.peak_host_bytes == 10**9, "building is in it, which was done once"
+
+
+@pytest.mark.usefixtures("growing")
+def test_hits_stay_those_that_are_made_in_later_repeats(engine):
+    made_up = SyntheticPrompts(engine, 0, with_queries=True)
+    contender = SkvContender(engine, made_up, parse_method("shadowkv:rank=8,budget=64,outliers=2,engine=fast"))
+    there = replace(bench(engine), hits=0.5)
+    with there.batches() as batches:
+        first, second = (there.measure(contender, Cell(contender.label, 600, 1, r), batches) for r in (0, 1))
+        made = batches.built[contender.label].made
+    assert second.decoded_before > 0
+    assert first.hit_rate == second.hit_rate, "counted once"
+    assert [int(known.max()) for known in made._known] == [600 // 8 - 5] * len(made._known), "as no hits were made yet"
+
+
+@pytest.mark.usefixtures("growing")
+def test_transformers_waits_its_turn_without_its_attention(engine, prompts, tmp_path):
+    mine, theirs = SkvContender(engine, prompts, parse_method("full")), TransformersContender(engine, prompts)
+    records, _ = sweep(tmp_path, bench(engine), [mine, theirs], Plan((CONTEXT,), (1,), 3, 8))
+    shas = {(r.method, r.repeat): r.tokens_sha256 for r in records if r.status == "ok"}
+    assert len(shas) == 6
+    assert all(shas["full", repeat] == shas["full@hf", repeat] for repeat in range(3))
+    assert engine.model.config._attn_implementation == "skv"
 
 
 def test_methods_take_turns_within_a_repeat():
@@ -347,6 +500,7 @@ def test_made_up_keys_cost_what_real_ones_do(engine, prompts, tokenizer, name):
     assert filled.began.prefill_s is None
     shas = {SkvContender(engine, made_up, method).start(CONTEXT, 2).tokens_sha256() for _ in range(2)}
     assert len(shas) == 1, "the same rows every time"
+    assert all(layer.layer_kv(None, 0).made_up for layer in next(made_up.rows(CONTEXT, 1, None)).recorded)
 
 
 def test_made_up_keys_have_the_size_of_real_ones(engine, prompts):
@@ -368,8 +522,9 @@ def test_transformers_takes_made_up_keys_too(engine):
     made_up = SyntheticPrompts(engine, 0, with_queries=False)
     theirs = TransformersContender(engine, made_up).start(CONTEXT, 2)
     ours = SkvContender(engine, made_up, parse_method("full")).start(CONTEXT, 2)
-    for _ in range(5):
-        theirs.step()
+    with theirs.awake():
+        for _ in range(5):
+            theirs.step()
     theirs.close()
     for _ in range(5):
         ours.step()
@@ -539,6 +694,27 @@ def test_short_prompts_are_computed_together(engine, prompts, monkeypatch):
     assert decoding.tokens_sha256() == alone.tokens_sha256()
 
 
+@pytest.mark.parametrize("coding", ["native", "int8"])
+def test_values_of_a_batch_are_written_once(engine, prompts, monkeypatch, coding):
+    """Rows are built where they will be: joining them copies none of what is on the host."""
+    method, places = parse_method(f"shadowkv:rank=12,budget=64,outliers=2,engine=fast,values={coding}"), []
+    monkeypatch.setattr("evals.bench.engines.HostRows", lambda rows: places.append(HostRows(rows)) or places[-1])
+    decoding = SkvContender(engine, prompts, method).start(CONTEXT, 3)
+    [share] = decoding._cache._shares
+    layers = [layer._values for layer in share.cache.layers.values()]
+    blocks = {block.untyped_storage().data_ptr() for block in places[0]._blocks.values()}
+    assert {part.data.untyped_storage().data_ptr() for parts in layers for part in parts} == blocks
+    assert len(blocks) == len(layers) * len(layers[0])
+    for _ in range(4):
+        decoding.step()
+    monkeypatch.setattr("evals.bench.engines.HostRows", lambda rows: None)
+    apart = SkvContender(engine, prompts, method).start(CONTEXT, 3)
+    for _ in range(4):
+        apart.step()
+    assert decoding.tokens_sha256() == apart.tokens_sha256()
+    assert decoding.nbytes() == apart.nbytes()
+
+
 def test_distributions():
     assert distribution([]) is None
     assert distribution([1.0] * 9 + [101.0]) == pytest.approx((1.0, 1.0, 11.0))
@@ -658,23 +834,65 @@ def test_latex_compiles_whatever_a_model_is_called():
     assert made.endswith("% two lines\n")
 
 
-def test_the_gpu_is_asked_by_its_own_name(monkeypatch):
-    """As CUDA_VISIBLE_DEVICES may number it anew, and from within a container, which sees other process ids."""
-    asked = []
-    answers = {"clocks.sm": "1980, 2619, 35, 80.1\n", "pid": "4001\n4002\n"}
+SMI = """<?xml version="1.0" ?>
+<!DOCTYPE nvidia_smi_log SYSTEM "nvsmi_device_v12.dtd">
+<nvidia_smi_log><attached_gpus>1</attached_gpus><gpu id="00000000:04:00.0">
+<temperature><gpu_temp>35 C</gpu_temp></temperature>
+<gpu_power_readings><power_draw>N/A</power_draw><average_power_draw>80.10 W</average_power_draw></gpu_power_readings>
+<clocks><graphics_clock>1980 MHz</graphics_clock><sm_clock>1980 MHz</sm_clock><mem_clock>2619 MHz</mem_clock></clocks>
+<processes>PROCESSES</processes>
+</gpu></nvidia_smi_log>"""
+
+
+def process(kind):
+    return f"<process_info><pid>4001</pid><type>{kind}</type><used_memory>90 MiB</used_memory></process_info>"
+
+
+@pytest.fixture
+def smi(monkeypatch):
+    """nvidia-smi, how often it was asked and what it says."""
+    there = SimpleNamespace(asked=[], says=SMI, fails=None)
 
     def run(command, **_):
-        asked.append(command[-1])
-        said = next(text for word, text in answers.items() if word in command[1])
-        return SimpleNamespace(returncode=0, stdout=said)
+        there.asked.append(command)
+        if there.fails is not None:
+            raise there.fails
+        return SimpleNamespace(returncode=0, stdout=there.says)
 
     monkeypatch.setattr("subprocess.run", run)
     monkeypatch.setattr("torch.cuda.get_device_properties", lambda _: SimpleNamespace(uuid="c0ffee"))
+    return there
+
+
+@pytest.mark.parametrize(
+    ("processes", "others"), [(["C", "C", "G"], 1), (["C"], 0), (["C+G", "C", "C"], 2), ([], 0), (["G"], 0)]
+)
+def test_the_gpu_is_asked_once_by_its_own_name(smi, processes, others):
+    """As CUDA_VISIBLE_DEVICES may number it anew, and from within a container, which sees other process ids."""
+    smi.says = SMI.replace("PROCESSES", "".join(map(process, processes)))
     found = conditions(torch.device("cuda:0"))
-    assert set(asked) == {"GPU-c0ffee"}
-    assert (found["clocks.sm"], found["other_gpu_processes"]) == ("1980", 1)
-    answers["pid"] = ""
-    assert conditions(torch.device("cuda:0"))["other_gpu_processes"] == 0
+    [command] = smi.asked
+    assert command[-1] == "GPU-c0ffee"
+    del found["load_per_core"]
+    clocks = {"clocks.sm": "1980", "clocks.mem": "2619", "temperature.gpu": "35", "power.draw": "80.10"}
+    assert found == clocks | {"other_gpu_processes": others}
+
+
+@pytest.mark.parametrize(
+    ("says", "fails"),
+    [
+        ("Failed to initialize NVML", None),
+        ("<nvidia_smi_log></nvidia_smi_log>", None),
+        ("<nvidia_smi_log><gpu><clocks><sm_clock>N/A</sm_clock></clocks></gpu></nvidia_smi_log>", None),
+        ("", FileNotFoundError("nvidia-smi")),
+        ("", subprocess.CalledProcessError(9, "nvidia-smi")),
+        ("", subprocess.TimeoutExpired("nvidia-smi", 10)),
+    ],
+)
+def test_a_gpu_that_does_not_tell_is_no_matter(smi, says, fails):
+    smi.says, smi.fails = says, fails
+    assert set(conditions(torch.device("cuda:0"))) == {"load_per_core"}
+    assert len(smi.asked) == 1
 
 
 def test_noise_is_told():

@@ -214,6 +214,7 @@ def test_synthetic_and_dummy_runs_say_so_everywhere(capsys, tmp_path):
     for said in (out, *((tmp_path / name).read_text() for name in ("summary.md", "summary.tex", "run.json"))):
         assert "dummy weights" in said
         assert "synthetic KV" in said
+        assert "building them leaves out the fit" in " ".join(said.split())
         assert "hits made" in said
     assert "synthetic_kv" in (tmp_path / "summary.csv").read_text().splitlines()[0]
 

@@ -140,9 +140,23 @@ def test_a_dry_run_computes_nothing(capsys, bench, monkeypatch):
     assert "Nothing was run." in capsys.readouterr().out
 
 
+def test_some_kernels_alone_are_measured_in_their_own_order(capsys, bench, tmp_path):
+    argv = [*bench, "--only", " plan_fill,chunk_scores ", "--out", str(tmp_path / "run")]
+    assert [row["kernel"] for row in told(capsys, argv)["rows"]] == ["chunk_scores", "plan_fill"]
+    argv[-3] = "choose_chunks"
+    kernels = [row["kernel"] for row in told(capsys, argv)["rows"]]
+    assert kernels == ["chunk_scores", "plan_fill", "choose_chunks"], "a folder goes on"
+    assert [row["kernel"] for row in told(capsys, [*argv, "--dry-run"])["rows"]] == ["choose_chunks"]
+
+
 @pytest.mark.parametrize(
     ("argv", "says"),
     [
+        (
+            ["--only", "chunk_score"],
+            "unknown kernel 'chunk_score' (did you mean 'chunk_scores'?); one of",
+        ),
+        (["--only", ","], "--only names no kernel; one of chunk_scores,"),
         (["--compile", "sm_9"], "unknown target 'sm_9' (did you mean 'sm_90'?)"),
         (["--compile", ","], "for example --compile sm_80,sm_90"),
         (["--context", "64"], "give a longer context or a smaller budget"),

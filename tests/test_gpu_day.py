@@ -22,6 +22,7 @@ from evals.bench.gpu_day import machine
 from evals.bench.gpu_day.agreement import engines_agree
 from evals.bench.gpu_day.day import Day, code_root
 from evals.bench.gpu_day.machine import Card, RealModel, lacking_modules, lacks
+from evals.bench.gpu_day.probe_dense import compiled_dense_layer
 from evals.bench.gpu_day.report import exit_code_of, page
 from evals.bench.gpu_day.stages import MOST_SECONDS, Stage, stages
 from evals.bench.gpu_day.state import FILE, read_state
@@ -91,12 +92,28 @@ def test_the_probe_imitates_nothing(tiny_day):
     told = json.loads((tiny_day.out / "probe" / "probe.json").read_text())
     status = {finding["name"]: finding["status"] for finding in told["findings"]}
     skipped = {"card", "registered_memory", "graph_with_a_side_stream", "registration_rates", "refused_registration"}
+    skipped |= {"compiled_dense_layer"}
     assert {name for name, said in status.items() if said == "skipped"} == skipped
     assert {name for name, said in status.items() if said == "ok"} == status.keys() - skipped
     found = {finding["name"]: finding["found"] for finding in told["findings"]}
     assert found["versions"]["torch"]
     assert found["rates"]["copy_gb_s"] > 0
     assert found["triton_kernel"] == {"differs_by": 0.0, "how": "interpreted"}
+
+
+def test_a_compiled_layer_gives_what_the_layer_gives(monkeypatch):
+    """Norms and MLP are compiled, and attention is not, which an engine has of its own."""
+    compiled, compile_module = [], torch.nn.Module.compile
+
+    def noting(module, **options):
+        compiled.append(type(module).__name__)
+        compile_module(module, **options)
+
+    monkeypatch.setattr(torch.nn.Module, "compile", noting)
+    found = compiled_dense_layer(torch.device("cpu"), True, backend="eager")
+    assert compiled == ["LlamaMLP", "LlamaRMSNorm", "LlamaRMSNorm", "LlamaDecoderLayer"]
+    assert found["parts_differ_by"] == found["whole_differs_by"] == 0.0
+    assert min(found["us"], found["parts_us"], found["whole_us"]) > 0
 
 
 def test_what_is_done_is_not_done_again(tiny_day):

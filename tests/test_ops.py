@@ -166,6 +166,83 @@ def test_small_singular_values_survive_the_gram_matrix():
     assert left_over.norm().item() == pytest.approx(best, rel=0.02)
 
 
+WIDTH, WANTED = 256, 32  # as many as `leading` takes: what it follows is a quarter of the width
+SPECTRA = {
+    "flat": torch.ones(WIDTH),
+    "slow": 0.99 ** torch.arange(WIDTH),
+    "like keys": (1.0 + torch.arange(WIDTH)) ** -0.5,
+    "steep": (1.0 + torch.arange(WIDTH)) ** -2.0,
+    "a gap": torch.where(torch.arange(WIDTH) < WANTED, 1.0, 0.1),
+    "a gap too early": torch.where(torch.arange(WIDTH) < WANTED // 2, 1.0, 0.1),
+}
+
+
+def gram_of(spectrum, batch=2, seed=0):
+    """Of noise with these scales along random axes, other ones in every row. [B,W,W] fp64."""
+    x = rand(batch, 4 * WIDTH, WIDTH, seed=seed).double() * spectrum
+    x = x @ torch.linalg.qr(rand(batch, WIDTH, WIDTH, seed=seed + 1).double())[0]
+    return x.mT @ x
+
+
+def held_by(gram, vectors):
+    return (vectors.mT @ gram @ vectors).diagonal(dim1=-2, dim2=-1).sum(-1)
+
+
+@pytest.mark.parametrize("name", SPECTRA)
+def test_leading_vectors_hold_as_much_as_eighs(name):
+    gram = gram_of(SPECTRA[name])
+    best = torch.linalg.eigh(gram)[1].flip(-1)[..., :WANTED]
+    found = low_rank.leading(gram, WANTED)
+    torch.testing.assert_close(found.mT @ found, torch.eye(WANTED).double().expand(2, -1, -1), atol=1e-12, rtol=0)
+    total = gram.diagonal(dim1=-2, dim2=-1).sum(-1)
+    most, held = held_by(gram, best), held_by(gram, found)
+    assert ((most - held) / most).max() < 1e-6
+    assert ((total - held) / (total - most)).max() < 1 + 1e-3
+    assert (held_by(gram, found[..., :5]) / held_by(gram, best[..., :5])).min() > 1 - 1e-6, "the strongest first"
+    if name == "a gap":
+        torch.testing.assert_close(found @ found.mT, best @ best.mT, atol=1e-8, rtol=0)
+
+
+def test_leading_vectors_are_the_same_every_time():
+    gram = gram_of(SPECTRA["flat"])
+    found = low_rank.leading(gram, WANTED)
+    state = torch.random.get_rng_state()
+    torch.rand(7)
+    assert torch.equal(low_rank.leading(gram, WANTED), found)
+    torch.random.set_rng_state(state)
+    low_rank.leading(gram, WANTED)
+    assert torch.equal(torch.random.get_rng_state(), state), "a seed of its own"
+
+
+@pytest.mark.parametrize("tokens", [0, WANTED, 300])
+def test_a_fit_by_products_is_that_by_eigenvectors(monkeypatch, tokens):
+    """Nothing, and what has fewer directions than are followed, is left to eigh."""
+    x = rand(2, tokens, WIDTH) * SPECTRA["a gap"]
+    wanted = low_rank.fit([x], WANTED)
+    monkeypatch.setattr(low_rank, "_iterates", lambda *_: True)
+    got = low_rank.fit([x], WANTED)
+    settled = low_rank.leading(x.double().mT @ x.double(), WANTED) is not None
+    assert settled == (tokens == 300)
+    assert got.dtype == wanted.dtype
+    assert torch.equal(got, wanted) or settled
+    left = [(x - low_rank.project(x, d) @ d).norm().item() for d in (got, wanted)]
+    assert left[0] == pytest.approx(left[1], rel=1e-3, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("device", "width", "rank", "yes"),
+    [("cuda", 1024, 160, True), ("cpu", 1024, 160, False), ("cuda", 1024, 256, False), ("cuda", 192, 24, False)],
+)
+def test_products_are_for_gpus_and_few_of_many_directions(device, width, rank, yes):
+    assert low_rank._iterates(device, width, rank) == yes
+
+
+def test_what_holds_a_share_of_energy_needs_every_eigenvalue(monkeypatch):
+    monkeypatch.setattr(low_rank, "_iterates", lambda *_: True)
+    monkeypatch.setattr(low_rank, "leading", lambda *_: pytest.fail("it knows only those it follows"))
+    assert low_rank.fit([rand(1, 50, 24)], 1, 0.5).shape[1] > 1
+
+
 def test_rebuild_gathers_rows_for_each_head():
     coefficients, vectors = rand(2, 20, 3), rand(2, 3, 8, seed=1)
     index = torch.randint(0, 20, (2, 2, 5), generator=torch.Generator().manual_seed(3))

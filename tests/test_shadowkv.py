@@ -117,6 +117,19 @@ def test_factors_of_later_tokens_are_as_good_as_those_of_the_prompt(factors):
     assert error[:, 300:].mean() < 1.2 * error[:, :300].mean()
 
 
+@pytest.mark.parametrize("engine", ["reference", "fast"])
+def test_nothing_is_fitted_to_made_up_keys(kv, rope, monkeypatch, engine):
+    method = replace(METHOD, engine=engine)
+    fitted = method.new_layer(1, kv, rope)
+    monkeypatch.setattr("shadowkv.tensors.low_rank.fit", lambda *_: pytest.fail("noise is worth no time"))
+    made_up = [method.new_layer(1, kv._replace(made_up=True), rope) for _ in range(2)]
+    first, second = (layer._factors.vectors for layer in made_up)
+    assert torch.equal(first, second), "the same every time"
+    assert first.shape == fitted._factors.vectors.shape
+    torch.testing.assert_close(first @ first.mT, torch.eye(METHOD.rank)[None], atol=1e-5, rtol=0)
+    assert made_up[0].nbytes() == fitted.nbytes()
+
+
 @pytest.mark.parametrize("family", ["llama", "phi3-longrope"])
 @pytest.mark.parametrize("engine", ["reference", "fast"])
 def test_blocks_of_a_prompt_make_up_the_whole(tiny, monkeypatch, family, engine):

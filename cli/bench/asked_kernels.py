@@ -31,6 +31,9 @@ class KernelSettings(ModelOptions):
         str | None,
         typer.Option("--method", "-m", help="Setting such as shadowkv:rank=160,budget=2048 (default: the preset's)."),
     ] = None
+    only: Annotated[
+        str | None, typer.Option(help="Kernels, in their own order: chunk_scores,attend_resident (default: all).")
+    ] = None
     misses: Annotated[float, typer.Option(help="Share of the chosen chunks that a step has to fetch.")] = 0.4
     steps: Annotated[int, typer.Option(help="Times that every kernel is timed.")] = 50
     warmup: Annotated[int, typer.Option(help="Calls before those, which do not count.")] = 10
@@ -78,6 +81,7 @@ class AskedKernels:
         self.method = self._method()
         self.asked = self._workload()
         self.work = self.asked if self.on_gpu else self.asked.shrunk()
+        self.items = self._items()
         if self.on_gpu:
             self._check_host()
 
@@ -146,13 +150,24 @@ class AskedKernels:
                 f"pinning values takes up to {size(need)} of host memory, {free} are free: a smaller --batch"
             )
 
-    @property
-    def items(self) -> list[Item]:
-        """All kernels, and what is measured with them."""
+    def _items(self) -> list[Item]:
+        """All kernels, or those of --only, and what is measured with them."""
         from evals.bench.kernels.subjects import items
+        from shadowkv.common.errors import SkvError
+        from shadowkv.common.names import did_you_mean
         from shadowkv.kernels import twins
 
-        return list(items(self.work, twins))
+        found = list(items(self.work, twins))
+        if self.settings.only is None:
+            return found
+        asked = [name.strip() for name in self.settings.only.split(",") if name.strip()]
+        known = list(dict.fromkeys(item.kernel for item in found))
+        for name in asked:
+            if name not in known:
+                raise SkvError(f"unknown kernel '{name}'{did_you_mean(name, known)}; one of {', '.join(known)}")
+        if not asked:
+            raise SkvError(f"--only names no kernel; one of {', '.join(known)}")
+        return [item for item in found if item.kernel in asked]
 
     @property
     def sizes(self) -> dict[str, Any]:
@@ -207,7 +222,12 @@ class AskedKernels:
                 "machine": self.machine,
             },
             methods={self.method.label: plain(self.method.params())},
-            selection={"compile": list(self.targets), "context": self.context, "batch": self.settings.batch},
+            selection={
+                "compile": list(self.targets),
+                "context": self.context,
+                "batch": self.settings.batch,
+                "only": self.settings.only,
+            },
             model={
                 "name": f"{self.source.name} geometry",
                 "source": self.source.described,

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 EPILOG = (
     "Examples:\n\n"
     "skv bench kernels --device cuda --out results/kernels        # Llama 3.1 8B's geometry, 8 x 122k\n\n"
+    "skv bench kernels --device cuda --only chunk_scores,choose_chunks --steps 20\n\n"
     "skv bench kernels --model glm4-9b-1m --context 60k --batch 16 -m shadowkv:rank=160,budget=4096,values=int8\n\n"
     "skv bench kernels --compile sm_80,sm_90        # on a CPU: interpreter, and registers on GPUs that are not here"
 )

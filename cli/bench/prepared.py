@@ -198,7 +198,10 @@ def manifest_of(loaded: Loaded, benchmark: str, selection: dict[str, Any]) -> Ma
         notes.append("dummy weights: the text means nothing, only times and bytes do")
     notes += weight_notes(model_entry(model))
     if settings.synthetic_kv:
-        notes.append("synthetic KV: random keys and values, no prefill; what depends on text is not that of text")
+        notes.append(
+            "synthetic KV: random keys and values, no prefill; what depends on text is not that of text; ShadowKV's "
+            "factors are on random directions, and building them leaves out the fit"
+        )
     if loaded.bench.hits is not None:
         notes.append(
             f"hits made: {loaded.bench.hits:.0%} of the chunks that a step chooses are said to be there (--hits), "

@@ -5,11 +5,27 @@ from __future__ import annotations
 import os
 import subprocess
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
+from xml.etree import ElementTree
+from xml.etree.ElementTree import Element
 
 import torch
 
-_CLOCKS = ("clocks.sm", "clocks.mem", "temperature.gpu", "power.draw")
+# By the name that CSV queries have for it, where an answer in XML has it: drivers moved the power.
+_WHERE = MappingProxyType(
+    {
+        "clocks.sm": ("clocks/sm_clock",),
+        "clocks.mem": ("clocks/mem_clock",),
+        "temperature.gpu": ("temperature/gpu_temp",),
+        "power.draw": (
+            "gpu_power_readings/power_draw",
+            "gpu_power_readings/average_power_draw",
+            "gpu_power_readings/instant_power_draw",
+            "power_readings/power_draw",
+        ),
+    }
+)
 
 
 def machine_name(session_machine: Mapping[str, Any]) -> str:
@@ -23,27 +39,34 @@ def conditions(device: torch.device) -> dict[str, Any]:
     found: dict[str, Any] = {"load_per_core": round(os.getloadavg()[0] / (os.cpu_count() or 1), 2)}
     if device.type != "cuda":
         return found
-    values = _smi(f"--query-gpu={','.join(_CLOCKS)}", device)
-    found |= dict(zip(_CLOCKS, values[0], strict=False)) if values else {}
-    pids = _smi("--query-compute-apps=pid", device)
-    if pids is not None:
+    gpu = _smi(device)
+    if gpu is None:
+        return found
+    found |= {name: value for name, places in _WHERE.items() if (value := _first(gpu, places))}
+    if (held := gpu.find("processes")) is not None:
+        computing = [process for process in held if "C" in (process.findtext("type") or "")]
         # This process is one of them, under a number of the host's where it runs in a container.
-        found["other_gpu_processes"] = max(len(pids) - 1, 0)
+        found["other_gpu_processes"] = max(len(computing) - 1, 0)
     return found
 
 
-def _smi(query: str, device: torch.device) -> list[list[str]] | None:
-    """Rows of an nvidia-smi query, None where it cannot be asked."""
+def _first(gpu: Element, places: Sequence[str]) -> str | None:
+    """The first value that is a number, without its unit."""
+    said = [(gpu.findtext(place) or "").split() for place in places]
+    return next((words[0] for words in said if words and words[0][0].isdecimal()), None)
+
+
+def _smi(device: torch.device) -> Element | None:
+    """All that nvidia-smi says of a GPU in one call, which takes up to a second. None where it cannot be asked."""
     # By its own name: CUDA_VISIBLE_DEVICES numbers GPUs anew, and nvidia-smi does not ask it.
     name = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
-    command = ["nvidia-smi", query, "--format=csv,noheader,nounits", "-i", name]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
+        done = subprocess.run(
+            ["nvidia-smi", "-q", "-x", "-i", name], capture_output=True, text=True, check=True, timeout=10
+        )
+        return ElementTree.fromstring(done.stdout).find("gpu")
+    except (OSError, subprocess.SubprocessError, ElementTree.ParseError):
         return None
-    if done.returncode:
-        return None
-    return [[cell.strip() for cell in line.split(",")] for line in done.stdout.splitlines() if line.strip()]
 
 
 def noise_note(all_conditions: Sequence[Mapping[str, Any]]) -> str:

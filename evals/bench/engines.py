@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -23,6 +24,7 @@ from shadowkv.contract.method import Method
 from shadowkv.engine.cache import MethodCache
 from shadowkv.engine.engine import Engine
 from shadowkv.methods.full.method import Full
+from shadowkv.tensors.pinned import HostRows
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,11 @@ class Decoding(ABC):
     def close(self) -> None:
         """Let go of everything."""
 
+    @contextmanager
+    def awake(self) -> Iterator[None]:
+        """Steps are taken within: between them other batches may use the model."""
+        yield
+
     def step(self) -> None:
         """Decode one token of every row."""
         self._tokens.append(_greedy(self._logits(self._tokens[-1])))
@@ -84,6 +91,7 @@ class Contender(ABC):
 
     label: str
     method: Method  # what it keeps and reads, for planning
+    stays: ClassVar[bool] = True  # whether a batch can wait while others are built and decode
 
     def leave_host(self, needed_bytes: int) -> None:  # noqa: B027 - most keep nothing
         """See `Prompts.leave_host`."""
@@ -107,13 +115,13 @@ class SkvContender(Contender):
     def start(self, context: int, batch: int) -> Decoding:
         engine, sparse = self._engine, self.method.prefill
         self._prompts.prepare(context, batch, sparse)
-        caches, first = list[MethodCache](), list[int]()
+        caches, first, host_rows = list[MethodCache](), list[int](), HostRows(batch)
         # Until each prompt's first token, without its cache and with it.
         alone_s, built_s = list[float](), list[float]()
         prefill_s, build_s = 0.0, 0.0
         for rows in self._prompts.rows(context, batch, sparse):
             began = self._clock.now()
-            caches.append(engine.adopt(rows, self.method))
+            caches.append(engine.adopt(rows, self.method, host_rows))
             tokens, took = rows.first_tokens(), self._clock.now() - began
             first += tokens
             if rows.streamed:
@@ -190,6 +198,7 @@ class TransformersContender(Contender):
         except BaseException:
             decoding.close()
             raise
+        decoding.rest()
         decoding.began = Began(seconds, seconds, None, True)
         return decoding
 
@@ -202,6 +211,7 @@ class TransformersContender(Contender):
             decoding.fill(layer, torch.cat([kv.k for kv in made]), torch.cat([kv.v for kv in made]))
         first = [token for row in rows for token in row.first_tokens()]
         decoding.begin(torch.tensor(first, device=self._engine.model.device)[:, None])
+        decoding.rest()
         decoding.began = Began(None, None, None, True)
         return decoding
 
@@ -230,9 +240,21 @@ class _TransformersDecoding(Decoding):
         held = [x for layer in self._cache.layers for x in (layer.keys, layer.values)]
         return Bytes(sum(x.numel() * x.element_size() for x in held), 0)
 
+    @contextmanager
+    def awake(self) -> Iterator[None]:
+        self._model.set_attn_implementation("sdpa")
+        try:
+            yield
+        finally:
+            self.rest()
+
+    def rest(self) -> None:
+        """Give the model back what our engine attached."""
+        self._model.set_attn_implementation(NAME)
+
     def close(self) -> None:
         self._cache = DynamicCache(config=self._model.config)
-        self._model.set_attn_implementation(NAME)  # what our engine attached
+        self.rest()
 
 
 ENGINES: dict[str, Callable[[Engine, Prompts], Contender]] = {"hf": TransformersContender}

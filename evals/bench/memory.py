@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -85,6 +86,16 @@ class Room:
         elif host:
             limits.append(free // host)
         return max(0, min(ceiling, *limits))
+
+    def fits_together(self, methods: Sequence[Method], context: int, batch: int, new_tokens: int) -> bool:
+        """Whether a batch of each is planned to stand beside those of the others, with a little to spare."""
+        needs = [self.need(method, context, batch, new_tokens) for method in methods]
+        weights = self.model.weight_bytes
+        device = weights + sum(need.device - weights for need in needs)
+        host = sum(need.host for need in needs) + (device - weights if self.device.type == "cpu" else 0)
+        return (
+            device <= (1 - HOST_RESERVE) * self.device_bytes() and host <= (1 - HOST_RESERVE) * available_host_bytes()
+        )
 
     def device_bytes(self) -> int:
         """The size of the device, or the cap on it."""

@@ -172,6 +172,7 @@ class _MadeUpLayer:
             made(q, min(OBSERVED_QUERIES, self.tokens)),
             self.like.scaling,
             made(q, self.tokens) if self.with_queries else None,
+            made_up=True,
         )
 
 

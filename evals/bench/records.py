@@ -46,6 +46,8 @@ class BenchRecord(Measurement):
 
     step_ms: list[float] = field(default_factory=list)  # decode steps after the warm-up, each for all rows
     warmup_steps: int = 0
+    decoded_before: int = 0  # tokens of each row in earlier repeats of the same build, which this one goes on from
+    turns: list[str] | None = None  # methods that took turns in repeats, where not all could stand side by side
     ttft_s: float | None = None  # from a prompt to its first token, the prompt not having to wait for others
     prefill_s: float | None = None  # of all prompts
     build_s: float | None = None  # caches from the prompts' keys and values, those coming back from the host

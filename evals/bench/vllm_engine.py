@@ -36,6 +36,7 @@ class VllmContender(Contender):
 
     label = "full@vllm"
     method = Full()
+    stays = False  # its engine steps all rows that it was given
 
     def __init__(self, folder: str, dtype: str, dims: Dims, prompts: Prompts, device: torch.device) -> None:
         require_vllm()

@@ -20,6 +20,7 @@ from shadowkv.common.dims import Bytes, Dims
 from shadowkv.common.errors import SkvError
 from shadowkv.contract.setting import Setting, require
 from shadowkv.contract.sparse_prefill import SparsePrefill
+from shadowkv.tensors.pinned import HostRows
 
 OBSERVED_QUERIES = 64  # last queries of a prompt that every method is given
 
@@ -34,6 +35,8 @@ class LayerKV(NamedTuple):
     q_all: Tensor | None = None  # [B,Hq,S,D] all queries, post-RoPE, where `Method.needs_prompt_queries`
     shared: bool = False  # the prompt stays with others too: what is copied of it is held twice
     depth: float = 0.5  # place among the layers served: 0 the first, 1 the last, 0.5 the only one
+    made_up: bool = False  # keys and values are noise, and what would be fitted to them may be made up too
+    host_rows: HostRows | None = None  # places on the host, of a batch that the prompt will be a row of
 
 
 def depth_of(place: int, layers: int) -> float:

@@ -27,10 +27,11 @@ from shadowkv.contract.setting import require
 from shadowkv.contract.sparse_prefill import SparsePrefill
 from shadowkv.engine.cache import JoinedCache, MethodCache
 from shadowkv.engine.graphs import GraphedStep, can_be_graphed, capture_on_gpu
-from shadowkv.engine.recording import Recorded, Recording
+from shadowkv.engine.recording import Recorded, Recording, placed
 from shadowkv.engine.snapshots import Kept, Prefill
 from shadowkv.engine.streamed import StreamedPrompt
 from shadowkv.tensors.host_memory import require_host_bytes
+from shadowkv.tensors.pinned import HostRows
 from shadowkv.tensors.streams import beside
 
 # Small chunks waste less of a shared prefix; large ones keep a GPU busy.
@@ -127,26 +128,27 @@ class Engine:
         return tokens * (held + (self.dims.query_bytes_per_token if self._record_queries else 0))
 
     @torch.inference_mode()
-    def adopt(self, recorded: Recorded, method: Method) -> MethodCache:
+    def adopt(self, recorded: Recorded, method: Method, host_rows: HostRows | None = None) -> MethodCache:
         """A prompt from layers that this engine does not keep: each is asked for once, in order, and may go then.
 
         On a GPU caches are built on a side stream, so that a prompt that is streamed goes on meanwhile.
+        host_rows: of the batch that the cache will be joined into.
         """
         with beside(self.model.device) as built:
-            cache = self._made(recorded, method, shared=False)
+            cache = self._made(recorded, method, shared=False, rows=host_rows)
         built()
         return cache
 
-    def _made(self, recorded: Recorded, method: Method, *, shared: bool) -> MethodCache:
+    def _made(self, recorded: Recorded, method: Method, *, shared: bool, rows: HostRows | None = None) -> MethodCache:
         method.check(self.dims)
         if method.speculates and len(decoder_layers(self.model)) != len(self.layers):
             raise SkvError(
                 f"{method.core.name}: needs keys and values in every decoder layer, and some of this model share them"
             )
-        if self.model.device.type == "cuda" and self.dims.layers:
+        if self.model.device.type == "cuda" and self.dims.layers and not (rows and rows.taken):
             longest = max(layer.tokens for layer in recorded.recorded)
             require_host_bytes(method.prompt_bytes(self.dims, longest).host, f"{method.label} of {longest} tokens")
-        return MethodCache(self.model, recorded, method, self.rope, shared=shared)
+        return MethodCache(self.model, placed(recorded, rows), method, self.rope, shared=shared)
 
     @torch.inference_mode()
     def join(self, rows: Sequence[MethodCache], method: Method) -> JoinedCache:

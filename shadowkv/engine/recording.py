@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol, cast
 
@@ -15,6 +16,7 @@ from shadowkv.common.dims import KVLayer
 from shadowkv.common.errors import SkvError
 from shadowkv.contract.method import OBSERVED_QUERIES, LayerKV
 from shadowkv.contract.sparse_prefill import SparsePrefill
+from shadowkv.tensors.pinned import HostRows
 
 # (q [B,Hq,T,D], k and v [B,H,n,D], scaling) -> [B,Hq,T,D], the queries being of the last T tokens.
 SparseAttention = Callable[[Tensor, Tensor, Tensor, float], Tensor]
@@ -43,6 +45,41 @@ class Recorded(Protocol):
 
     @property
     def recorded(self) -> Sequence[RecordedLayer]: ...
+
+
+@dataclass(frozen=True)
+class _PlacedLayer:
+    """A layer of a prompt that will be a row of a batch."""
+
+    layer: RecordedLayer
+    host_rows: HostRows
+
+    @property
+    def window(self) -> int | None:
+        return self.layer.window
+
+    @property
+    def served(self) -> bool:
+        return self.layer.served
+
+    @property
+    def tokens(self) -> int:
+        return self.layer.tokens
+
+    def layer_kv(self, row: int | None, skip_tokens: int) -> LayerKV:
+        return self.layer.layer_kv(row, skip_tokens)._replace(host_rows=self.host_rows)
+
+
+@dataclass(frozen=True)
+class _Placed:
+    recorded: Sequence[RecordedLayer]
+
+
+def placed(prompt: Recorded, host_rows: HostRows | None) -> Recorded:
+    """The prompt, its layers told of their places on the host where there are any."""
+    if host_rows is None:
+        return prompt
+    return _Placed([_PlacedLayer(layer, host_rows) for layer in prompt.recorded])
 
 
 class RecordingLayer(CacheLayerMixin):

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
-from typing import Generic, TypeVar
+from typing import Generic, Self, TypeVar
 
 from torch import Tensor
 
-from shadowkv.tensors.pinned import empty_beside, empty_pinned
+from shadowkv.tensors.pinned import empty_beside
 from shadowkv.tensors.stacking import Stackable, joined_tensor
 
 Length = TypeVar("Length")
+# (shape, like) -> an uninitialised tensor of that shape and of the type of `like`.
+Empty = Callable[[Sequence[int], Tensor], Tensor]
 
 
 class RaggedBuffer(Stackable):
@@ -22,9 +24,10 @@ class RaggedBuffer(Stackable):
     needs it.
     """
 
-    def __init__(self, start: Tensor, axis: int, room: int, *, on_host: bool = False) -> None:
+    def __init__(self, start: Tensor, axis: int, room: int, empty: Empty = empty_beside) -> None:
+        """empty: where it is held, such as `empty_on_host`; the place is its own, or one side by side with others."""
         self._axis, self._room = axis, room
-        self.data = _with_tokens(start, axis, start.shape[axis] + room, on_host)
+        self.data = _with_tokens(start, axis, start.shape[axis] + room, empty)
 
     @property
     def tokens(self) -> int:
@@ -56,6 +59,10 @@ class RaggedBuffer(Stackable):
         first = rows[0]
         joined = cls.__new__(cls)
         joined._axis, joined._room = first._axis, first._room
+        side_by_side = _as_one([row.data for row in rows])
+        if side_by_side is not None:
+            joined.data = side_by_side
+            return joined
         shape = list(first.data.shape)
         shape[0], shape[first._axis] = sum(row.data.shape[0] for row in rows), max(row.tokens for row in rows)
         joined.data = empty_beside(shape, first.data)
@@ -70,6 +77,9 @@ class RaggedBuffer(Stackable):
         picked = copy(self)
         picked.data = joined_tensor([self.data[row : row + 1] for row in rows])
         return picked
+
+    def owned(self) -> Self:
+        return self  # a place among others is its own too
 
     def nbytes(self) -> int:
         return self.data.nbytes
@@ -126,10 +136,22 @@ class BatchLengths(Stackable, Generic[Length]):
 Rows = slice | list[int]
 
 
-def _with_tokens(x: Tensor, axis: int, tokens: int, on_host: bool = False) -> Tensor:
-    """A copy of x with room for `tokens`, beside it or, from a GPU, in pinned memory of the host."""
+def _with_tokens(x: Tensor, axis: int, tokens: int, empty: Empty = empty_beside) -> Tensor:
+    """A copy of x with room for `tokens`."""
     shape = list(x.shape)
     shape[axis] = tokens
-    grown = empty_pinned(shape, x.dtype) if on_host and x.device.type == "cuda" else empty_beside(shape, x)
+    grown = empty(shape, x)
     grown.narrow(axis, 0, x.shape[axis]).copy_(x)
     return grown
+
+
+def _as_one(rows: list[Tensor]) -> Tensor | None:
+    """Rows [b,...] as one tensor [B,...] without a copy, where they lie side by side in one memory."""
+    first = rows[0]
+    place = first.storage_offset()
+    for row in rows:
+        elsewhere = row.untyped_storage().data_ptr() != first.untyped_storage().data_ptr()
+        if elsewhere or (row.storage_offset(), row.stride(), row.shape[1:]) != (place, first.stride(), first.shape[1:]):
+            return None
+        place += row.shape[0] * row.stride(0)
+    return first.as_strided((sum(row.shape[0] for row in rows), *first.shape[1:]), first.stride())

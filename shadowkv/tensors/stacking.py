@@ -39,6 +39,12 @@ class Stackable:
             setattr(picked, name, pick(value, rows))
         return picked
 
+    def owned(self) -> Self:
+        """The same object, its attributes without views of larger tensors. See `owned`."""
+        for name, value in vars(self).items():
+            setattr(self, name, owned(value))
+        return self
+
 
 def can_stack(rows: list[Any]) -> bool:
     """Whether rows differ in nothing but what their tensors hold."""
@@ -111,9 +117,7 @@ def _(thing: dict) -> Any:  # type: ignore[type-arg]
 
 @owned.register
 def _(thing: Stackable) -> Any:
-    for name, value in vars(thing).items():
-        setattr(thing, name, owned(value))
-    return thing
+    return thing.owned()
 
 
 def joined_tensor(rows: list[Tensor]) -> Tensor:

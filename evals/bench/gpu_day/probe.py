@@ -1,6 +1,7 @@
 """What a machine can do, below the engine: each finding by itself, and written as soon as it is there.
 
-It needs torch and Triton, nothing else. What only a GPU has says so elsewhere: nothing is imitated.
+It needs torch and Triton, and for a decoder layer transformers. What only a GPU has says so elsewhere: nothing is
+imitated.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any
 
 import torch
 
+from evals.bench.gpu_day.probe_dense import compiled_dense_layer, dense_layer
 from evals.bench.gpu_day.probe_memory import (
     graph_with_a_side_stream,
     refused_registration,
@@ -132,15 +134,28 @@ def rates(device: torch.device, tiny: bool) -> dict[str, Any]:
 
 
 def eigenvectors(device: torch.device, tiny: bool) -> dict[str, Any]:
-    """ms of what factorising the keys of one row and layer takes: a Gram matrix in fp64 and its eigenvectors."""
-    tokens, width = (256, 32) if tiny else (8192, 1024)
+    """ms of what factorising the keys of one row and layer takes: a Gram matrix in fp64 and its eigenvectors.
+
+    All of them, and the leading ones alone, of a spectrum that decays as that of keys does.
+    """
+    from shadowkv.tensors.low_rank import leading
+
+    tokens, width, rank = (1024, 256, 32) if tiny else (8192, 1024, 160)
     x = torch.randn(1, tokens, width, device=device, dtype=torch.float64)
+    x *= torch.arange(1, width + 1, device=device) ** -0.5
     clock, gram = Clock(device), x.mT @ x
 
     def ms(call: Callable[[], object]) -> float:
         return round(min(step_times(lambda: (call(), None)[1], 1, 3, clock)), 3)
 
-    return {"gram_ms": ms(lambda: x.mT @ x), "eigh_ms": ms(lambda: torch.linalg.eigh(gram)), "width": width}
+    return {
+        "gram_ms": ms(lambda: x.mT @ x),
+        "eigh_ms": ms(lambda: torch.linalg.eigh(gram)),
+        "leading_ms": ms(lambda: leading(gram, rank)),
+        "leading_settled": leading(gram, rank) is not None,
+        "width": width,
+        "rank": rank,
+    }
 
 
 # What may break the process's hold on the GPU comes last.
@@ -154,6 +169,8 @@ PROBES: Mapping[str, Probe] = MappingProxyType(
         "registered_memory": Probe(registered_memory, needs_cuda=True),
         "graph_with_a_side_stream": Probe(graph_with_a_side_stream, needs_cuda=True),
         "eigenvectors": Probe(eigenvectors),
+        "dense_layer": Probe(dense_layer),
+        "compiled_dense_layer": Probe(compiled_dense_layer, needs_cuda=True),
         "registration_rates": Probe(registration_rates, needs_cuda=True),
         "refused_registration": Probe(refused_registration, needs_cuda=True),
     }

@@ -62,7 +62,12 @@ def graph_with_a_side_stream(device: torch.device, tiny: bool) -> dict[str, Any]
 
 
 def registration_rates(device: torch.device, tiny: bool) -> dict[str, Any]:
-    """What pages of the host cost, shared ones of 4 kB and private ones that may be large: s/GiB, GB/s of chunks."""
+    """What pages of the host cost, shared ones of 4 kB and private ones that may be large: s/GiB, GB/s of chunks.
+
+    And s/GiB, touching and registering together, as the engine takes its memory.
+    """
+    from shadowkv.tensors.pinned import empty_pinned
+
     found: dict[str, Any] = {}
     for name, huge in (("shared", False), ("private_huge", True)):
         pages = mmap.mmap(-1, 2**31, flags=mmap.MAP_ANONYMOUS | (mmap.MAP_PRIVATE if huge else mmap.MAP_SHARED))
@@ -81,6 +86,9 @@ def registration_rates(device: torch.device, tiny: bool) -> dict[str, Any]:
         _, moved, call = _gathered(flat.view(8, 8, -1, 128), device)
         found[f"{name}_chunks_gb_s"] = round(moved / _event_ms(call) / 1e6, 1)
         torch.cuda.cudart().cudaHostUnregister(flat.data_ptr())
+    began = time.perf_counter()
+    ours = empty_pinned((2**31,), torch.uint8)
+    found |= {"ours_s_gib": round((time.perf_counter() - began) / 2, 3), "ours_pinned": ours.is_pinned()}
     return found
 
 

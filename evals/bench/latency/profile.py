@@ -92,18 +92,19 @@ def _profiled(bench: Bench, contender: Contender, cell: Cell, trace: Path | None
     clock = Clock(device)
     decoding = contender.start(cell.context, cell.batch)
     try:
-        plain = float(np.median(step_times(decoding.step, bench.warmup_steps, bench.steps, clock)))
-        activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
-        with module_ranges(bench.engine.model):
-            decoding.step()  # the first one with hooks pays for them
-            with profile(activities=activities) as seen:
-                for _ in range(bench.steps):
-                    with record_function(_STEP):
-                        decoding.step()
-                        clock.now()
-        if trace is not None:
-            seen.export_chrome_trace(str(trace))
-        return parts_of(seen.events() or [], bench.steps, on_gpu=on_gpu), plain
+        with decoding.awake():
+            plain = float(np.median(step_times(decoding.step, bench.warmup_steps, bench.steps, clock)))
+            activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
+            with module_ranges(bench.engine.model):
+                decoding.step()  # the first one with hooks pays for them
+                with profile(activities=activities) as seen:
+                    for _ in range(bench.steps):
+                        with record_function(_STEP):
+                            decoding.step()
+                            clock.now()
+            if trace is not None:
+                seen.export_chrome_trace(str(trace))
+            return parts_of(seen.events() or [], bench.steps, on_gpu=on_gpu), plain
     finally:
         decoding.close()
 

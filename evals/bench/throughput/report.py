@@ -152,6 +152,7 @@ def notes_of(manifest: Manifest, records: Sequence[BenchRecord], rows: Sequence[
     later = _of_other_commands(manifest, records)
     if later:
         notes.append(f"not measured side by side, full attention being of another command in part: {', '.join(later)}")
+    notes += _of_builds(records)
     apart = list(dict.fromkeys(row.method for row in rows if row.stacked is False))
     if apart:
         notes.append(f"rows run one after the other: {', '.join(apart)}")
@@ -190,6 +191,23 @@ def _of_other_commands(manifest: Manifest, records: Sequence[BenchRecord]) -> li
     return list(
         dict.fromkeys(key[1] for key, commands in by.items() if commands != by.get((key[0], REFERENCE), commands))
     )
+
+
+def _of_builds(records: Sequence[BenchRecord]) -> list[str]:
+    """What it means that a batch is built once: rows grow from repeat to repeat, and not all methods take turns."""
+    notes = []
+    longest = max((r for r in records if r.decoded_before), key=lambda r: r.decoded_before / r.context, default=None)
+    if longest is not None:
+        share = percent(longest.decoded_before / longest.context)
+        notes.append(
+            "batches are built once and decode on from repeat to repeat, so that rows began one with up to "
+            f"{longest.decoded_before} tokens more than their context ({share} %)"
+        )
+    alone = [r for r in records if r.turns is not None and REFERENCE not in r.turns]
+    if alone:
+        said = dict.fromkeys(f"{r.method} @ {tokens(r.context)} x {r.batch}" for r in alone)
+        notes.append(f"not turn by turn with full attention, their batches not fitting at once: {', '.join(said)}")
+    return notes
 
 
 def bench_frame(manifest: Manifest, rows: Sequence[BenchRow], notes: Sequence[str]) -> pd.DataFrame:

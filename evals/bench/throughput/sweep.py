@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from evals.bench.engines import Contender
-from evals.bench.measuring import Bench
+from evals.bench.measuring import Batches, Bench
 from evals.bench.records import BenchRecord, Cell
 from evals.runs.results import RunFolder
 from evals.tables.summary import REFERENCE
@@ -74,13 +74,47 @@ class _Sweep:
     def _climb(self, context: int) -> None:
         """Every batch of the ladder, each method until it fails."""
         failed: set[str] = set()
-        cells = list(ladder_cells(list(self._contenders), context, self._plan.ladder, self._plan.repeats))
-        for place, cell in enumerate(cells):
-            if cell.method in failed:
-                continue
-            if self._record(cell).status != "ok":
-                failed.add(cell.method)
-                self._total -= sum(later.method == cell.method for later in cells[place + 1 :])
+        ladder, repeats = self._plan.ladder, self._plan.repeats
+        for place, batch in enumerate(ladder):
+            labels = [label for label in self._contenders if label not in failed]
+            for cell, record in self._repeated(labels, context, batch, failed):
+                if record.status != "ok":
+                    failed.add(cell.method)
+                    self._total -= repeats * (len(ladder) - place) - cell.repeat - 1
+
+    def _repeated(
+        self, labels: Sequence[str], context: int, batch: int, left_out: Collection[str] = ()
+    ) -> Iterator[tuple[Cell, BenchRecord]]:
+        """All repeats at one batch: methods take turns, those at least whose batches can stand side by side.
+
+        left_out: methods that are passed over from the moment that they are in it.
+        """
+        groups = self._groups(labels, context, batch)
+        for group in groups:
+            with self._bench.batches(group if len(groups) > 1 else None) as batches:
+                for cell in ladder_cells(group, context, (batch,), self._plan.repeats):
+                    if cell.method not in left_out:
+                        yield cell, self._record(cell, batches)
+
+    def _groups(self, labels: Sequence[str], context: int, batch: int) -> list[list[str]]:
+        """Methods that take turns: all of them where each repeat builds anew, else as many as fit side by side."""
+        bench = self._bench
+        if min(bench.repeats_of_a_build(context), self._plan.repeats) == 1:
+            return [list(labels)]
+        groups = list[list[str]]()
+        for label in labels:
+            own = self._contenders[label]
+            for group in groups:
+                everyone = [self._contenders[other] for other in group] + [own]
+                together = [contender.method for contender in everyone]
+                if all(contender.stays for contender in everyone) and bench.room.fits_together(
+                    together, context, batch, bench.new_tokens
+                ):
+                    group.append(label)
+                    break
+            else:
+                groups.append([label])
+        return groups
 
     def _largest(self, context: int) -> None:
         """Each method's largest batch, then all repeats there, and at full attention's largest one."""
@@ -95,17 +129,17 @@ class _Sweep:
         wanted = {label: {batch, min(batch, shared)} - {0} for label, batch in found.items()}
         for batch in sorted({batch for batches in wanted.values() for batch in batches}):
             labels = [label for label, batches in wanted.items() if batch in batches]
-            for cell in ladder_cells(labels, context, (batch,), self._plan.repeats):
-                self._record(cell)
+            for _ in self._repeated(labels, context, batch):
+                pass
         # A method's own largest batch is measured in its own turn: no other method need fit there.
 
     def _fits(self, label: str, context: int, batch: int) -> bool:
         return self._record(Cell(label, context, batch, 0)).status == "ok"
 
-    def _record(self, cell: Cell) -> BenchRecord:
+    def _record(self, cell: Cell, batches: Batches | None = None) -> BenchRecord:
         """The cell's record: the one there is, or a new one."""
         if not self._folder.has(cell):
-            self._folder.append(self._bench.measure(self._contenders[cell.method], cell))
+            self._folder.append(self._bench.measure(self._contenders[cell.method], cell, batches))
         self._done += 1
         self._total = max(self._total, self._done)  # a search does not know how long it will be
         record = self._folder.records[cell]

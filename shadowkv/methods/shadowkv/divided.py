@@ -40,7 +40,9 @@ def divide(method: ShadowKVSettings, layer: int, kv: LayerKV, rope: Rope, *, off
     def before(first: int, end: int) -> Tensor:
         return pre_rope(rope, layer, kv.k[:, :, first:end], first, tokens)
 
-    factors = KeyFactors.of(before, tokens, context, method.rank, method.energy, method.factors, kv.k.dtype)
+    factors = KeyFactors.of(
+        before, tokens, context, method.rank, method.energy, method.factors, kv.k.dtype, made_up=kv.made_up
+    )
     landmarks, outliers = Landmarks.of(keys, method.chunk, method.outlier_chunks)
     return Prompt(
         factors,

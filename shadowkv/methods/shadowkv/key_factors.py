@@ -51,12 +51,17 @@ class KeyFactors(Stackable):
         energy: float,
         coding: str,
         dtype: torch.dtype,
+        made_up: bool = False,
     ) -> KeyFactors:
         """Factors of the first `context_tokens` keys of a prompt; the directions are of all its `tokens`.
 
-        pre_rope(first, end): some of its keys, [B,n,W] fp32, made twice for every token.
+        pre_rope(first, end): some of its keys, [B,n,W] fp32, made twice for every token. made_up: they mean nothing,
+        and any directions of that rank do.
         """
-        directions = low_rank.fit(starmap(pre_rope, _spans(tokens)), rank, energy)
+        if made_up and not energy:
+            directions = low_rank.arbitrary(pre_rope(0, 0), rank)
+        else:
+            directions = low_rank.fit(starmap(pre_rope, _spans(tokens)), rank, energy)
         blocks = [low_rank.project(pre_rope(*span), directions) for span in _spans(context_tokens)]
         return cls(directions, torch.cat(blocks, dim=1), coding, dtype)
 

@@ -13,6 +13,7 @@ straight from pinned memory by the kernel that decodes and places them, on a str
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -27,7 +28,8 @@ from shadowkv.kernels.operations import operations
 from shadowkv.kernels.slots import Factors
 from shadowkv.methods.shadowkv.divided import divide, pre_rope
 from shadowkv.methods.shadowkv.settings import ShadowKVSettings
-from shadowkv.tensors.ragged import BatchLengths, RaggedBuffer, RowLengths, Rows
+from shadowkv.tensors.pinned import HostRows, empty_beside, empty_on_host
+from shadowkv.tensors.ragged import BatchLengths, Empty, RaggedBuffer, RowLengths, Rows
 from shadowkv.tensors.stored import CODINGS, Stored
 from shadowkv.tensors.streams import beside
 
@@ -49,7 +51,8 @@ class ResidentLayer(SteadyState):
         offload = method.offload == "host"
         room_of_values = method.room_tokens(offload)
         self._values = tuple(
-            RaggedBuffer(part, 2, room_of_values, on_host=offload) for part in prompt.values.stored.parts
+            RaggedBuffer(part, 2, room_of_values, self._place_of_values(kv.host_rows, number))
+            for number, part in enumerate(prompt.values.stored.parts)
         )
         self._means = RaggedBuffer(prompt.landmarks.means.view, 2, room // chunk)
         self._numbers = RaggedBuffer(prompt.landmarks.numbers.view, 2, room // chunk)
@@ -71,6 +74,11 @@ class ResidentLayer(SteadyState):
         self._counts = torch.full((batch,), landmarks, dtype=torch.int32, device=device)
         row = RowLengths(tokens, context, landmarks, 0, tail, tail + method.window)
         self._lengths = BatchLengths([row] * batch)
+
+    def _place_of_values(self, batch: HostRows | None, part: int) -> Empty:
+        if self._method.offload != "host":
+            return empty_beside
+        return empty_on_host if batch is None else partial(batch.empty, (self._layer, part))
 
     def make_room(self) -> bool:
         chunk, moved = self._method.chunk, False
