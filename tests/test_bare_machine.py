@@ -40,4 +40,4 @@ def test_what_needs_a_gpu_is_collected():
         *("--collect-only", "-q", "-m", "gpu", "-p", "no:cacheprovider"),
     )
     assert "test_kernels.py: " in said
-    assert "test_graphs.py: 4" in said
+    assert "test_graphs.py: 6" in said

@@ -26,7 +26,7 @@ DIMS = Dims(layers=2, q_heads=4, kv_heads=2, head_dim=16, element_bytes=2)
         ("shadowkv:energy=0.9,rank=5", "either rank or energy"),
         ("quest:budget=8", "smaller than one page"),
         ("quest:reduce=median", "one of per_q_head"),
-        ("full:budget=3", "parameters of full: engine"),
+        ("full:budget=3", "parameters of full: kv, engine"),
     ],
 )
 def test_bad_specs_are_one_clear_line(spec, says):
