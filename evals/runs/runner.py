@@ -85,9 +85,13 @@ def run_accuracy(
     done = total - sum(map(len, missing.values()))
     on_step(Step(done, total, None))
     for example in one_ahead(run.task.examples(run.loaded.tokenizer, todo)):
-        asked = {method for question in example.questions for method in missing.get(question, ())}
-        open_methods = [method for method in methods if method in asked]
-        for alike in grouped(open_methods, lambda method: method.prefill).values():
+        open_ones = [
+            _Open(method, attempt)
+            for method in methods
+            for attempt in example.attempts
+            if any(method in missing.get(question, ()) for question in attempt.questions)
+        ]
+        for alike in grouped(open_ones, lambda one: one.method.prefill).values():
             for record in _answers(run, example, alike):
                 if not folder.has(record.key):  # of several turns, some may have been answered before
                     folder.append(record)
@@ -104,6 +108,13 @@ def one_ahead(items: Iterator[T]) -> Iterator[T]:
             yield item
 
 
+class _Open(NamedTuple):
+    """An answer to be given: by whom, to what."""
+
+    method: Method
+    attempt: Example
+
+
 class _Begun(NamedTuple):
     """A cache of the prompt."""
 
@@ -114,25 +125,25 @@ class _Begun(NamedTuple):
     prefill: Prefill | None  # None where no other method answers from it
 
 
-def _answers(run: Run, example: Example, methods: Sequence[Method]) -> Iterator[Record]:
-    """One record per method and turn, from the one prefill they share; each is made when it is asked for."""
+def _answers(run: Run, example: Example, open_ones: Sequence[_Open]) -> Iterator[Record]:
+    """One record per method, answer and turn, from the one prefill they share; each is made when it is asked for."""
     if run.streamed:
-        for method in methods:
-            yield from _conversation(run, example, method, partial(_stream, run, example))
+        for method, attempt in open_ones:
+            yield from _conversation(run, attempt, method, partial(_stream, run, example))
         return
     started = time.perf_counter()
     try:
-        prefill = run.engine.prefill(torch.tensor([example.input_ids]), methods[0].prefill)
+        prefill = run.engine.prefill(torch.tensor([example.input_ids]), open_ones[0].method.prefill)
     except FAILURES as failure:
         yield from (
             _failed(blank, failure)
-            for method in methods
-            for blank in _blanks(run.loaded.tokenizer, example, method).values()
+            for method, attempt in open_ones
+            for blank in _blanks(run.loaded.tokenizer, attempt, method).values()
         )
         return
     seconds = run.now() - started
-    for method in methods:
-        yield from _conversation(run, example, method, partial(_replay, run, prefill, seconds))
+    for method, attempt in open_ones:
+        yield from _conversation(run, attempt, method, partial(_replay, run, prefill, seconds))
 
 
 def _replay(run: Run, prefill: Prefill, prefill_s: float, method: Method) -> _Begun:
@@ -203,7 +214,8 @@ def _conversation(run: Run, example: Example, method: Method, begin: Callable[[M
                 bytes_held, tokens_held = cache.nbytes(), cache.get_seq_length()
                 stop_ids = run.loaded.stop_ids.union(turn.stop_ids)
                 resumed = time.perf_counter()
-                tokens = engine.decode(cache, logits, turn.max_new_tokens, stop_ids, turn.min_new_tokens)[0]
+                limits = (turn.max_new_tokens, stop_ids, turn.min_new_tokens)
+                tokens = engine.decode(cache, logits, *limits, turn.chooser())[0]
                 ended = run.now()
                 unfed = tokens[-1:] if len(tokens) == turn.max_new_tokens else []
                 prediction = str(run.loaded.tokenizer.decode(tokens, skip_special_tokens=True))
@@ -237,8 +249,8 @@ def _conversation(run: Run, example: Example, method: Method, begin: Callable[[M
 
 def _diagnosis(run: Run, example: Example, prefill: Prefill | None, method: Method) -> dict[str, Any]:
     """What to add to a record; where the comparison fails, why, since the answer itself stands."""
-    if not run.diagnostics or example.later or prefill is None:
-        return {}
+    if not run.diagnostics or example.later or prefill is None or example.meta.get("answer", 1) > 1:
+        return {}  # of several answers to a prompt, what is compared would be the same
     try:
         found = diagnose(run.engine, prefill, method, example.max_new_tokens, run.loaded.stop_ids)
     except FAILURES as failure:

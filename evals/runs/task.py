@@ -5,7 +5,10 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
+
+from evals.common.drawing import Draw
+from shadowkv.engine.sampling import Choose, most_likely
 
 
 class Question(NamedTuple):
@@ -32,6 +35,8 @@ class Example:
     min_new_tokens: int = 0  # no stop token is taken before this many
     # Turns that go on in the same cache, their tokens being fed after the answers so far.
     later: tuple[Example, ...] = ()
+    draw: Draw | None = None  # how tokens are drawn; None for the most likely ones
+    again: tuple[Example, ...] = ()  # what is answered instead, each in a cache of its own, from this one prompt
 
     @property
     def question(self) -> Question:
@@ -43,6 +48,15 @@ class Example:
         return (self, *self.later)
 
     @property
+    def attempts(self) -> tuple[Example, ...]:
+        """What is to be answered of this prompt: itself, or several answers to it."""
+        return self.again or (self,)
+
+    def chooser(self) -> Choose:
+        """What picks the tokens of this turn's answer."""
+        return most_likely if self.draw is None else self.draw.chooser()
+
+    @property
     def questions(self) -> tuple[Question, ...]:
         """What is asked, in order."""
         return tuple(turn.question for turn in self.turns if turn.references)
@@ -51,7 +65,10 @@ class Example:
 class Task(ABC):
     """A benchmark with its settings."""
 
-    benchmark: ClassVar[str]
+    @property
+    @abstractmethod
+    def benchmark(self) -> str:
+        """What records, tables and run.json call it."""
 
     @abstractmethod
     def questions(self, tokenizer: Any) -> Sequence[Question]:
