@@ -14,12 +14,14 @@ from typing import TYPE_CHECKING
 from cli.eval.answering import answering, check_workers, processes
 from cli.shared.asked import AskedModel
 from cli.shared.options import Settings
+from cli.shared.sampling import sampling_of
 from cli.shared.which_model import with_model
 
 if TYPE_CHECKING:
     from evals.common.chat import Chat
     from evals.runs.manifest import Circumstances, Manifest
     from evals.runs.results import Record
+    from evals.runs.sampling import Sampling
     from evals.runs.task import Question, Task
     from shadowkv.contract.method import Method
 
@@ -37,6 +39,7 @@ class _Prepared(AskedModel):
         from cli.shared.fetching import fetch_missing
         from shadowkv.common.errors import SkvError
 
+        sampling = sampling_of(settings)
         asked = with_engine(parse_specs(settings.methods or ()), settings.engine)
         alike = parse_budgets(settings.budget)
         check_run(settings)
@@ -46,7 +49,7 @@ class _Prepared(AskedModel):
         super().__init__(settings, dummy=settings.dummy)
         check_workers(settings.workers, self.device)
         self.settings = settings
-        self.task = make_task(self)
+        self.task = _answered(make_task(self), sampling)
         fetch_missing(self.task.needs(), offline=settings.offline, silent=settings.silent)
         self.chat = self._chat()
         if settings.kv_bytes is not None:
@@ -84,6 +87,13 @@ class _Prepared(AskedModel):
     @cached_property
     def left_out(self) -> dict[str, str]:
         return self.task.left_out(self.tokenizer)
+
+
+def _answered(task: Task, sampling: Sampling | None) -> Task:
+    """The task, its prompts answered as asked for."""
+    from evals.runs.sampling import SampledTask
+
+    return task if sampling is None else SampledTask(task, sampling)
 
 
 def run(make_task: MakeTask, settings: Settings) -> int:

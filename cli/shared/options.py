@@ -11,6 +11,8 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
+from cli.shared.sampling import SamplingOptions
+
 MODEL_HELP = (
     "Preset (skv models), folder, Hub id or .gguf file. Default: smollm2-135m on a CPU; on a GPU the largest preset "
     "(by parameters) whose weights are here and fit it."
@@ -110,7 +112,7 @@ class RunOptions(WeightOptions):
 
 
 @dataclass(frozen=True)
-class Settings(RunOptions):
+class Settings(SamplingOptions, RunOptions):
     """What every accuracy benchmark can be told, whatever it measures."""
 
     engine: Annotated[
