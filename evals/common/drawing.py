@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from evals.common.seeding import seeded
-from shadowkv.engine.sampling import Choose, drawn
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from shadowkv.engine.sampling import Choose
 
 _NUMBERED = re.compile(r",answer=(\d+)$")
 
@@ -40,6 +42,10 @@ class Draw:
 
     def chooser(self) -> Choose:
         """Chooses one token after the other, of one row; the n-th by the n-th number of the key's stream."""
+        import torch  # here, so that what only reads records needs none
+
+        from shadowkv.engine.sampling import drawn
+
         stream = seeded(*self.key)
 
         def choose(logits: Tensor) -> Tensor:

@@ -35,7 +35,8 @@ class Sampling:
         """In words, for tables."""
         count = "one answer" if self.answers == 1 else f"{self.answers} answers"
         drawing = f"temperature {self.temperature:g}, top-p {self.top_p:g}, sampling seed {self.seed}"
-        return f"{count} per prompt, drawn at {drawing}; every method gets the same random numbers"
+        told = "" if self.answers == 1 else ", averaged per prompt before anything else"
+        return f"{count} per prompt{told}, drawn at {drawing}; every method gets the same random numbers"
 
     def draw(self, benchmark: str, question: Question, number: int) -> Draw:
         """For one answer: the same in any run, order, batch and process."""
@@ -61,7 +62,12 @@ class SampledTask(WrappedTask):
 
     def config(self) -> dict[str, Any]:
         own = self.sampling
-        drawing = {"temperature": own.temperature, "top_p": own.top_p, "answers": own.answers, "seed": own.seed}
+        drawing = {
+            "temperature": own.temperature,
+            "top_p": own.top_p,
+            "answers": own.answers,
+            "sampling_seed": own.seed,
+        }
         return {**self.task.config(), "sampling": drawing}
 
     def notes(self) -> list[str]:

@@ -5,10 +5,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from evals.common.drawing import Draw
-from shadowkv.engine.sampling import Choose, most_likely
+
+if TYPE_CHECKING:
+    from shadowkv.engine.sampling import Choose
 
 
 class Question(NamedTuple):
@@ -54,6 +56,8 @@ class Example:
 
     def chooser(self) -> Choose:
         """What picks the tokens of this turn's answer."""
+        from shadowkv.engine.sampling import most_likely  # here, so that comparing runs needs no torch
+
         return most_likely if self.draw is None else self.draw.chooser()
 
     @property
