@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from evals.common.grouping import grouped
+from evals.common.thoughts import read_answer
 from evals.runs.diagnostics import diagnose
 from evals.runs.failures import FAILURES, status_of
 from evals.runs.results import Key, Record
@@ -218,14 +219,14 @@ def _conversation(run: Run, example: Example, method: Method, begin: Callable[[M
                 tokens = engine.decode(cache, logits, *limits, turn.chooser())[0]
                 ended = run.now()
                 unfed = tokens[-1:] if len(tokens) == turn.max_new_tokens else []
-                prediction = str(run.loaded.tokenizer.decode(tokens, skip_special_tokens=True))
+                said = read_answer(run.loaded.tokenizer, tokens, turn.thinking)
                 later = tokens_held - prompt_tokens
                 blank = blanks[turn.sample]
                 answered = replace(
                     blank,
-                    score=run.task.score(turn, prediction),
+                    score=run.task.score(turn, said.prediction),
                     status="ok",
-                    prediction=prediction,
+                    prediction=said.prediction,
                     prompt_tokens=tokens_held,
                     reused_tokens=prefill.reused_tokens if prefill else 0,
                     new_tokens=len(tokens),
@@ -238,7 +239,7 @@ def _conversation(run: Run, example: Example, method: Method, begin: Callable[[M
                     host_bytes=bytes_held.host,
                     attended_tokens=method.attended_tokens(engine.dims, prompt_tokens, later),
                     bus_bytes=method.bus_bytes(engine.dims, tokens_held),
-                    meta={**blank.meta, **_diagnosis(run, example, prefill, method)},
+                    meta={**blank.meta, **said.meta, **_diagnosis(run, example, prefill, method)},
                 )
                 del blanks[turn.sample]
                 yield answered

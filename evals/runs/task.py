@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from evals.common.drawing import Draw
+from evals.common.thoughts import Thinking
 
 if TYPE_CHECKING:
     from shadowkv.engine.sampling import Choose
@@ -38,6 +39,7 @@ class Example:
     # Turns that go on in the same cache, their tokens being fed after the answers so far.
     later: tuple[Example, ...] = ()
     draw: Draw | None = None  # how tokens are drawn; None for the most likely ones
+    thinking: Thinking | None = None  # how a thought before the answer is told from it
     again: tuple[Example, ...] = ()  # what is answered instead, each in a cache of its own, from this one prompt
 
     @property

@@ -65,6 +65,10 @@ def _thought(record: Record) -> bool:
     return "thought_tokens" in record.meta
 
 
+def _is_cut(record: Record) -> bool:
+    return not record.stopped or bool(record.meta.get("answer_cut"))
+
+
 def _rate(method: str, length: int, k: int, records: Sequence[Record]) -> PassRate:
     by_task, left_out = list[list[float]](), 0
     for of_task in grouped(records, lambda r: r.task).values():
@@ -107,7 +111,7 @@ def _ends_table(records: Sequence[Record]) -> Table:
     lines = []
     for (method, length), held in grouped(records, lambda r: (r.method, r.length)).items():
         count = len(held)
-        line = [method, tokens(length), f"{sum(not r.stopped for r in held)} of {count}"]
+        line = [method, tokens(length), f"{sum(map(_is_cut, held))} of {count}"]
         if thinking:
             thoughts = [int(r.meta["thought_tokens"]) for r in held if _thought(r)]
             cut = sum(bool(r.meta.get("thought_cut")) for r in held)
