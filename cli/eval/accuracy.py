@@ -11,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cli.eval.answered import answered
 from cli.eval.answering import answering, check_workers, processes
 from cli.shared.asked import AskedModel
 from cli.shared.options import Settings
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from evals.common.chat import Chat
     from evals.runs.manifest import Circumstances, Manifest
     from evals.runs.results import Record
-    from evals.runs.sampling import Sampling
     from evals.runs.task import Question, Task
     from shadowkv.contract.method import Method
 
@@ -39,7 +39,7 @@ class _Prepared(AskedModel):
         from cli.shared.fetching import fetch_missing
         from shadowkv.common.errors import SkvError
 
-        sampling = sampling_of(settings)
+        sampling_of(settings)
         asked = with_engine(parse_specs(settings.methods or ()), settings.engine)
         alike = parse_budgets(settings.budget)
         check_run(settings)
@@ -49,9 +49,10 @@ class _Prepared(AskedModel):
         super().__init__(settings, dummy=settings.dummy)
         check_workers(settings.workers, self.device)
         self.settings = settings
-        self.task = _answered(make_task(self), sampling)
+        self.task = make_task(self)
         fetch_missing(self.task.needs(), offline=settings.offline, silent=settings.silent)
         self.chat = self._chat()
+        self.task = answered(self.task, settings, self.chat, self.tokenizer, self.context_tokens)
         if settings.kv_bytes is not None:
             longest = max(question.length_tokens for question in self.questions)
             alike = parse_kv_bytes(settings.kv_bytes, self.dims, longest)
@@ -66,14 +67,17 @@ class _Prepared(AskedModel):
 
         if self.task.chat_answer_tokens():
             return Chat(self.tokenizer, self.settings.thinking)
-        if self.settings.thinking != "auto":
-            raise SkvError("--thinking switches the chat template, and no prompt of these is put into it; leave it out")
+        for option, given in (("--thinking", "auto"), ("--thinking-tokens", None)):
+            if getattr(self.settings, option[2:].replace("-", "_")) != given:
+                raise SkvError(
+                    f"{option} is about the chat template, and no prompt of these is put into it; leave it out"
+                )
         return None
 
     @property
     def chat_notes(self) -> list[str]:
         """What is to be said of the template."""
-        return self.chat.notes(self.task.chat_answer_tokens()) if self.chat else []
+        return self.chat.notes(self.task.chat_answer_tokens(), self.settings.thinking_tokens) if self.chat else []
 
     @property
     def records_queries(self) -> bool:
@@ -87,13 +91,6 @@ class _Prepared(AskedModel):
     @cached_property
     def left_out(self) -> dict[str, str]:
         return self.task.left_out(self.tokenizer)
-
-
-def _answered(task: Task, sampling: Sampling | None) -> Task:
-    """The task, its prompts answered as asked for."""
-    from evals.runs.sampling import SampledTask
-
-    return task if sampling is None else SampledTask(task, sampling)
 
 
 def run(make_task: MakeTask, settings: Settings) -> int:

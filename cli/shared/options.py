@@ -125,6 +125,12 @@ class Settings(SamplingOptions, RunOptions):
         str,
         typer.Option(help="Thoughts before an answer: on, off, or auto (off where the chat template has a switch)."),
     ] = "auto"
+    thinking_tokens: Annotated[
+        int | None,
+        typer.Option(
+            help="Tokens for a thought, beside the answer's. Thoughts are never scored; cut off ones are told."
+        ),
+    ] = None
     workers: Annotated[
         int,
         typer.Option(help="Processes that share the prompts: each with a GPU, or a part of the CPU, of its own."),
