@@ -175,9 +175,10 @@ def _plan(ready: _Prepared) -> int:
         prefill = streamed_bytes(ready.dims, ready.size.hidden, longest, with_queries=ready.records_queries)
     if settings.as_json:
         told = {"model": ready.source.name, "source": ready.source.described, "examples": prompts, "methods": memory}
-        costs = {"weights_bytes": weights, "prefill_kv_bytes": prefill, "answers": len(prompts) * len(memory)}
+        costs = {"weights_bytes": weights, "prefill_kv_bytes": prefill, "answers": len(ready.questions) * len(memory)}
         print(json.dumps({**told, **costs}, indent=1))
         return 0
+    each = f" x {settings.answers} answers" if settings.answers else ""
     cells = grouped(prompts, lambda p: (p["task"], p["length_tokens"], p["max_new_tokens"]))
     lines = []
     for (task, length, answer), same in cells.items():
@@ -186,7 +187,7 @@ def _plan(ready: _Prepared) -> int:
         lines.append([task, tokens(length), str(len(same)), *spans])
     print_table(
         Table(
-            f"{ready.source.name} ({ready.source.described}): {len(prompts)} prompts x {len(memory)} methods",
+            f"{ready.source.name} ({ready.source.described}): {len(prompts)} prompts x {len(memory)} methods{each}",
             ["task", "length", "prompts", "prompt tokens", "with the answer"],
             lines,
         )
