@@ -80,7 +80,8 @@ def test_the_ends_of_the_numbers_draw_tokens_that_have_probability():
     assert drawn(logits[None], torch.tensor([last], dtype=torch.float64), 1.0, 1.0).tolist() == [3]
     many = torch.randn(200, 1000, generator=torch.Generator().manual_seed(2))
     many[:, 900:] = -torch.inf
-    assert int(drawn(many, torch.full((200,), last, dtype=torch.float64), 1.3, 1.0).max()) < 900
+    for top_p in (1.0, 0.9, 0.6, 0.2, 0.01):
+        assert int(drawn(many, torch.full((200,), last, dtype=torch.float64), 1.3, top_p).max()) < 900
     assert int(drawn(torch.full((1, 5), torch.nan), torch.tensor([0.5]), 1.0, 0.9)) < 5, "the caller refuses it"
 
 

@@ -28,10 +28,9 @@ def drawn(logits: Tensor, uniform: Tensor, temperature: float, top_p: float) -> 
     """
     kept = nucleus(probabilities(logits, temperature), top_p)
     reached = kept.cumsum(dim=-1)
-    whole = reached[:, -1:]
-    # Below the whole even where the product is rounded up to it, or a token without probability might be found.
-    wanted = (uniform.to(reached)[:, None] * whole).minimum(torch.nextafter(whole, torch.zeros_like(whole)))
-    found = torch.searchsorted(reached, wanted, right=True)[:, 0]
+    # The largest fp64 below 1, times the whole, is rounded to below the whole: a token without probability, where
+    # nothing is added, is never found.
+    found = torch.searchsorted(reached, uniform.to(reached)[:, None] * reached[:, -1:], right=True)[:, 0]
     return found.clamp_max(logits.shape[-1] - 1)  # of logits that are not finite, which the caller refuses
 
 
