@@ -14,6 +14,7 @@ from run_folders import answer, grid, manifest, write_run
 
 from cli.main import main
 from evals.common.drawing import prompt_name
+from evals.compare.baselines import unfit
 from evals.compare.gate import parse_gate
 from evals.compare.run import compare
 from evals.niah.turns import MultiTurnNiah
@@ -328,3 +329,13 @@ def test_a_dry_run_counts_the_answers(tiny_folder, capsys):
     assert (len(told["examples"]), told["answers"]) == (2, 12)
     assert main([*words, *METHODS[:4], *DRAWN, "--dry-run"]) == 0
     assert "2 prompts x 2 methods x 3 answers" in capsys.readouterr().out
+
+
+def test_a_baseline_holds_every_answer_that_was_to_be_drawn(tmp_path):
+    asked = {"lengths": [1024], "depths": [0, 100], "rounds": 1, "samples": None}
+    described = replace(sampling(), selection=asked)
+    records = [record for prompt in range(2) for record in drawn(prompt=prompt, scores=(1, 0, 1, 1))]
+    for name, held, says in (("all", records, []), ("few", records[:-1], ["7 of 8 answers are there"])):
+        folder = write_run(tmp_path / name, held, described)
+        (folder / "summary.md").write_text("")
+        assert unfit(folder, described) == says
