@@ -34,6 +34,7 @@ CHANGES = {
     "lowers": "| lower",
     "indents": "| indent(2)",
 }
+UNSCORED = "thoughts are not scored; --thinking-tokens gives them room"
 # As published templates switch thoughts.
 QWEN3 = PLAIN + "{% if enable_thinking is defined and enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}"
 GRANITE = "{% if thinking %}Think inside <think></think> first.{% endif %}" + PLAIN
@@ -190,7 +191,8 @@ def test_thoughts_are_switched_off_where_a_template_has_a_switch(template):
     assert said(template) == said(template, "off") == ({"thinking": "off"}, note, off)
     config, note, text = said(template, "on", (32, 128))
     assert (config, text) == ({"thinking": "on"}, on)
-    assert note.endswith("switched on in the chat template: the thought counts towards an answer's 32 to 128 tokens")
+    counted = "switched on in the chat template: the thought counts towards an answer's 32 to 128 tokens"
+    assert note.endswith(f"{counted} {UNSCORED}")
 
 
 @pytest.mark.parametrize("template", [PLAIN, ALWAYS, STRIPS, None])
@@ -205,7 +207,8 @@ def test_what_cannot_be_switched_is_refused(template):
 @pytest.mark.parametrize("template", [ALWAYS, *ALWAYS_TOO])
 def test_a_thought_that_is_always_begun_is_said(template):
     begun = (
-        "this model's template begins a thought that cannot be switched off: an answer of 32 tokens may end inside it"
+        "this model's template begins a thought that cannot be switched off: an answer of 32 tokens may end inside it "
+        "how thoughts of this model end is not known: they are scored too"
     )
     assert said(template)[:2] == ({}, begun)
     assert said(template)[2] == by_itself(templated(template), "Hi?")
@@ -216,7 +219,7 @@ def test_what_is_known_of_other_templates_is_said_too():
     assert said(PLAIN + "<think></think>")[:2] == ({}, said(STRIPS)[1])
     assert said(STRIPS)[:2] == (
         {},
-        "this model's template knows of thoughts, which have no switch: an answer of 32 tokens may be one",
+        f"this model's template knows of thoughts, which have no switch: an answer of 32 tokens may be one {UNSCORED}",
     )
 
 

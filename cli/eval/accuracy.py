@@ -11,10 +11,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cli.eval.answered import answered
 from cli.eval.answering import answering, check_workers, processes
 from cli.eval.forcing import check_forcing, forced, kind_of_records
 from cli.shared.asked import AskedModel
 from cli.shared.options import Settings
+from cli.shared.sampling import sampling_of
 from cli.shared.which_model import with_model
 
 if TYPE_CHECKING:
@@ -38,6 +40,7 @@ class _Prepared(AskedModel):
         from cli.shared.fetching import fetch_missing
         from shadowkv.common.errors import SkvError
 
+        sampling_of(settings)
         asked = with_engine(parse_specs(settings.methods or ()), settings.engine)
         alike = parse_budgets(settings.budget)
         check_run(settings)
@@ -48,9 +51,11 @@ class _Prepared(AskedModel):
         super().__init__(settings, dummy=settings.dummy)
         check_workers(settings.workers, self.device)
         self.settings = settings
-        self.task = forced(make_task(self), settings)
+        self.task = make_task(self)
         fetch_missing(self.task.needs(), offline=settings.offline, silent=settings.silent)
         self.chat = self._chat()
+        how = answered(self.task, settings, self.chat, self.tokenizer, self.context_tokens)
+        self.task = forced(how, settings)
         if settings.kv_bytes is not None:
             longest = max(question.length_tokens for question in self.questions)
             alike = parse_kv_bytes(settings.kv_bytes, self.dims, longest)
@@ -65,14 +70,17 @@ class _Prepared(AskedModel):
 
         if self.task.chat_answer_tokens():
             return Chat(self.tokenizer, self.settings.thinking)
-        if self.settings.thinking != "auto":
-            raise SkvError("--thinking switches the chat template, and no prompt of these is put into it; leave it out")
+        for option, given in (("--thinking", "auto"), ("--thinking-tokens", None)):
+            if getattr(self.settings, option[2:].replace("-", "_")) != given:
+                raise SkvError(
+                    f"{option} is about the chat template, and no prompt of these is put into it; leave it out"
+                )
         return None
 
     @property
     def chat_notes(self) -> list[str]:
         """What is to be said of the template."""
-        return self.chat.notes(self.task.chat_answer_tokens()) if self.chat else []
+        return self.chat.notes(self.task.chat_answer_tokens(), self.settings.thinking_tokens) if self.chat else []
 
     @property
     def records_queries(self) -> bool:
@@ -170,9 +178,10 @@ def _plan(ready: _Prepared) -> int:
         prefill = streamed_bytes(ready.dims, ready.size.hidden, longest, with_queries=ready.records_queries)
     if settings.as_json:
         told = {"model": ready.source.name, "source": ready.source.described, "examples": prompts, "methods": memory}
-        costs = {"weights_bytes": weights, "prefill_kv_bytes": prefill, "answers": len(prompts) * len(memory)}
+        costs = {"weights_bytes": weights, "prefill_kv_bytes": prefill, "answers": len(ready.questions) * len(memory)}
         print(json.dumps({**told, **costs}, indent=1))
         return 0
+    each = f" x {settings.answers} answers" if settings.answers else ""
     cells = grouped(prompts, lambda p: (p["task"], p["length_tokens"], p["max_new_tokens"]))
     lines = []
     for (task, length, answer), same in cells.items():
@@ -181,7 +190,7 @@ def _plan(ready: _Prepared) -> int:
         lines.append([task, tokens(length), str(len(same)), *spans])
     print_table(
         Table(
-            f"{ready.source.name} ({ready.source.described}): {len(prompts)} prompts x {len(memory)} methods",
+            f"{ready.source.name} ({ready.source.described}): {len(prompts)} prompts x {len(memory)} methods{each}",
             ["task", "length", "prompts", "prompt tokens", "with the answer"],
             lines,
         )

@@ -21,6 +21,8 @@ def check_forcing(settings: Settings) -> None:
         return
     if settings.stream:
         raise SkvError("--forced compares methods on a prompt that is kept, and --stream keeps none")
+    if settings.temperature:
+        raise SkvError("--temperature draws answers, and with --forced every method is fed the same tokens")
     if settings.diagnostics:
         raise SkvError("--diagnostics looks at answers, and with --forced there are none")
 

@@ -19,7 +19,8 @@ EPILOG = (
     "skv eval longbench --model smollm2-135m --data data.zip --tasks hotpotqa,lcc --samples 10\n\n"
     "skv eval longbench --model llama3.1-8b --e -m full -m shadowkv -m quest\n\n"
     "skv eval longbench --model llama3-8b-1m --min-tokens 4096 -m full -m shadowkv:budget=256\n\n"
-    "skv eval longbench --model llama3.1-8b --v2 --wording prompts/0shot.txt"
+    "skv eval longbench --model llama3.1-8b --v2 --wording prompts/0shot.txt\n\n"
+    "skv eval longbench --model llama3.1-8b --v2 --temperature 0.7 --top-p 0.95 --answers 4"
 )
 _BRIEF_ROWS = 1  # of each task, by default on a CPU, where a prompt takes half a minute
 

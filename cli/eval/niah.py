@@ -19,7 +19,8 @@ EPILOG = (
     "--depths 10\n\n"
     "skv eval niah --model llama3.1-8b --lengths 16k,64k,128k --depths 10 --rounds 3 --device cuda\n\n"
     "skv eval niah --model smollm2-135m -m @eviction --budget 512 --turns 5 --lengths 4k\n\n"
-    "skv eval niah --model ./my-model --haystack book.txt --depths 0,50,100 --dry-run"
+    "skv eval niah --model ./my-model --haystack book.txt --depths 0,50,100 --dry-run\n\n"
+    "skv eval niah --model smollm2-135m --temperature 0.7 --answers 8"
 )
 
 

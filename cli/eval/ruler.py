@@ -22,7 +22,8 @@ EPILOG = (
     "skv eval ruler --model llama3.1-8b --lengths 32k,128k --tasks niah_multikey_2,vt,qa_1 --samples 50\n\n"
     "skv eval ruler --model llama3-8b-1m --profile shadowkv --lengths 128k -m full -m shadowkv -m quest "
     "--device cuda\n\n"
-    "skv eval ruler --model llama3.1-8b --lengths 128k --samples 2 --dry-run"
+    "skv eval ruler --model llama3.1-8b --lengths 128k --samples 2 --dry-run\n\n"
+    "skv eval ruler --model smollm2-135m --lengths 1k --samples 5 --temperature 0.7 --top-p 0.95 --answers 4"
 )
 
 

@@ -11,6 +11,8 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
+from cli.shared.sampling import SamplingOptions
+
 MODEL_HELP = (
     "Preset (skv models), folder, Hub id or .gguf file. Default: smollm2-135m on a CPU; on a GPU the largest preset "
     "(by parameters) whose weights are here and fit it."
@@ -110,7 +112,7 @@ class RunOptions(WeightOptions):
 
 
 @dataclass(frozen=True)
-class Settings(RunOptions):
+class Settings(SamplingOptions, RunOptions):
     """What every accuracy benchmark can be told, whatever it measures."""
 
     engine: Annotated[
@@ -123,6 +125,12 @@ class Settings(RunOptions):
         str,
         typer.Option(help="Thoughts before an answer: on, off, or auto (off where the chat template has a switch)."),
     ] = "auto"
+    thinking_tokens: Annotated[
+        int | None,
+        typer.Option(
+            help="Tokens for a thought, beside the answer's. Thoughts are never scored; cut off ones are told."
+        ),
+    ] = None
     workers: Annotated[
         int,
         typer.Option(help="Processes that share the prompts: each with a GPU, or a part of the CPU, of its own."),

@@ -5,11 +5,11 @@ Prompts are what the template itself makes of the whole message: templates trim,
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Sequence
 from datetime import datetime
 from typing import Any, NamedTuple
 
+from evals.common.thoughts import Markers, ends_inside, find_markers, knows_thoughts
 from shadowkv.common.errors import SkvError
 from shadowkv.common.names import did_you_mean
 from shadowkv.common.wording import one_line
@@ -20,8 +20,6 @@ _TODAY = datetime(2024, 7, 26)  # for templates that print the date: prompts mus
 
 THINKING = ("auto", "on", "off")
 _SWITCHES = ("enable_thinking", "thinking")  # what templates call it: Qwen's and most others', Granite's and DeepSeek's
-_TAG = re.compile(r"[<\[◁]([^<>\[\]◁▷\s]*(?:think|thought|reasoning)[^<>\[\]◁▷\s]*)[>\]▷]", re.IGNORECASE)
-_CLOSING = re.compile(r"^\W*/|(?:^|[^a-z])end(?:[^a-z]|$)", re.IGNORECASE)
 
 
 class Around(NamedTuple):
@@ -46,9 +44,16 @@ class Chat:
         self.templated = bool(getattr(tokenizer, "chat_template", None))
         self._switched: dict[str, bool] = {}
         self.thinking: str | None = None  # on or off by the template's switch; None where it has none
+        self.closing = ""  # what comes behind a message, up to where the assistant answers
+        self.markers: Markers | None = None  # of thoughts; None where there are none, or nothing tells how they end
         if self.templated:
             self._switch("off" if thinking == "auto" else thinking)
             self._check()
+            shown = self._rendered([("user", _FIRST)])
+            self.closing = shown.rpartition(_FIRST)[2]
+            if self._thinks_first or self._may_think:
+                added = map(str, self._tokenizer.get_added_vocab())
+                self.markers = find_markers([self.closing, shown, self._source(), *added])
         if thinking != "auto" and self.thinking is None:
             lacks = "chat template has no switch for it" if self.templated else "tokenizer has no chat template"
             raise SkvError(f"--thinking {thinking}: this model's {lacks}; leave it out")
@@ -56,7 +61,11 @@ class Chat:
     def text(self, message: str, answer_prefix: str = "") -> str:
         """The whole prompt; the answer prefix comes after the assistant's header, as the start of its answer."""
         shown = self._rendered([("user", message)]) if self.templated else message
-        return shown + answer_prefix
+        return shown + self.begun(answer_prefix)
+
+    def begun(self, answer_prefix: str) -> str:
+        """What of an answer stands in a prompt: nothing where a thought comes first, since it would be part of that."""
+        return "" if self.markers and self._thinks_first else answer_prefix
 
     def ids(self, text: str) -> list[int]:
         """Token ids of a whole prompt. A template spells out its special tokens; a plain prompt gets the usual ones."""
@@ -83,28 +92,36 @@ class Chat:
         _, found, after = self._rendered([("user", "."), ("assistant", _FIRST), ("user", question)]).partition(_FIRST)
         if not found or _FIRST in after:
             raise SkvError("this model's chat template drops or changes earlier answers; --turns cannot be used")
-        return after + answer_prefix
+        return after + self.begun(answer_prefix)
 
     def config(self) -> dict[str, str]:
         """What run.json says, so that runs which differ in it do not mix: nothing of a template without a switch."""
         return {} if self.thinking is None else {"thinking": self.thinking}
 
-    def notes(self, answer_tokens: Collection[int]) -> list[str]:
-        """What every table must say of thoughts, where answers may have so many tokens."""
+    def notes(self, answer_tokens: Collection[int], thought_tokens: int | None = None) -> list[str]:
+        """What every table must say of thoughts, where answers may have so many tokens, and thoughts so many more."""
         if not self.templated or not answer_tokens:
             return []
-        if self.thinking == "off" and not self._opens_a_thought():
+        if self.thinking == "off" and not ends_inside(self.closing):
             return ["thinking is switched off in the chat template"]
+        if not self._thinks_first and not self._may_think:
+            return []
+        if self.markers is None:
+            return [self._limited(answer_tokens), "how thoughts of this model end is not known: they are scored too"]
+        if thought_tokens is None:
+            return [self._limited(answer_tokens), "thoughts are not scored; --thinking-tokens gives them room"]
+        return [f"thoughts are not scored, and may take {thought_tokens} tokens beside the answer's"]
+
+    def _limited(self, answer_tokens: Collection[int]) -> str:
+        """That thoughts take an answer's room."""
         least, most = min(answer_tokens), max(answer_tokens)
         tokens = f"{most} tokens" if least == most else f"{least} to {most} tokens"
         if self.thinking == "on":
-            return [f"thinking is switched on in the chat template: the thought counts towards an answer's {tokens}"]
-        ends = f"that cannot be switched off: an answer of {tokens} may end inside it"
-        if self._opens_a_thought():
-            return [f"this model's template begins a thought {ends}"]
-        if _TAG.search(self._source()):
-            return [f"this model's template knows of thoughts, which have no switch: an answer of {tokens} may be one"]
-        return []
+            return f"thinking is switched on in the chat template: the thought counts towards an answer's {tokens}"
+        if self._thinks_first:
+            begun = "this model's template begins a thought that cannot be switched off"
+            return f"{begun}: an answer of {tokens} may end inside it"
+        return f"this model's template knows of thoughts, which have no switch: an answer of {tokens} may be one"
 
     def _check(self) -> None:
         """Refuse a template that does not hold a message whole, and once."""
@@ -119,11 +136,15 @@ class Chat:
         if rendered(self._tokenizer, turns, off) != rendered(self._tokenizer, turns, on):
             self.thinking, self._switched = wanted, on if wanted == "on" else off
 
-    def _opens_a_thought(self) -> bool:
-        """Whether a prompt ends inside a thought."""
-        _, _, tail = self._rendered([("user", _FIRST)]).rpartition(_FIRST)
-        tags = _TAG.findall(tail)
-        return bool(tags) and not _CLOSING.search(tags[-1])
+    @property
+    def _thinks_first(self) -> bool:
+        """Whether an answer is to begin with a thought, or in one."""
+        return self.thinking == "on" or ends_inside(self.closing)
+
+    @property
+    def _may_think(self) -> bool:
+        """Whether the template knows of thoughts and cannot switch them."""
+        return self.thinking is None and knows_thoughts(self._source())
 
     def _source(self) -> str:
         return str(self._tokenizer.chat_template)

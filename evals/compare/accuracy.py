@@ -23,6 +23,7 @@ from evals.compare.sides import (
 from evals.compare.verdicts import Decision, Verdict, decide, judge_range
 from evals.runs.results import Key, Record
 from evals.tables.statistics import mean_of_means
+from evals.tables.summary import mean_score
 from evals.tables.table import tokens
 from shadowkv.common.errors import SkvError
 
@@ -41,12 +42,27 @@ class _Answers:
     found: int
 
     @property
+    def prompts(self) -> list[tuple[list[Record], list[Record]]]:
+        """The pairs by prompt: several answers to one are no samples of their own, and are averaged first."""
+        found = grouped(self.pairs, lambda pair: pair[0].prompt).values()
+        return [([before for before, _ in same], [after for _, after in same]) for same in found]
+
+    @property
+    def before(self) -> list[float]:
+        return [mean_score(before) for before, _ in self.prompts]
+
+    @property
+    def after(self) -> list[float]:
+        return [mean_score(after) for _, after in self.prompts]
+
+    @property
     def differences(self) -> list[float]:
-        return [_score(after) - _score(before) for before, after in self.pairs]
+        return [after - before for before, after in zip(self.before, self.after, strict=True)]
 
     @property
     def changed(self) -> int:
-        return sum(before.prediction != after.prediction for before, after in self.pairs)
+        """Prompts, any of whose answers is another text."""
+        return sum([r.prediction for r in before] != [r.prediction for r in after] for before, after in self.prompts)
 
 
 def compare_answers(baseline: Side[Record], current: Side[Record], gate: Gate) -> Comparison:
@@ -143,8 +159,8 @@ def _score_row(method: str, place: str, answers: Sequence[_Answers], paired: Pai
         more_needed=decision.more_needed,
         why=decision.why,
         samples=paired.samples,
-        before=mean_of_means([[_score(before) for before, _ in a.pairs] for a in answers]),
-        after=mean_of_means([[_score(after) for _, after in a.pairs] for a in answers]),
+        before=mean_of_means([a.before for a in answers]),
+        after=mean_of_means([a.after for a in answers]),
         difference=paired.difference,
         low=interval and interval[0],
         high=interval and interval[1],
@@ -201,8 +217,3 @@ def size_row(
             p_holm=None,
         )
     ]
-
-
-def _score(record: Record) -> float:
-    assert record.score is not None
-    return record.score

@@ -49,7 +49,7 @@ def results_of(run: Run, label: str, records: Sequence[Record]) -> dict[str, Any
     session = manifest.sessions[-1] if manifest.sessions else None
     return {
         "results": {
-            task: {"alias": task, "sample_len": len(found), **_metrics(found)} for task, found in tasks.items()
+            task: {"alias": task, "sample_len": _prompts(found), **_metrics(found)} for task, found in tasks.items()
         },
         "groups": {group: {"alias": group, **_group(group, [tasks[t] for t in of])} for group, of in lengths.items()},
         "group_subtasks": dict(lengths),
@@ -58,7 +58,7 @@ def results_of(run: Run, label: str, records: Sequence[Record]) -> dict[str, Any
         "n-shot": dict.fromkeys(tasks, 0),
         "higher_is_better": {task: {_METRIC: True} for task in tasks},
         "n-samples": {
-            task: {"original": len(found), "effective": len(scores_of(found))} for task, found in tasks.items()
+            task: {"original": _prompts(found), "effective": len(scores_of(found))} for task, found in tasks.items()
         },
         "config": {
             "model": "skv",
@@ -69,7 +69,7 @@ def results_of(run: Run, label: str, records: Sequence[Record]) -> dict[str, Any
             "batch_size": "1",
             "limit": None,
             "bootstrap_iters": 0,
-            "gen_kwargs": {"do_sample": False},
+            "gen_kwargs": _drawing(run),
             **({} if seed is None else dict.fromkeys(("random_seed", "numpy_seed", "torch_seed"), seed)),
         },
         "git_hash": (session.git or {}).get("commit", "") if session else "",
@@ -91,8 +91,20 @@ def _started(run: Run) -> str:
     return run.manifest.sessions[-1].started if run.manifest.sessions else "unknown"
 
 
+def _prompts(records: Sequence[Record]) -> int:
+    return len({record.prompt for record in records})
+
+
 def _task(record: Record) -> str:
     return f"skv_{record.benchmark}_{record.task}_{record.length}"
+
+
+def _drawing(run: Run) -> dict[str, Any]:
+    """How tokens were chosen, in the words of transformers."""
+    sampling = run.manifest.config.get("sampling")
+    if sampling is None:
+        return {"do_sample": False}
+    return {"do_sample": True, "temperature": sampling["temperature"], "top_p": sampling["top_p"]}
 
 
 def _metrics(records: Sequence[Record]) -> dict[str, float]:
@@ -120,7 +132,7 @@ def _config(run: Run, task: str, records: Sequence[Record]) -> dict[str, Any]:
         "dataset_path": "",
         "output_type": "generate_until",
         "metric_list": [{"metric": _METRIC, "aggregation": "mean", "higher_is_better": True}],
-        "generation_kwargs": {"do_sample": False, "max_gen_toks": records[0].meta.get("max_new_tokens")},
-        "repeats": 1,
+        "generation_kwargs": {**_drawing(run), "max_gen_toks": records[0].meta.get("max_new_tokens")},
+        "repeats": manifest.config.get("sampling", {}).get("answers", 1),
         "metadata": {"length_tokens": records[0].length, **manifest.config, "sources": manifest.sources},
     }

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Hashable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from evals.common.chat import prompt_ids
 from evals.runs.forced.record import Forcing
-from evals.runs.task import Example, Question, Task
+from evals.runs.task import Example, Question
+from evals.runs.wrapped import WrappedTask
 from shadowkv.common.errors import SkvError
 from shadowkv.common.names import did_you_mean
 from shadowkv.common.reading import read_text
@@ -19,17 +20,18 @@ CONTINUATIONS = ("text", "greedy")
 
 
 @dataclass(frozen=True)
-class ForcedTask(Task):
+class ForcedTask(WrappedTask):
     """`task`, whose prompts go on with their own text, with full attention's answer (greedy) or with a file's text.
 
     Raises `SkvError` for prompts that no text follows, unless another continuation is asked for.
     """
 
-    benchmark = "fidelity"
-
-    task: Task
     forcing: Forcing
     continuation: str
+
+    @property
+    def benchmark(self) -> str:
+        return "fidelity"
 
     def __post_init__(self) -> None:
         if self.forcing.tokens < 1:
@@ -39,7 +41,6 @@ class ForcedTask(Task):
                 f"no text follows a prompt of {self.task.benchmark}: --continuation greedy forces full attention's "
                 "answer, and a file's name that file's text"
             )
-
         if self.task.config().get("turns", 1) > 1:
             raise SkvError("--forced goes on after one question: leave out --turns")
 
@@ -83,20 +84,11 @@ class ForcedTask(Task):
             )
         return tuple(ids[: self.forcing.tokens + 1])
 
-    def prompt_of(self, question: Question) -> Hashable:
-        return self.task.prompt_of(question)
-
-    def score(self, example: Example, prediction: str) -> float:
-        return self.task.score(example, prediction)
-
     def config(self) -> dict[str, Any]:
         more = {"one_by_one": True} if self.forcing.one_by_one else {}
         of = {"prompts": self.task.benchmark} if self.task.benchmark != self.benchmark else {}
         given = Path(self.continuation).name if self.of_file else self.continuation
         return {**self.task.config(), **of, "forced_tokens": self.forcing.tokens, "continuation": given, **more}
-
-    def selection(self) -> dict[str, Any]:
-        return self.task.selection()
 
     def sources(self) -> dict[str, Any]:
         if not self.of_file:
@@ -105,20 +97,11 @@ class ForcedTask(Task):
         told = {"name": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
         return {**self.task.sources(), "continuation": told}
 
-    def chat_answer_tokens(self) -> Collection[int]:
-        return self.task.chat_answer_tokens()
-
-    def needs(self) -> tuple[str, ...]:
-        return self.task.needs()
-
     def notes(self) -> list[str]:
         fed = {"text": "the text's own continuation", "greedy": "full attention's greedy answer"}
         said = fed.get(self.continuation, f"the text of {Path(self.continuation).name}")
         steps = "one by one" if self.forcing.one_by_one else "at once"
         return [*self.task.notes(), f"every method was fed {said}, at most {self.forcing.tokens} tokens, {steps}"]
-
-    def left_out(self, tokenizer: Any) -> dict[str, str]:
-        return self.task.left_out(tokenizer)
 
 
 def _with_continuation(example: Example, ids: tuple[int, ...]) -> Example:

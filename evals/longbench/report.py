@@ -75,8 +75,8 @@ def write_v2_plots(folder: Path, records: Sequence[Record], title: str) -> list[
 
 def _coverage(records: Sequence[Record]) -> str:
     """How many rows the numbers stand for, and whether all methods answered the same ones."""
-    rows = {label: {(r.task, r.sample) for r in found} for label, found in grouped(records, lambda r: r.method).items()}
-    counts = [len(found) for found in grouped(sorted(set.union(*rows.values())), lambda pair: pair[0]).values()]
+    rows = {label: {r.prompt for r in found} for label, found in grouped(records, lambda r: r.method).items()}
+    counts = [len(found) for found in grouped(sorted(set.union(*rows.values())), lambda row: row[0]).values()]
     said = f"Rows per task: {min(counts)}" + (f" to {max(counts)}." if max(counts) > min(counts) else ".")
     alike = len({frozenset(found) for found in rows.values()}) == 1
     return said if alike else f"{said} METHODS DID NOT ANSWER THE SAME ROWS: their scores do not compare."
@@ -84,11 +84,9 @@ def _coverage(records: Sequence[Record]) -> str:
 
 def _by_task(records: Sequence[Record]) -> dict[str, float]:
     """Mean score by task; a task of LongBench-E under its plain name. Tasks without a scored answer are not in it."""
-    found: dict[str, list[float]] = {}
-    for record in records:
-        if record.score is not None:
-            found.setdefault(record.task.removesuffix("_e"), []).append(record.score)
-    return {task: sum(scores) / len(scores) for task, scores in found.items()}
+    found = grouped(records, lambda r: r.task.removesuffix("_e"))
+    scores = {task: scores_of(same) for task, same in found.items()}
+    return {task: sum(held) / len(held) for task, held in scores.items() if held}
 
 
 def _averages() -> list[tuple[str, list[list[str]]]]:

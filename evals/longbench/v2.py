@@ -40,7 +40,7 @@ def named_choice(prediction: str) -> str | None:
 
 @dataclass(frozen=True)
 class LongBenchV2(Task):
-    """Settings of a run; greedy, where the authors sample at temperature 0.1."""
+    """Settings of a run; greedy unless a temperature is given, where the authors sample at 0.1."""
 
     benchmark = "longbench-v2"
 

@@ -193,7 +193,8 @@ def _incomplete(manifest: Manifest, records: Sequence[Record | ForcedRecord]) ->
     asked = {(r.task, r.length, r.sample) for r in records}
     held = {label: len(found) for label, found in grouped(records, lambda r: r.method).items()}
     without = [label for label in manifest.methods if label not in held]
-    said = [f"{label}: {count} of {len(asked)} prompts answered" for label, count in held.items() if count < len(asked)]
+    what = "answers given" if any("answer" in r.meta for r in records) else "prompts answered"
+    said = [f"{label}: {count} of {len(asked)} {what}" for label, count in held.items() if count < len(asked)]
     said += [f"{label}: no answer" for label in without]
     if len(held) == 1:
         said.append(f"one method only ({records[0].method}): nothing to compare it with")

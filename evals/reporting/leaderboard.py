@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from evals.common.drawing import prompt_name
 from evals.common.grouping import grouped
 from evals.reporting.folders import Found, Run, make_folder
 from evals.reporting.page import render_leaderboard
@@ -32,7 +33,7 @@ class _Kind(NamedTuple):
     benchmark: str
     settings: str  # model, its weights, and every setting and source that changes a number
     length: int
-    prompts: frozenset[tuple[str, str, str]]  # task, sample, checksum
+    prompts: frozenset[tuple[str, str, str]]  # task, sample, checksum; of drawn answers, each
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,8 @@ def _settings(run: Run) -> str:
 def _group(kind: _Kind, parts: Sequence[_Part]) -> Group:
     manifest = parts[0].run.manifest
     first, problems = _merged(parts)
-    wanted = len(kind.prompts)
+    wanted, sampling = len(kind.prompts), manifest.config.get("sampling")
+    what = "answers to draw have" if sampling else "prompts have"
     rows = summarise(first)
     ranked = sorted((r for r in rows if r.scored == wanted), key=lambda r: -(r.score or 0.0))
     others = [row for row in rows if row.scored < wanted]
@@ -116,8 +118,11 @@ def _group(kind: _Kind, parts: Sequence[_Part]) -> Group:
         lines.append(_line(str(place), row, full, runs[row.method]))
     for row in others:
         lines.append(_line(_UNRANKED, row, full, runs[row.method]))
-        problems.append(f"{row.method} is unranked: {row.scored} of {wanted} prompts have a scored answer")
-    prompts = f"{wanted} prompt{'s' * (wanted > 1)}"
+        problems.append(f"{row.method} is unranked: {row.scored} of {wanted} {what} a scored answer")
+    count = len({(task, prompt_name(sample)) for task, sample, _ in kind.prompts})
+    prompts = f"{count} prompt{'s' * (count > 1)}"
+    if sampling:
+        prompts += f" x {sampling['answers']} at temperature {sampling['temperature']:g}, top-p {sampling['top_p']:g}"
     title = f"{manifest.title} · {tokens(kind.length)} · {prompts}"
     notes = list(dict.fromkeys(note for part in parts for note in part.run.manifest.notes))
     problems += [f"{part.run.name}: {problem}" for part in parts for problem in part.run.problems]

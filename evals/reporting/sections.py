@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from evals.fidelity.report import fidelity_table, fidelity_tables
 from evals.fidelity.summary import summarise_forced
 from evals.reporting.folders import Run
-from evals.reporting.presentations import accuracy_tables, write_accuracy_plots
+from evals.reporting.presentations import accuracy_pass_rates, accuracy_tables, write_accuracy_plots
 from evals.tables.costs import cost_table
 from evals.tables.statistics import BOOTSTRAP_95
 from evals.tables.summary import methods_of, summarise, task_scores
@@ -103,18 +103,20 @@ def _accuracy(run: Run, plots: Path) -> Section:
         "methods": str(len(methods_of(records))),
         "tasks": str(len({r.task for r in records})),
         "lengths": ", ".join(map(tokens, lengths)),
-        "prompts": f"{len({(r.task, r.length, r.sample) for r in records}):,}",
+        "prompts": f"{len({r.prompt for r in records}):,}",
         "answers scored": f"{scored:,} of {len(records):,}",
+    }
+    data = {
+        "summary.csv": [asdict(row) for row in rows],
+        "tasks.csv": [asdict(cell) for cell in task_scores(records)],
+        "passes.csv": [asdict(rate) for rate in accuracy_pass_rates(manifest, records)],
     }
     return Section(
         run,
         facts,
         rows,
         [cost_table("Score and cost", rows), *accuracy_tables(manifest, records)],
-        {
-            "summary.csv": _frame([asdict(row) for row in rows], manifest.notes),
-            "tasks.csv": _frame([asdict(cell) for cell in task_scores(records)], manifest.notes),
-        },
+        {name: _frame(lines, manifest.notes) for name, lines in data.items() if lines},
         write_accuracy_plots(plots, manifest, records, rows),
         [f"Intervals: {BOOTSTRAP_95}."],
         cost_table("Score and cost", rows, dense=True),

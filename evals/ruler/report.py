@@ -58,6 +58,11 @@ def ruler_tables(records: Sequence[Record]) -> list[Table]:
     return [matrix, longest]
 
 
+def right_or_wrong(record: Record) -> bool:
+    """Whether an answer can only be right or wrong: one reference, or any of several, decides."""
+    return len(record.references) == 1 or record.task.startswith("qa_")
+
+
 def write_ruler_plots(folder: Path, records: Sequence[Record], title: str) -> list[Path]:
     """A tasks_<length>.png for every length; many methods are read from the table."""
     if len(methods_of(records)) > _MOST_BARS:

@@ -162,7 +162,11 @@ class _Maker:
             input_ids=tuple(fitted.input_ids),
             references=draft.references,
             max_new_tokens=TASKS[task].max_new_tokens,
-            meta={**draft.meta, "chat_template": self._templated, "answer_prefix": draft.answer_prefix},
+            meta={
+                **draft.meta,
+                "chat_template": self._templated,
+                "answer_prefix": self._chat.begun(draft.answer_prefix),
+            },
         )
         return example, self._chat.text(fitted.message)
 

@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Generic, NamedTuple, Protocol, TypeVar, get_ar
 
 from filelock import FileLock, Timeout
 
+from evals.common.drawing import prompt_name
 from evals.runs.manifest import Manifest
 from shadowkv.common.errors import SkvError
 from shadowkv.common.reading import decoded
@@ -82,6 +83,11 @@ class Record:
     @property
     def key(self) -> Key:
         return Key(self.benchmark, self.task, self.length, self.sample, self.method)
+
+    @property
+    def prompt(self) -> tuple[str, int, str]:
+        """What was asked: the same of several answers to it."""
+        return self.task, self.length, prompt_name(self.sample)
 
     @property
     def final(self) -> bool:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from evals.common.grouping import grouped
+from evals.common.thoughts import read_answer
 from evals.runs.diagnostics import diagnose
 from evals.runs.failures import FAILURES, located, status_of
 from evals.runs.forced.loop import forced_answers
@@ -65,20 +66,24 @@ def run_accuracy(
     done = total - sum(map(len, missing.values()))
     on_step(Step(done, total, None))
     for example in one_ahead(run.task.examples(run.loaded.tokenizer, todo)):
-        asked = {method for question in example.questions for method in missing.get(question, ())}
-        open_methods = [method for method in methods if method in asked]
-        for record in _records(run, example, open_methods):
+        open_ones = [
+            _Open(method, attempt)
+            for method in methods
+            for attempt in example.attempts
+            if any(method in missing.get(question, ()) for question in attempt.questions)
+        ]
+        for record in _records(run, example, open_ones):
             if not folder.has(record.key):  # of several turns, some may have been answered before
                 folder.append(record)
                 done += 1
                 on_step(Step(done, total, record))
 
 
-def _records(run: Run, example: Example, methods: Sequence[Method]) -> Iterator[Answered]:
+def _records(run: Run, example: Example, open_ones: Sequence[_Open]) -> Iterator[Answered]:
     if run.task.forced is not None:
-        yield from forced_answers(run, run.task.forced, example, methods)
+        yield from forced_answers(run, run.task.forced, example, [one.method for one in open_ones])
         return
-    for alike in grouped(methods, lambda method: method.prefill).values():
+    for alike in grouped(open_ones, lambda one: one.method.prefill).values():
         yield from _answers(run, example, alike)
 
 
@@ -91,6 +96,13 @@ def one_ahead(items: Iterator[T]) -> Iterator[T]:
             yield item
 
 
+class _Open(NamedTuple):
+    """An answer to be given: by whom, to what."""
+
+    method: Method
+    attempt: Example
+
+
 class _Begun(NamedTuple):
     """A cache of the prompt."""
 
@@ -101,25 +113,25 @@ class _Begun(NamedTuple):
     prefill: Prefill | None  # None where no other method answers from it
 
 
-def _answers(run: Run, example: Example, methods: Sequence[Method]) -> Iterator[Record]:
-    """One record per method and turn, from the one prefill they share; each is made when it is asked for."""
+def _answers(run: Run, example: Example, open_ones: Sequence[_Open]) -> Iterator[Record]:
+    """One record per method, answer and turn, from the one prefill they share; each is made when it is asked for."""
     if run.streamed:
-        for method in methods:
-            yield from _conversation(run, example, method, partial(_stream, run, example))
+        for method, attempt in open_ones:
+            yield from _conversation(run, attempt, method, partial(_stream, run, example))
         return
     started = time.perf_counter()
     try:
-        prefill = run.engine.prefill(torch.tensor([example.input_ids]), methods[0].prefill)
+        prefill = run.engine.prefill(torch.tensor([example.input_ids]), open_ones[0].method.prefill)
     except FAILURES as failure:
         yield from (
             _failed(blank, failure)
-            for method in methods
-            for blank in _blanks(run.loaded.tokenizer, example, method).values()
+            for method, attempt in open_ones
+            for blank in _blanks(run.loaded.tokenizer, attempt, method).values()
         )
         return
     seconds = run.now() - started
-    for method in methods:
-        yield from _conversation(run, example, method, partial(_replay, run, prefill, seconds))
+    for method, attempt in open_ones:
+        yield from _conversation(run, attempt, method, partial(_replay, run, prefill, seconds))
 
 
 def _replay(run: Run, prefill: Prefill, prefill_s: float, method: Method) -> _Begun:
@@ -190,17 +202,18 @@ def _conversation(run: Run, example: Example, method: Method, begin: Callable[[M
                 bytes_held, tokens_held = cache.nbytes(), cache.get_seq_length()
                 stop_ids = run.loaded.stop_ids.union(turn.stop_ids)
                 resumed = time.perf_counter()
-                tokens = engine.decode(cache, logits, turn.max_new_tokens, stop_ids, turn.min_new_tokens)[0]
+                limits = (turn.max_new_tokens, stop_ids, turn.min_new_tokens)
+                tokens = engine.decode(cache, logits, *limits, turn.chooser())[0]
                 ended = run.now()
                 unfed = tokens[-1:] if len(tokens) == turn.max_new_tokens else []
-                prediction = str(run.loaded.tokenizer.decode(tokens, skip_special_tokens=True))
+                said = read_answer(run.loaded.tokenizer, tokens, turn.thinking)
                 later = tokens_held - prompt_tokens
                 blank = blanks[turn.sample]
                 answered = replace(
                     blank,
-                    score=run.task.score(turn, prediction),
+                    score=run.task.score(turn, said.prediction),
                     status="ok",
-                    prediction=prediction,
+                    prediction=said.prediction,
                     prompt_tokens=tokens_held,
                     reused_tokens=prefill.reused_tokens if prefill else 0,
                     new_tokens=len(tokens),
@@ -213,7 +226,7 @@ def _conversation(run: Run, example: Example, method: Method, begin: Callable[[M
                     host_bytes=bytes_held.host,
                     attended_tokens=method.attended_tokens(engine.dims, prompt_tokens, later),
                     bus_bytes=method.bus_bytes(engine.dims, tokens_held),
-                    meta={**blank.meta, **_diagnosis(run, example, prefill, method)},
+                    meta={**blank.meta, **said.meta, **_diagnosis(run, example, prefill, method)},
                 )
                 del blanks[turn.sample]
                 yield answered
@@ -224,8 +237,8 @@ def _conversation(run: Run, example: Example, method: Method, begin: Callable[[M
 
 def _diagnosis(run: Run, example: Example, prefill: Prefill | None, method: Method) -> dict[str, Any]:
     """What to add to a record; where the comparison fails, why, since the answer itself stands."""
-    if not run.diagnostics or example.later or prefill is None:
-        return {}
+    if not run.diagnostics or example.later or prefill is None or example.meta.get("answer", 1) > 1:
+        return {}  # of several answers to a prompt, what is compared would be the same
     try:
         found = diagnose(run.engine, prefill, method, example.max_new_tokens, run.loaded.stop_ids)
     except FAILURES as failure:

@@ -5,9 +5,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from evals.common.drawing import Draw
+from evals.common.thoughts import Thinking
 from evals.runs.forced.record import Forcing
+
+if TYPE_CHECKING:
+    from shadowkv.engine.sampling import Choose
 
 
 class Question(NamedTuple):
@@ -35,6 +40,9 @@ class Example:
     continuation: tuple[int, ...] = field(default=(), repr=False)  # what follows in the text, where this is one
     # Turns that go on in the same cache, their tokens being fed after the answers so far.
     later: tuple[Example, ...] = ()
+    draw: Draw | None = None  # how tokens are drawn; None for the most likely ones
+    thinking: Thinking | None = None  # how a thought before the answer is told from it
+    again: tuple[Example, ...] = ()  # what is answered instead, each in a cache of its own, from this one prompt
 
     @property
     def question(self) -> Question:
@@ -46,6 +54,17 @@ class Example:
         return (self, *self.later)
 
     @property
+    def attempts(self) -> tuple[Example, ...]:
+        """What is to be answered of this prompt: itself, or several answers to it."""
+        return self.again or (self,)
+
+    def chooser(self) -> Choose:
+        """What picks the tokens of this turn's answer."""
+        from shadowkv.engine.sampling import most_likely  # here, so that comparing runs needs no torch
+
+        return most_likely if self.draw is None else self.draw.chooser()
+
+    @property
     def questions(self) -> tuple[Question, ...]:
         """What is asked, in order."""
         return tuple(turn.question for turn in self.turns if turn.references or turn.continuation)
@@ -54,7 +73,10 @@ class Example:
 class Task(ABC):
     """A benchmark with its settings."""
 
-    benchmark: ClassVar[str]
+    @property
+    @abstractmethod
+    def benchmark(self) -> str:
+        """What records, tables and run.json call it."""
 
     @abstractmethod
     def questions(self, tokenizer: Any) -> Sequence[Question]:

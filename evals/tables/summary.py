@@ -31,8 +31,8 @@ class Row:
 
     method: str
     length: int
-    score: float | None  # 0..1, mean over tasks of the mean over their scored answers
-    score_low: float | None  # 95 % bootstrap interval over samples
+    score: float | None  # 0..1, mean over tasks of the mean over their prompts' scored answers
+    score_low: float | None  # 95 % bootstrap interval over prompts
     score_high: float | None
     scored: int
     total: int
@@ -91,8 +91,17 @@ def methods_of(records: Sequence[OfMethod]) -> list[str]:
 
 
 def scores_of(records: Sequence[Record]) -> list[float]:
-    """Scores of the answers that have one."""
-    return [record.score for record in records if record.score is not None]
+    """Scores of the prompts that have one, of one method: the mean over the scored answers to each.
+
+    Several answers to a prompt are no samples of their own: what is drawn anew for an interval is the prompt.
+    """
+    scored = [record for record in records if record.score is not None]
+    return [mean_score(answers) for answers in grouped(scored, lambda r: r.prompt).values()]
+
+
+def mean_score(scored: Sequence[Record]) -> float:
+    """The mean over answers that all have a score."""
+    return sum(record.score or 0.0 for record in scored) / len(scored)
 
 
 def agreement(tokens: Sequence[int], reference: Sequence[int]) -> float | None:
@@ -106,7 +115,8 @@ def agreement(tokens: Sequence[int], reference: Sequence[int]) -> float | None:
 def _task_score(method: str, length: int, task: str, records: list[Record]) -> TaskScore:
     scores = scores_of(records)
     low, high = interval_95([scores]) or (None, None)
-    return TaskScore(method, length, task, mean_of_means([scores]), low, high, len(scores), len(records))
+    scored = sum(record.score is not None for record in records)
+    return TaskScore(method, length, task, mean_of_means([scores]), low, high, scored, len(records))
 
 
 def _row(label: str, length: int, records: list[Record], references: dict[tuple[str, int, str], Record]) -> Row:

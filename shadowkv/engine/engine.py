@@ -28,6 +28,7 @@ from shadowkv.contract.sparse_prefill import SparsePrefill
 from shadowkv.engine.cache import JoinedCache, MethodCache
 from shadowkv.engine.graphs import GraphedStep, can_be_graphed, capture_on_gpu
 from shadowkv.engine.recording import Recorded, Recording, placed
+from shadowkv.engine.sampling import Choose, most_likely
 from shadowkv.engine.snapshots import Kept, Prefill
 from shadowkv.engine.streamed import StreamedPrompt
 from shadowkv.tensors.host_memory import require_host_bytes
@@ -209,8 +210,9 @@ class Engine:
         max_new_tokens: int,
         stop_ids: Collection[int] = (),
         min_new_tokens: int = 0,
+        choose: Choose = most_likely,
     ) -> list[list[int]]:
-        """Greedy tokens of each row until a stop token (left out) or `max_new_tokens`.
+        """Tokens of each row, as `choose` picks them, until a stop token (left out) or `max_new_tokens`.
 
         Among the first `min_new_tokens` no stop token is chosen, however likely.
 
@@ -227,7 +229,7 @@ class Engine:
             if step < min_new_tokens and stop_ids:
                 ends = torch.tensor([i for i in sorted(stop_ids) if i < logits.shape[-1]], dtype=torch.long)
                 logits = logits.index_fill(-1, ends.to(logits.device), -torch.inf)
-            tokens = logits.argmax(dim=-1)
+            tokens = choose(logits)
             if not bool(finite):
                 raise NotFiniteError(str(self.model.dtype).removeprefix("torch."), rows[0])
             for row, token in enumerate(tokens.tolist()):
