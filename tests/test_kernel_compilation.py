@@ -13,9 +13,11 @@ from evals.bench.kernels.compilation import compile_for
 
 ROOT = Path(__file__).parent.parent
 _KERNELS = {
-    "chunk_logits", "group_scores", "select_chunks", "assign_slots", "copy_chunks", "rebuild_chunks", "attend_stretch",
-    "join_stretches", "bound_pages", "attend_listed",
+    "chunk_logits", "group_scores", "select_chunks", "assign_slots", "copy_chunks", "rebuild_pairs", "rebuild_chunks",
+    "attend_stretch", "join_stretches", "bound_pages", "attend_listed",
 }  # fmt: skip
+# Scales of fp16 are narrower than 4 bytes, one for a token; keys whose pairs lie in no usual way are read by index.
+_NARROW_LOADS = {"copy_chunks": 8, "rebuild_pairs": 8, "rebuild_chunks": 80}
 
 
 @pytest.mark.parametrize(
@@ -31,6 +33,26 @@ def test_kernels_compile_without_a_gpu(capability, dtype, head_dim):
         assert 0 < kernel.registers <= 255
         assert kernel.stack_bytes <= 64, kernel
         assert kernel.shared_bytes <= 99 * 1024, kernel  # the least that a GPU of these has for one program
+        assert kernel.narrow_loads <= _NARROW_LOADS.get(kernel.kernel, 0), kernel
+
+
+def test_narrow_loads_are_told_from_wide_ones():
+    pytest.importorskip("triton", reason="kernels need Triton")
+    from shadowkv.kernels.compiled import narrow_loads
+
+    narrow = "@%p1 ld.global.b16 { %rs1 }, [ %rd1 + 0 ];  ld.global.nc.L1::evict_last.v2.b8 {%r1, %r2}, [%rd1];"
+    wide = "ld.global.v4.b32 { %r1 }, [ %rd1 ]; ld.global.b32 %r1, [%rd1]; ld.global.v2.b16 %r1, [%rd1]"
+    assert narrow_loads(narrow) == 2
+    assert narrow_loads(wide) == 0
+
+
+def test_pairs_are_held_in_so_few_registers_that_two_programs_fit():
+    """Of 64 tokens each: one program alone leaves a processor waiting for what it reads."""
+    pytest.importorskip("triton", reason="kernels need Triton")
+    for kernel in compile_for(["sm_80", "sm_90"], "bfloat16", 128):
+        if kernel.kernel == "rebuild_pairs":
+            assert 2 * 128 * kernel.registers <= 65536, kernel
+            assert 2 * kernel.shared_bytes <= 164 * 1024, kernel
 
 
 def test_kernels_are_compiled_as_they_are_launched():

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from kernel_cases import Case, key_inputs
+from kernel_cases import Case, key_inputs, paired_table
 from tiny_models import random_prompt, tiny_model
 
 from evals.bench.kernels.cases import (
@@ -188,6 +188,39 @@ def test_fill_keys(kernel_device, case, factors, fills):
     slots.fill_keys(**inputs, **plan, out=wanted)
     torch.testing.assert_close(got, wanted, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype], equal_nan=True)
     assert int(got.isnan().any(-1).sum()) == case.batch * case.heads * (blank.shape[2] - fills * case.chunk)
+
+
+WAYS = ["halves", "scaled", "neighbours", "part in halves", "part as neighbours", "still", "mirrored"]
+
+
+@pytest.mark.parametrize("factors", ["native", "int8"])
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(head_dim=80, chunk=5, slots=15, rank=33),
+        Case(batch=1, head_dim=256, slots=9),
+        Case(batch=1, head_dim=128, dtype=torch.bfloat16),
+        Case(head_dim=16, dtype=torch.float16),
+    ],
+    ids=str,
+)
+def test_keys_of_any_pairing(kernel_device, case, way, factors):
+    """Also of more rows and tiles than there are programs."""
+    from shadowkv.kernels import rebuild
+
+    case = replace(case, factors=factors, device=kernel_device)
+    table, plan = paired_table(case, way), filling(case, case.slots - 1)
+    assert (table.pairing is None) == (way == "mirrored"), "only these have a kernel that reads channels by index"
+    inputs = key_inputs(case, table)
+    blank = poisoned(case.randn(case.batch, case.heads, case.slots * case.chunk + 3, case.head_dim))
+    got, wanted = blank.clone(), blank.clone()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rebuild, "processors", lambda device: 1)
+        kernels().fill_keys(**inputs, **plan, out=got)
+    slots.fill_keys(**inputs, **plan, out=wanted)
+    bound = TOLERANCE[case.dtype]
+    torch.testing.assert_close(got, wanted, rtol=bound, atol=bound, equal_nan=True)
 
 
 REGIONS = Regions(slots=64, outliers=16, ring=53)

@@ -19,7 +19,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime import JITFunction
 
-from shadowkv.anatomy.rotary_table import RotaryTable
+from shadowkv.anatomy.rotary_table import Pairing, RotaryTable
 from shadowkv.common.errors import SkvError
 from shadowkv.kernels import attention, choose, fetch, pages, rebuild, scores
 from shadowkv.kernels.backend import CompiledKernel
@@ -81,11 +81,12 @@ def _one_step(dtype: torch.dtype, head_dim: int) -> None:
         fetch.fill_values(stored, held, fill, _CHUNK, v)
     pair, partner = number(head_dim), number(head_dim)
     turns = [like(tokens, head_dim // 2) for _ in range(2)]
-    rotary = RotaryTable(turns[0], turns[1], pair, partner, torch.empty(head_dim, device="meta"))
-    for coding in ("native", "int8"):
-        coefficients, *scale = CODINGS[coding].encode(like(_BATCH, tokens, _RANK))
-        factors = Factors(coefficients, scale[0] if scale else None, like(_BATCH, _RANK, _HEADS * head_dim))
-        rebuild.fill_keys(factors, rotary, held, fill, _CHUNK, k)
+    for pairing in (Pairing(head_dim // 2, False), Pairing(head_dim // 4, True), None):
+        rotary = RotaryTable(turns[0], turns[1], pair, partner, torch.empty(head_dim, device="meta"), pairing)
+        for coding in ("native", "int8"):
+            coefficients, *scale = CODINGS[coding].encode(like(_BATCH, tokens, _RANK))
+            factors = Factors(coefficients, scale[0] if scale else None, like(_BATCH, _RANK, _HEADS * head_dim))
+            rebuild.fill_keys(factors, rotary, held, fill, _CHUNK, k)
     attention.attend_resident(q, k, v, number(_BATCH, 4), _REGIONS, 1.0)
     whole = [like(_BATCH, _HEADS, tokens, head_dim) for _ in range(2)]
     extremes = [like(_BATCH, _HEADS, tokens // _PAGE, head_dim) for _ in range(2)]
@@ -138,8 +139,20 @@ def compile_launch(launch: Launch, capability: int) -> CompiledKernel:
     built = triton.compile(source, target=target, options={"num_warps": launch.warps})
     registers, spilled = _resources(built.asm["cubin"])
     return CompiledKernel(
-        kernel.fn.__name__, variant_of(launch), f"sm_{capability}", registers, spilled, built.metadata.shared
+        kernel.fn.__name__,
+        variant_of(launch),
+        f"sm_{capability}",
+        registers,
+        spilled,
+        built.metadata.shared,
+        narrow_loads(built.asm["ptx"]),
     )
+
+
+def narrow_loads(ptx: str) -> int:
+    """Loads of global memory of less than 4 bytes a thread, once for each place in the code."""
+    loads = re.findall(r"\bld\.global[\w.:]*?(?:\.v(\d))?\.[bus](\d+)\b", ptx)
+    return sum(int(many or 1) * int(bits) < 32 for many, bits in loads)
 
 
 def variant_of(launch: Launch) -> str:

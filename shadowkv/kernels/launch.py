@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -9,6 +10,7 @@ from torch import Tensor
 from shadowkv.common.errors import SkvError
 
 LARGEST_HEAD = 256
+_PROCESSORS = 132  # of an H100 or H200
 
 
 @triton.jit
@@ -50,3 +52,10 @@ def rows_of(x: Tensor, inner: int) -> tuple[int, ...]:
             raise ValueError(f"the last {inner} axes of shape {list(x.shape)} must be contiguous")
         expected *= x.shape[axis]
     return x.stride()[: x.dim() - inner]
+
+
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a GPU; elsewhere, where kernels are interpreted or only compiled, those of an H100."""
+    if device.type != "cuda":
+        return _PROCESSORS
+    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shadowkv.anatomy.rotary_table import RotaryTable
+from shadowkv.anatomy.rotary_table import Pairing, RotaryTable
 from shadowkv.kernels.slots import Factors, Regions, positions_in_use
 from shadowkv.tensors.stored import CODINGS, Stored
 
@@ -113,7 +113,8 @@ def llama_rotary(case: Case, theta: float = 10000.0) -> RotaryTable:
     angles = torch.arange(case.tokens, device=case.device)[:, None] * frequencies
     sign = torch.where(channel < half, -1.0, 1.0)
     pair, partner = (channel % half).int(), ((channel + half) % case.head_dim).int()
-    return RotaryTable(angles.cos().to(case.dtype), angles.sin().to(case.dtype), pair, partner, sign)
+    turns = angles.cos().to(case.dtype), angles.sin().to(case.dtype)
+    return RotaryTable(*turns, pair, partner, sign, Pairing(half, neighbours=False))
 
 
 def key_inputs(case: Case, rotary: RotaryTable) -> dict[str, Any]:

@@ -108,11 +108,22 @@ def _of_kernel(record: KernelRecord, records: Sequence[KernelRecord]) -> float |
 
 def compiled_table(compiled: Sequence[CompiledKernel]) -> Table:
     """One line per variant and target."""
-    lines = [[c.kernel, c.variant, c.target, *map(str, (c.registers, c.stack_bytes, c.shared_bytes))] for c in compiled]
+    lines = [
+        [
+            c.kernel,
+            c.variant,
+            c.target,
+            *map(str, (c.registers, c.stack_bytes, c.shared_bytes)),
+            number(c.narrow_loads, "d"),
+        ]
+        for c in compiled
+    ]
     columns = ["kernel", "variant", "target", "registers\nper thread", "stack bytes\nper thread", "shared\nbytes"]
+    columns.append("narrow\nloads")
     caption = (
         "Compiled, not run. Of the geometry only the head size counts, as a power of two; other sizes are in the "
-        "variant. Stack is where a thread's registers go that there are too few of: 0 is none spilled."
+        "variant. Stack is where a thread's registers go that there are too few of: 0 is none spilled. Narrow loads: "
+        "instructions by which a thread reads less than 4 bytes of global memory."
     )
     return Table("Compiled kernels", columns, lines, caption, names=3)
 

@@ -7,7 +7,7 @@ parts. Of what it reads by index they are the rows that are asked for, those tha
 - plan_fill: chosen and held chunks, held chunks and slots to fill.
 - fill_values: stored bytes of the missed tokens, over the link to the host; not what is then written on the device.
 - fill_keys: coefficients (and scales) of the missed tokens, directions, cos and sin; the keys. Its FLOP are
-  those of one product: the second one, which takes the place of exchanging channels for RoPE, is not counted.
+  those of one product: the second one, which finds the partners of channels that lie in no usual way, is not counted.
 - attend_resident: queries, and keys and values in use; outputs. FLOP: 4 per query head, position and channel.
 - page_bounds: extremes of all pages and queries, bounds. attend_pages: queries, keys and values of the pages that any
   head of a group asks for; outputs.
