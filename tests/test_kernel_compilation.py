@@ -46,6 +46,16 @@ def test_narrow_loads_are_told_from_wide_ones():
     assert narrow_loads(wide) == 0
 
 
+def test_a_row_of_scores_is_held_in_registers():
+    """Of 122K tokens: it is read once to look for the threshold, and once to write what reaches it."""
+    pytest.importorskip("triton", reason="kernels need Triton")
+    for kernel in compile_for(["sm_80", "sm_90"], "bfloat16", 128):
+        if kernel.kernel == "select_chunks":
+            assert "WHOLE=1" in kernel.variant
+            assert kernel.stack_bytes == 0
+            assert 32 < kernel.registers <= 128, "a program of 512 threads has no more"
+
+
 def test_pairs_are_held_in_so_few_registers_that_two_programs_fit():
     """Of 64 tokens each: one program alone leaves a processor waiting for what it reads."""
     pytest.importorskip("triton", reason="kernels need Triton")
@@ -63,8 +73,8 @@ import torch
 from shadowkv.kernels.compiled import launches, specialised
 found = {each.kernel.fn.__name__: specialised(each) for each in launches(torch.bfloat16, 128)}
 signature, constants, aligned = found["chunk_logits"]
-assert {"q", "landmarks", "chunks", "head_dim", "stride_b", "stride_h"} <= set(aligned), aligned
-assert "heads" not in aligned
+assert {"q", "landmarks", "width", "head_dim", "stride_b", "stride_h"} <= set(aligned), aligned
+assert not {"heads", "chunks"} & set(aligned)
 assert signature["stride_b"] == "i32"
 assert constants == {"GROUP": 16, "HEAD_DIM": 128, "BLOCK": 128, "INTERPRETED": 0}
 """

@@ -104,13 +104,42 @@ def test_choose_chunks(kernel_device, case, make):
     assert torch.equal(kernels().choose_chunks(**inputs), slots.choose_chunks(**inputs))
 
 
-def test_choose_chunks_over_several_blocks(kernel_device, monkeypatch):
+@pytest.mark.parametrize(("block", "step"), [(16, 16), (128, 16), (32, 8)])
+@pytest.mark.parametrize("values", [9, 1000])
+def test_choose_chunks_over_several_blocks(kernel_device, monkeypatch, values, block, step):
+    """Of which none, or some, are held while the threshold is looked for, and few at a time are written."""
     from shadowkv.kernels import choose
 
-    monkeypatch.setattr(choose, "_LARGEST_BLOCK", 16)
+    monkeypatch.setattr(choose, "_LARGEST_BLOCK", block)
+    monkeypatch.setattr(choose, "_STEP", step)
     case = Case(chunks=70, slots=40, device=kernel_device)
-    inputs = choose_inputs(case, lambda *shape: torch.randint(0, 9, shape).float())
+    inputs = choose_inputs(case, lambda *shape: torch.randint(0, values, shape).float())
     assert torch.equal(kernels().choose_chunks(**inputs), slots.choose_chunks(**inputs))
+
+
+def test_what_lies_between_rows_of_scores_is_not_chosen(kernel_device):
+    """Rows that are filled up to where the next begins, and ones at the very end of what is held."""
+    case = Case(chunks=21, device=kernel_device)
+    inputs = choose_inputs(case, torch.rand)
+    wide = torch.full((case.batch, case.heads, 32), torch.inf, device=kernel_device)
+    wide[..., :21] = inputs["scores"]
+    behind = torch.full((case.batch, case.heads, 32), torch.inf, device=kernel_device)
+    behind[..., 11:] = inputs["scores"]
+    wanted = slots.choose_chunks(**inputs)
+    for scores in (wide[..., :21], behind[..., 11:], inputs["scores"].mT.contiguous().mT):
+        assert torch.equal(kernels().choose_chunks(**(inputs | {"scores": scores})), wanted)
+
+
+def test_scores_lie_as_they_are_read(kernel_device):
+    from shadowkv.kernels.launch import readable_columns
+
+    inputs = scores_inputs(Case(chunks=21, device=kernel_device), [21, 20])
+    scores = kernels().chunk_scores(**inputs)
+    assert scores.shape[-1] == 21
+    assert scores.stride()[:2] == (64, 32)
+    assert readable_columns(scores) == 32
+    assert readable_columns(scores.contiguous()) == 21
+    assert readable_columns(torch.rand(2, 2, 21)[..., 5:]) == 16
 
 
 @pytest.mark.parametrize(

@@ -38,6 +38,7 @@ _ALIGNED = 16  # bytes of a pointer, and what a size has to be a multiple of, fo
 _CODINGS = ("native", "int8", "fp8", "int4")  # bf16 is read as native is
 # Llama 3.1 8B at 122K tokens, as the engine launches it: the compiler sees what these are multiples of.
 _BATCH, _HEADS, _GROUP, _CHUNKS, _CHUNK, _RANK, _REGIONS = 8, 8, 4, 15616, 8, 160, Regions(2048, 384, 288)
+_LANDMARKS = _CHUNKS - 36  # outliers and the newest have none, and there is room for 16 more: no multiple of anything
 _PAGE, _PAGES_READ = 16, 128
 
 
@@ -72,8 +73,8 @@ def _one_step(dtype: torch.dtype, head_dim: int) -> None:
     tokens, slots = _CHUNKS * _CHUNK, _REGIONS.slots // _CHUNK
     q, counts = like(_BATCH, _HEADS * _GROUP, 1, head_dim), number(_BATCH)
     k, v = (like(_BATCH, _HEADS, _REGIONS.tokens, head_dim) for _ in range(2))
-    scored = scores.chunk_scores(q, like(_BATCH, _HEADS, _CHUNKS, head_dim), 1.0, counts)
-    chosen = choose.choose_chunks(scored, number(_BATCH, _HEADS, _CHUNKS), slots)
+    scored = scores.chunk_scores(q, like(_BATCH, _HEADS, _LANDMARKS, head_dim), 1.0, counts)
+    chosen = choose.choose_chunks(scored, number(_BATCH, _HEADS, _LANDMARKS), slots)
     held = number(_BATCH, _HEADS, slots)
     fill = choose.plan_fill(chosen, held)
     for coding in _CODINGS:

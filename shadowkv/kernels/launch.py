@@ -10,6 +10,7 @@ from torch import Tensor
 from shadowkv.common.errors import SkvError
 
 LARGEST_HEAD = 256
+_COLUMNS_ALIGNED = 16  # what Triton's launcher asks of a size before it tells the compiler
 _PROCESSORS = 132  # of an H100 or H200
 
 
@@ -42,6 +43,23 @@ def check_head_dim(head_dim: int) -> None:
         raise SkvError(
             f"the fast engine takes heads of up to {LARGEST_HEAD} channels, not {head_dim}: engine=reference"
         )
+
+
+def wide_rows(*shape: int, device: torch.device) -> Tensor:
+    """fp32 of this shape, not written yet, whose rows begin where a thread can read 16 bytes at once."""
+    *rows, columns = shape
+    return torch.empty(*rows, _wide(columns), dtype=torch.float32, device=device)[..., :columns]
+
+
+def readable_columns(x: Tensor) -> int:
+    """How many elements may be read from the start of every row of x: of `wide_rows` also those that fill it up."""
+    last = x.storage_offset() + sum((size - 1) * step for size, step in zip(x.shape[:-1], x.stride(), strict=False))
+    wide = _wide(x.shape[-1])
+    return wide if last + wide <= x.untyped_storage().nbytes() // x.itemsize else x.shape[-1]
+
+
+def _wide(columns: int) -> int:
+    return -(-columns // _COLUMNS_ALIGNED) * _COLUMNS_ALIGNED
 
 
 def rows_of(x: Tensor, inner: int) -> tuple[int, ...]:

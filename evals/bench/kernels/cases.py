@@ -63,10 +63,16 @@ def scores_inputs(case: Case, counts: list[int]) -> dict[str, Any]:
 
 
 def choose_inputs(case: Case, make: Callable[..., Tensor]) -> dict[str, Any]:
-    """Scores [B,H,C] as `make` gives them for that shape, of chunks with odd numbers."""
+    """Scores [B,H,C] as `make` gives them for that shape, of chunks with odd numbers.
+
+    Rows lie as `chunk_scores` leaves them on a GPU, apart by a multiple of 64 bytes; NaN is between them.
+    """
     shape = (case.batch, case.heads, case.chunks)
+    scores = torch.nn.functional.pad(make(*shape).to(case.device), (0, -case.chunks % 16), value=torch.nan)[
+        ..., : case.chunks
+    ]
     numbers = (torch.arange(case.chunks, device=case.device) * 2 + 1).int().expand(shape).contiguous()
-    return {"scores": make(*shape).to(case.device), "numbers": numbers, "slots": case.slots}
+    return {"scores": scores, "numbers": numbers, "slots": case.slots}
 
 
 def plan_inputs(case: Case, chosen: int, held: int, shared: int) -> dict[str, Tensor]:
