@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from evals.bench.kernels.compilation import compile_for
 
@@ -83,3 +84,18 @@ assert constants == {"GROUP": 16, "HEAD_DIM": 128, "BLOCK": 128, "INTERPRETED": 
         [sys.executable, "-c", script], capture_output=True, text=True, check=False, env=environment, cwd=ROOT
     )
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(("target", "processors", "held_kib"), [("sm_80", 108, 164), ("sm_90", 132, 228)])
+def test_programs_of_attention_at_once_are_as_many_as_fit_when_compiled(monkeypatch, target, processors, held_kib):
+    pytest.importorskip("triton", reason="kernels need Triton")
+    from shadowkv.kernels import launch
+    from shadowkv.kernels.attention import program_bytes
+
+    monkeypatch.setattr(launch, "_PROCESSORS", processors)
+    monkeypatch.setattr(launch, "_SHARED_BYTES", held_kib * 1024)
+    for head_dim in (64, 128, 256):
+        (stretch,) = (x for x in compile_for([target], "bfloat16", head_dim) if x.kernel == "attend_stretch")
+        by_shared, by_registers = held_kib * 1024 // (stretch.shared_bytes + 1024), 65536 // (128 * stretch.registers)
+        found = launch.programs_at_once(program_bytes(head_dim, 2), torch.device("cpu"))
+        assert found == processors * min(by_shared, by_registers), stretch

@@ -272,6 +272,32 @@ def test_attend_resident(kernel_device, case, regions, spans, dtype):
     close(got, slots.attend_resident(**inputs), dtype)
 
 
+AT_ONCE = 3 * 132  # programs of attention on an H100
+
+
+@pytest.mark.usefixtures("kernel_device")  # kernels are imported here
+@pytest.mark.parametrize("batch", [1, 2, 7, 8, 12, 14, 24, 25, 28, 32, 48])
+def test_a_gpu_is_evenly_busy_with_full_attention(batch):
+    from shadowkv.kernels.launch import blocks_each
+
+    blocks, rows = 1952, batch * 8  # 122K tokens of Llama 3.1 8B
+    each = blocks_each(blocks, rows, AT_ONCE, 128)
+    turns = -(-rows * -(-blocks // each) // AT_ONCE)
+    assert blocks * rows > 0.85 * turns * each * AT_ONCE, "else programs wait for others' last blocks"
+
+
+@pytest.mark.usefixtures("kernel_device")
+@pytest.mark.parametrize("rows", [1, 3, 8, 56, 397, 5000])
+@pytest.mark.parametrize("blocks", [1, 2, 43, 1952, 15625])
+def test_programs_of_a_row_cover_it_and_are_few_enough_to_be_joined(blocks, rows):
+    from shadowkv.kernels.launch import blocks_each
+
+    each = blocks_each(blocks, rows, AT_ONCE, 128)
+    assert 1 <= each <= blocks
+    assert -(-blocks // each) <= 128
+    assert rows < AT_ONCE * 4 or each == blocks
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", GEOMETRIES, ids=str)
 def test_page_bounds(kernel_device, case, dtype):

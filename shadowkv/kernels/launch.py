@@ -11,7 +11,9 @@ from shadowkv.common.errors import SkvError
 
 LARGEST_HEAD = 256
 _COLUMNS_ALIGNED = 16  # what Triton's launcher asks of a size before it tells the compiler
-_PROCESSORS = 132  # of an H100 or H200
+_PROCESSORS, _SHARED_BYTES = 132, 228 * 2**10  # of an H100 or H200, and of each of its processors
+_RESERVED_BYTES = 2**10  # of shared memory, for every program
+_MOST_TURNS = 4  # beyond, what is gained by even turns is lost to beginning and ending
 
 
 @triton.jit
@@ -77,3 +79,25 @@ def processors(device: torch.device) -> int:
     if device.type != "cuda":
         return _PROCESSORS
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def programs_at_once(shared_bytes: int, device: torch.device) -> int:
+    """How many programs that take so much shared memory each run at a time; elsewhere than on a GPU, on an H100."""
+    held = _SHARED_BYTES
+    if device.type == "cuda":
+        held = torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor
+    return processors(device) * max(1, held // (shared_bytes + _RESERVED_BYTES))
+
+
+def blocks_each(blocks: int, rows: int, at_once: int, most_programs: int) -> int:
+    """How many of a row's blocks each of its programs takes, so that those of all rows are done soonest.
+
+    They run `at_once` at a time, each for as long as it has blocks, and begins and ends in the time of one more. A row
+    has up to `most_programs`.
+    """
+
+    def taken(each: int) -> int:
+        return -(-rows * -(-blocks // each) // at_once) * (each + 1)
+
+    asked = (max(1, min(turns * at_once // rows, blocks, most_programs)) for turns in range(1, _MOST_TURNS + 1))
+    return min((-(-blocks // programs) for programs in asked), key=taken)
