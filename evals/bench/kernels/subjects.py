@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from evals.bench.kernels import flashinfer_decode, flex_attention
+from evals.bench.kernels import full_attention
 from evals.bench.kernels.cases import (
     Case,
     attention_inputs,
@@ -39,6 +39,7 @@ from evals.bench.kernels.cases import (
     stored_values,
 )
 from evals.bench.kernels.fit import factorisation
+from evals.bench.kernels.full_attention import Whole
 from evals.bench.kernels.items import Item, Subject, Way, Workload
 from evals.bench.kernels.staged_copy import staged_copy
 from shadowkv.kernels import slots
@@ -158,22 +159,8 @@ def _attention(work: Workload, kernels: Any) -> Subject:
 def _dense(work: Workload, kernels: Any) -> Subject:
     tokens = work.case.tokens
     subject, inputs = _attending(work.case, kernels, Regions(0, 0, tokens), [0, 0, 0, tokens])
-    q, k, v, scaling = (inputs[name] for name in ("q", "k", "v", "scaling"))
-    attend = torch.nn.functional.scaled_dot_product_attention
-    sdpa = partial(attend, q, k, v, scale=scaling, enable_gqa=True)
-    # On a CPU compiling takes a minute and a C++ compiler, for what is not timed.
-    case, compiled = work.case, work.case.device != "cpu"
-    besides = [
-        Way("torch sdpa", lambda: [sdpa], True),
-        Way(
-            "torch flex" if compiled else "torch flex, eager",
-            lambda: [flex_attention.whole_context(q, k, v, scaling, compiled)],
-            True,
-        ),
-    ]
-    if flashinfer_decode.serves(case.device, case.dtype, case.head_dim):
-        besides.append(Way("flashinfer, untried", lambda: [flashinfer_decode.whole_context(q, k, v, scaling)], True))
-    return replace(subject, besides=tuple(besides))
+    asked = Whole(*(inputs[name] for name in ("q", "k", "v", "scaling")))
+    return replace(subject, besides=full_attention.ways(asked, work.case.device))
 
 
 def _attending(case: Case, kernels: Any, regions: Regions, span: list[int]) -> tuple[Subject, dict[str, Any]]:
