@@ -71,7 +71,7 @@ def test_every_kernel_is_checked_and_none_is_timed_on_a_cpu(capsys, bench):
     assert fills == {(coding, way) for coding in codings for way in ways}
     whole = {row["way"]: row for row in found["rows"] if row["variant"] == "whole context"}
     assert list(whole) == ["interpreter", *WHOLE[:-2], "torch flex, eager", "flashinfer, untried"]
-    for way, reason in (("sdpa cudnn", "No viable backend"), ("flashinfer, untried", "FlashInfer needs a GPU")):
+    for way, reason in (("sdpa cudnn", "cuDNN needs a GPU"), ("flashinfer, untried", "FlashInfer needs a GPU")):
         row = whole[way]
         assert row["status"] == "skipped"
         assert reason in row["error"]
@@ -356,6 +356,13 @@ def test_a_groups_queries_as_a_prompt_without_a_mask_attend_to_all(group):
     wanted = slots.attend_resident(**(inputs | {"scaling": 0.3}))
     assert got.shape == wanted.shape
     torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_what_torch_has_no_kernel_for_is_not_here_in_its_own_words():
+    inputs = attention_inputs(Case(), Regions(0, 0, 320), [[0, 0, 0, 320]] * 2)
+    asked = full_attention.Whole(inputs["q"], inputs["k"], inputs["v"], 0.3)
+    with pytest.raises(NotHereError, match="No viable backend"):
+        full_attention.by_groups(asked, SDPBackend.EFFICIENT_ATTENTION)
 
 
 class _Clockwork(GpuTimer):

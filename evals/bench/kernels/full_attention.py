@@ -55,6 +55,8 @@ def by_groups(asked: Whole, backend: SDPBackend) -> Callable[[], Tensor]:
     torch says where it has no such kernel for this.
     """
     q, k, v, scaling = asked
+    if backend == SDPBackend.CUDNN_ATTENTION and q.device.type == "cpu":
+        raise NotHereError("cuDNN needs a GPU")
     groups = q.view(q.shape[0], k.shape[1], -1, q.shape[-1])
 
     def attend() -> Tensor:
