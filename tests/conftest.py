@@ -52,7 +52,8 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _plain_torch(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """The fast engine runs in plain torch on a CPU, but for tests of kernels: the interpreter is slow."""
     if not {"interpreter", "kernel_device"} & set(request.fixturenames):
-        monkeypatch.setattr("shadowkv.kernels.backend.interpreted", lambda: False)
+        # Where it is decided, and not for kernels: one imported now would keep the answer.
+        monkeypatch.setattr("shadowkv.kernels.operations.interpreted", lambda: False)
 
 
 @pytest.fixture(autouse=True)

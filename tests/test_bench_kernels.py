@@ -13,12 +13,14 @@ import pytest
 import torch
 import torch._inductor.config
 from test_cli import mistake
+from torch.nn.attention import SDPBackend
 
 from cli.main import main
-from evals.bench.kernels import fit
+from evals.bench.kernels import fit, full_attention, gpu_timing
 from evals.bench.kernels.cases import Case, attention_inputs, llama_rotary
 from evals.bench.kernels.flex_attention import whole_context
-from evals.bench.kernels.items import Item, Subject, Way, Workload
+from evals.bench.kernels.gpu_timing import GpuTimer
+from evals.bench.kernels.items import Item, NotHereError, Subject, Way, Workload
 from evals.bench.kernels.kernels import KernelBench, KernelRecord, relative_error
 from evals.bench.kernels.report import kernel_table, report_of
 from evals.bench.kernels.staged_copy import staged_copy
@@ -35,6 +37,9 @@ KERNELS = {
     "chunk_scores", "choose_chunks", "plan_fill", "fill_values", "fill_keys", "attend_resident", "attend_codes",
     "page_bounds", "attend_pages", "low_rank.fit",
 }  # fmt: skip
+
+
+WHOLE = ["torch sdpa", "sdpa flash", "sdpa cudnn", "torch flex", "flashinfer, untried"]
 
 
 @pytest.fixture
@@ -64,7 +69,14 @@ def test_every_kernel_is_checked_and_none_is_timed_on_a_cpu(capsys, bench):
     fills = {(row["variant"].partition(",")[0], row["way"]) for row in found["rows"] if row["kernel"] == "fill_values"}
     codings, ways = ("native", "bf16", "int8", "fp8", "int4"), ("interpreter", "staged copy")
     assert fills == {(coding, way) for coding in codings for way in ways}
-    assert _ways(found["rows"], "whole context") == ["interpreter", "torch sdpa", "torch flex, eager"]
+    whole = {row["way"]: row for row in found["rows"] if row["variant"] == "whole context"}
+    assert list(whole) == ["interpreter", *WHOLE[:-2], "torch flex, eager", "flashinfer, untried"]
+    for way, reason in (("sdpa cudnn", "cuDNN needs a GPU"), ("flashinfer, untried", "FlashInfer needs a GPU")):
+        row = whole[way]
+        assert row["status"] == "skipped"
+        assert reason in row["error"]
+        found["rows"].remove(row)
+        assert any(note.startswith(f"skipped: attend_resident whole context {way}: ") for note in found["notes"])
     for row in found["rows"]:
         assert row["status"] == "ok", row
         assert row["relative_error"] <= row["bound"]
@@ -103,7 +115,7 @@ def test_a_run_folder_says_everything_and_goes_on(capsys, bench, tmp_path, monke
     monkeypatch.setattr(twins, "attend_resident", lambda *args, **named: pytest.fail("was settled"))
     assert main(argv) == 0
     manifest, records = read_records(out, KernelRecord)
-    assert {record.status for record in records} == {"ok"}
+    assert {record.status for record in records} == {"ok", "skipped"}
     assert manifest.benchmark == "kernels"
     assert len(manifest.sessions) == 2
     made = {path: path.read_text() for path in out.glob("summary.*")}
@@ -199,7 +211,7 @@ def _command(folder, *argv):
 def test_a_cpu_interprets_and_compiles_for_a_gpu_that_is_not_here(tiny_folder, tmp_path):
     pytest.importorskip("triton", reason="kernels need Triton")
     found = _command(tiny_folder, "--device", "cpu", "--compile", "sm_90", "--out", str(tmp_path))
-    assert {row["status"] for row in found["rows"]} == {"ok"}
+    assert {row["status"] for row in found["rows"]} == {"ok", "skipped"}
     assert {each["target"] for each in found["compiled"]} == {"sm_90"}
     assert all(0 < each["registers"] <= 255 for each in found["compiled"])
     kept = [CompiledKernel(**json.loads(line)) for line in (tmp_path / "compiled.jsonl").read_text().splitlines()]
@@ -211,8 +223,11 @@ def test_a_cpu_interprets_and_compiles_for_a_gpu_that_is_not_here(tiny_folder, t
 def test_a_gpu_times_everything(tiny_folder, tmp_path):
     rows = _command(tiny_folder, "--device", "cuda", "--steps", "5", "--out", str(tmp_path))["rows"]
     assert {row["kernel"] for row in rows} == KERNELS
-    assert _ways(rows, "whole context") == ["triton", "torch sdpa", "torch flex"]
+    assert _ways(rows, "whole context") == ["triton", *WHOLE]
     for row in rows:
+        if row["status"] == "skipped":
+            assert row["way"] in WHOLE[1:]
+            continue
         assert row["status"] == "ok", row
         assert row["times_ms"]["p50"] > 0
         assert row["kernel"] == "low_rank.fit" or row["share_of_bytes"] > 0
@@ -260,7 +275,7 @@ def test_rates_are_shares_of_those_of_the_machine():
     assert kernel.share_of_bytes == pytest.approx(1.0)  # of the link
     assert kernel.share_of_flop == pytest.approx(0.5)
     table = kernel_table("t", found)
-    assert [line[-1] for line in table.rows] == ["–", "2.50"]  # 5 ms over 2 ms
+    assert [line[-2:] for line in table.rows] == [["–", "100"], ["2.50", "40"]]  # 5 ms over 2 ms
 
 
 def test_other_ways_stand_beside_their_own_kernel_and_the_fastest_is_named():
@@ -272,10 +287,11 @@ def test_other_ways_stand_beside_their_own_kernel_and_the_fastest_is_named():
     model = {"name": "m", "dtype": "float32", "device": "cpu", "dummy": False}
     report = report_of(Manifest("kernels", {}, {}, {}, model, {}, []), found, [])
     # Nothing is held against a kernel that is wrong.
-    assert [line[-1] for line in report.tables[0].rows] == ["–", "2.50", "0.50", "–", "–", "–"]
+    assert [line[-2] for line in report.tables[0].rows] == ["–", "2.50", "0.50", "–", "–", "–"]
+    assert [line[-1] for line in report.tables[0].rows] == ["50", "20", "100", "–", "20", "100"]
     assert [note for note in report.notes if "fastest" in note] == [
-        "some: by machine is the fastest way",
-        "other: by machine is the fastest way",
+        "some: by machine is the fastest way measured; triton has 50 % of its speed",
+        "other: by machine is the fastest way measured",
     ]
 
 
@@ -330,6 +346,74 @@ def test_a_kernel_that_fails_leaves_what_stands_beside_it():
     assert timer.asked == ["waited"]
 
 
+def _not_here():
+    raise NotHereError("needs another machine")
+
+
+def test_a_way_that_is_not_here_is_skipped_with_its_reason_and_is_no_failure(capsys, bench, monkeypatch):
+    way = Way("elsewhere", _not_here, True)
+    item = Item("some", "", lambda: replace(_subject(0.0), besides=(way,)))
+    kernel, elsewhere = _bench(_Timer()).measure(item)
+    assert (kernel.status, elsewhere.status, elsewhere.error) == ("ok", "skipped", "needs another machine")
+    assert (elsewhere.final, elsewhere.ms) == (True, [])
+    monkeypatch.setattr("evals.bench.kernels.subjects.items", lambda *_: [item])
+    assert "skipped: some elsewhere: needs another machine" in told(capsys, bench)["notes"]
+
+
+@pytest.mark.parametrize("group", [1, 4, 7])
+def test_a_groups_queries_as_a_prompt_without_a_mask_attend_to_all(group):
+    """As flash attention takes them, which reads a key once for all of them. On a CPU torch has that kernel too."""
+    case = Case(chunks=11, group=group)
+    inputs = attention_inputs(case, Regions(0, 0, case.tokens), [[0, 0, 0, case.tokens]] * case.batch)
+    asked = full_attention.Whole(inputs["q"], inputs["k"], inputs["v"], 0.3)
+    got = full_attention.by_groups(asked, SDPBackend.FLASH_ATTENTION)()
+    wanted = slots.attend_resident(**(inputs | {"scaling": 0.3}))
+    assert got.shape == wanted.shape
+    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_what_torch_has_no_kernel_for_is_not_here_in_its_own_words():
+    inputs = attention_inputs(Case(), Regions(0, 0, 320), [[0, 0, 0, 320]] * 2)
+    asked = full_attention.Whole(inputs["q"], inputs["k"], inputs["v"], 0.3)
+    with pytest.raises(NotHereError, match="No viable backend"):
+        full_attention.by_groups(asked, SDPBackend.EFFICIENT_ATTENTION)
+
+
+class _Clockwork(GpuTimer):
+    """Graphs are what was captured; a call takes as long as it says, a flush 40 us, launching a graph 5 us."""
+
+    def __init__(self, monkeypatch):
+        self.passed_ms, self.flushes = 0.0, 0
+        self._cache = self
+        monkeypatch.setattr(gpu_timing, "_captured", lambda call: call)
+
+    def zero_(self):
+        self.passed_ms += 0.04
+        self.flushes += 1
+
+    def takes(self, ms):
+        def call():
+            self.passed_ms += ms
+
+        return call
+
+    def _timed(self, graphs):
+        found = []
+        for graph in graphs:
+            before = self.passed_ms
+            graph()
+            found.append(self.passed_ms - before + 0.005)
+        return found
+
+
+def test_a_short_kernel_is_timed_without_the_launch_of_its_graph_and_still_finds_the_cache_cold(monkeypatch):
+    clock = _Clockwork(monkeypatch)
+    assert clock.replayed([clock.takes(0.5)]) == pytest.approx([0.505])
+    assert clock.flushes == 0, "a long one is timed alone"
+    assert clock.replayed([clock.takes(0.01), clock.takes(0.03), clock.takes(0.02)]) == pytest.approx([0.02])
+    assert clock.flushes == 2 * 12, "three calls in turns, each as often"
+
+
 def _flex(compiled, case):
     """An item whose only other way to all of a context is FlexAttention, by a scale that is nobody's default."""
 
@@ -368,7 +452,7 @@ def test_flex_attention_is_the_compiled_one_where_times_are_taken():
     work = _workload()
     on_device = replace(work, case=replace(work.case, device="meta"))  # makes no inputs, so needs none
     (whole,) = [item.make() for item in items(on_device, twins) if item.variant == "whole context"]
-    assert [way.name for way in whole.besides] == ["torch sdpa", "torch flex"]
+    assert [way.name for way in whole.besides] == WHOLE
 
 
 def test_what_compiles_when_first_called_has_done_so_before_any_time_is_taken():

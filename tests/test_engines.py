@@ -53,7 +53,7 @@ def test_methods_are_told_whether_the_prompt_stays(tiny, monkeypatch, shared):
 def test_kernels_without_triton_are_an_error_of_one_line(monkeypatch):
     import torch
 
-    monkeypatch.setattr("shadowkv.kernels.backend.has_triton", lambda: False)
+    monkeypatch.setattr("shadowkv.kernels.operations.has_triton", lambda: False)
     with pytest.raises(SkvError, match=r"pip install 'skv\[gpu\]'"):
         operations(torch.device("cuda"))
 

@@ -74,9 +74,18 @@ def test_unrotated_keys_of_one_token_are_the_same_everywhere(family):
 
 
 @pytest.mark.parametrize(
-    "family", ["llama", "hunyuan_v1_dense", "smollm3", "phi", "cohere", "llama4_text", "gemma3_text"]
+    ("family", "neighbours"),
+    [
+        ("llama", False),
+        ("hunyuan_v1_dense", False),
+        ("smollm3", False),
+        ("phi", False),
+        ("cohere", True),
+        ("llama4_text", True),
+        ("gemma3_text", False),
+    ],
 )
-def test_rotary_tables_turn_keys_as_the_model_does(family):
+def test_rotary_tables_turn_keys_as_the_model_does(family, neighbours):
     """Those that the fast engine reads, in every layer that is served."""
     engine = Engine(family_model(family))
     keys, tokens = torch.randn(2, 1, 50, engine.dims.head_dim), 50
@@ -85,6 +94,10 @@ def test_rotary_tables_turn_keys_as_the_model_does(family):
         positions = torch.arange(tokens)
         expected = engine.rope.rotate(layer, keys, positions, tokens)
         torch.testing.assert_close(table.rotate(keys, positions.expand(2, 1, tokens)), expected, rtol=1e-4, atol=1e-4)
+        # And say where pairs lie, so that kernels need not read that.
+        assert table.pairing is not None
+        assert table.pairing.pairs == int((table.sign != 0).sum()) // 2
+        assert table.pairing.neighbours == (neighbours and table.pairing.pairs > 0)
 
 
 def test_a_model_that_cannot_be_run_without_weights_is_not_refused_for_that(monkeypatch):

@@ -6,17 +6,15 @@ FlashInfer itself is not there: these tests say nothing about whether its calls 
 from __future__ import annotations
 
 import sys
-from dataclasses import replace
 from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 
 from evals.bench.kernels.cases import Case, attention_inputs
-from evals.bench.kernels.flashinfer_decode import serves, whole_context
-from evals.bench.kernels.items import Item, Subject, Way, Workload
+from evals.bench.kernels.flashinfer_decode import missing, whole_context
+from evals.bench.kernels.items import Item, Subject, Way
 from evals.bench.kernels.kernels import KernelBench
-from evals.bench.kernels.subjects import items
 from shadowkv.kernels import slots
 from shadowkv.kernels.slots import Regions
 
@@ -67,6 +65,12 @@ def stand_in(monkeypatch):
     return module
 
 
+@pytest.fixture
+def without_a_gpu(stand_in, monkeypatch):
+    """The stand-in runs anywhere."""
+    monkeypatch.setattr("evals.bench.kernels.flashinfer_decode.missing", lambda *_: None)
+
+
 def _records(case):
     """Of the twin, and of FlashInfer beside it, by a scale that is nobody's default."""
 
@@ -86,13 +90,13 @@ def _records(case):
 
 @pytest.mark.parametrize("group", [1, 4])
 @pytest.mark.parametrize("chunks", [6, 5], ids=["16 a page", "8 a page"])
-def test_pages_hold_what_the_twin_attends_to(stand_in, chunks, group):
+def test_pages_hold_what_the_twin_attends_to(without_a_gpu, chunks, group):
     _, found = _records(Case(batch=3, group=group, chunks=chunks, dtype=torch.bfloat16))
     assert (found.status, found.error) == ("ok", None)
     assert found.relative_error < found.bound
 
 
-def test_a_package_that_fails_is_one_line(stand_in, monkeypatch):
+def test_a_package_that_fails_is_one_line(without_a_gpu, monkeypatch):
     def run(*_):
         raise ValueError("Unsupported\nhead_dim")
 
@@ -102,23 +106,26 @@ def test_a_package_that_fails_is_one_line(stand_in, monkeypatch):
     assert (found.status, found.error) == ("error", "flashinfer: ValueError: Unsupported head_dim")
 
 
-def _ways(**changes):
-    """What stands beside full attention on a device that holds nothing."""
-    pytest.importorskip("triton", reason="kernels need Triton")
-    from shadowkv.kernels import twins
-
-    case = replace(Case(batch=1, dtype=torch.bfloat16, device="meta"), **changes)
-    work = Workload(case, Regions(64, 16, 50), case.chunks, 3, ("native",), ("native",))
-    (whole,) = [item.make() for item in items(work, twins) if item.variant == "whole context"]
-    return [way.name for way in whole.besides]
-
-
-def test_it_stands_beside_full_attention_where_it_is_installed_and_has_kernels(stand_in, interpreter):
-    assert "flashinfer, untried" in _ways()
-    for without in ({"dtype": torch.float32}, {"head_dim": 96}, {"device": "cpu"}):
-        assert "flashinfer, untried" not in _ways(**without)
+@pytest.mark.parametrize(
+    ("device", "dtype", "head_dim", "reason"),
+    [
+        ("cuda", torch.bfloat16, 128, None),
+        ("cuda", torch.float32, 128, "16 bits"),
+        ("cuda", torch.bfloat16, 96, "heads of 64, 128 or 256"),
+        ("cpu", torch.bfloat16, 128, "needs a GPU"),
+    ],
+)
+def test_it_is_asked_where_it_is_installed_and_has_kernels(stand_in, device, dtype, head_dim, reason):
+    said = missing(device, dtype, head_dim)
+    assert said is None if reason is None else reason in said
 
 
-def test_it_is_left_out_where_it_is_not_installed(monkeypatch):
+def test_it_is_skipped_where_it_is_not_installed(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert not serves("cuda", torch.bfloat16, 128)
+    assert missing("cuda", torch.bfloat16, 128) == "FlashInfer is not installed"
+
+
+def test_a_cpu_skips_it_with_the_reason():
+    kernel, found = _records(Case(dtype=torch.bfloat16))
+    assert kernel.status == "ok"
+    assert (found.status, found.error) == ("skipped", "FlashInfer needs a GPU")

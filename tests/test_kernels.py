@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from kernel_cases import Case, key_inputs
+from kernel_cases import Case, key_inputs, paired_table
 from tiny_models import random_prompt, tiny_model
 
 from evals.bench.kernels.cases import (
@@ -104,13 +104,42 @@ def test_choose_chunks(kernel_device, case, make):
     assert torch.equal(kernels().choose_chunks(**inputs), slots.choose_chunks(**inputs))
 
 
-def test_choose_chunks_over_several_blocks(kernel_device, monkeypatch):
+@pytest.mark.parametrize(("block", "step"), [(16, 16), (128, 16), (32, 8)])
+@pytest.mark.parametrize("values", [9, 1000])
+def test_choose_chunks_over_several_blocks(kernel_device, monkeypatch, values, block, step):
+    """Of which none, or some, are held while the threshold is looked for, and few at a time are written."""
     from shadowkv.kernels import choose
 
-    monkeypatch.setattr(choose, "_LARGEST_BLOCK", 16)
+    monkeypatch.setattr(choose, "_LARGEST_BLOCK", block)
+    monkeypatch.setattr(choose, "_STEP", step)
     case = Case(chunks=70, slots=40, device=kernel_device)
-    inputs = choose_inputs(case, lambda *shape: torch.randint(0, 9, shape).float())
+    inputs = choose_inputs(case, lambda *shape: torch.randint(0, values, shape).float())
     assert torch.equal(kernels().choose_chunks(**inputs), slots.choose_chunks(**inputs))
+
+
+def test_what_lies_between_rows_of_scores_is_not_chosen(kernel_device):
+    """Rows that are filled up to where the next begins, and ones at the very end of what is held."""
+    case = Case(chunks=21, device=kernel_device)
+    inputs = choose_inputs(case, torch.rand)
+    wide = torch.full((case.batch, case.heads, 32), torch.inf, device=kernel_device)
+    wide[..., :21] = inputs["scores"]
+    behind = torch.full((case.batch, case.heads, 32), torch.inf, device=kernel_device)
+    behind[..., 11:] = inputs["scores"]
+    wanted = slots.choose_chunks(**inputs)
+    for scores in (wide[..., :21], behind[..., 11:], inputs["scores"].mT.contiguous().mT):
+        assert torch.equal(kernels().choose_chunks(**(inputs | {"scores": scores})), wanted)
+
+
+def test_scores_lie_as_they_are_read(kernel_device):
+    from shadowkv.kernels.launch import readable_columns
+
+    inputs = scores_inputs(Case(chunks=21, device=kernel_device), [21, 20])
+    scores = kernels().chunk_scores(**inputs)
+    assert scores.shape[-1] == 21
+    assert scores.stride()[:2] == (64, 32)
+    assert readable_columns(scores) == 32
+    assert readable_columns(scores.contiguous()) == 21
+    assert readable_columns(torch.rand(2, 2, 21)[..., 5:]) == 16
 
 
 @pytest.mark.parametrize(
@@ -190,6 +219,39 @@ def test_fill_keys(kernel_device, case, factors, fills):
     assert int(got.isnan().any(-1).sum()) == case.batch * case.heads * (blank.shape[2] - fills * case.chunk)
 
 
+WAYS = ["halves", "scaled", "neighbours", "part in halves", "part as neighbours", "still", "mirrored"]
+
+
+@pytest.mark.parametrize("factors", ["native", "int8"])
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(head_dim=80, chunk=5, slots=15, rank=33),
+        Case(batch=1, head_dim=256, slots=9),
+        Case(batch=1, head_dim=128, dtype=torch.bfloat16),
+        Case(head_dim=16, dtype=torch.float16),
+    ],
+    ids=str,
+)
+def test_keys_of_any_pairing(kernel_device, case, way, factors):
+    """Also of more rows and tiles than there are programs."""
+    from shadowkv.kernels import rebuild
+
+    case = replace(case, factors=factors, device=kernel_device)
+    table, plan = paired_table(case, way), filling(case, case.slots - 1)
+    assert (table.pairing is None) == (way == "mirrored"), "only these have a kernel that reads channels by index"
+    inputs = key_inputs(case, table)
+    blank = poisoned(case.randn(case.batch, case.heads, case.slots * case.chunk + 3, case.head_dim))
+    got, wanted = blank.clone(), blank.clone()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rebuild, "processors", lambda device: 1)
+        kernels().fill_keys(**inputs, **plan, out=got)
+    slots.fill_keys(**inputs, **plan, out=wanted)
+    bound = TOLERANCE[case.dtype]
+    torch.testing.assert_close(got, wanted, rtol=bound, atol=bound, equal_nan=True)
+
+
 REGIONS = Regions(slots=64, outliers=16, ring=53)
 
 
@@ -208,6 +270,32 @@ def test_attend_resident(kernel_device, case, regions, spans, dtype):
     got = kernels().attend_resident(**inputs)
     assert torch.isfinite(got).all()
     close(got, slots.attend_resident(**inputs), dtype)
+
+
+AT_ONCE = 3 * 132  # programs of attention on an H100
+
+
+@pytest.mark.usefixtures("kernel_device")  # kernels are imported here
+@pytest.mark.parametrize("batch", [1, 2, 7, 8, 12, 14, 24, 25, 28, 32, 48])
+def test_a_gpu_is_evenly_busy_with_full_attention(batch):
+    from shadowkv.kernels.launch import blocks_each
+
+    blocks, rows = 1952, batch * 8  # 122K tokens of Llama 3.1 8B
+    each = blocks_each(blocks, rows, AT_ONCE, 128)
+    turns = -(-rows * -(-blocks // each) // AT_ONCE)
+    assert blocks * rows > 0.85 * turns * each * AT_ONCE, "else programs wait for others' last blocks"
+
+
+@pytest.mark.usefixtures("kernel_device")
+@pytest.mark.parametrize("rows", [1, 3, 8, 56, 397, 5000])
+@pytest.mark.parametrize("blocks", [1, 2, 43, 1952, 15625])
+def test_programs_of_a_row_cover_it_and_are_few_enough_to_be_joined(blocks, rows):
+    from shadowkv.kernels.launch import blocks_each
+
+    each = blocks_each(blocks, rows, AT_ONCE, 128)
+    assert 1 <= each <= blocks
+    assert -(-blocks // each) <= 128
+    assert rows < AT_ONCE * 4 or each == blocks
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -7,6 +7,7 @@ import torch
 from tiny_models import FAMILIES, random_prompt
 
 from shadowkv.anatomy.rope import Rope
+from shadowkv.anatomy.rotary_table import Pairing
 from shadowkv.engine.engine import Engine
 
 
@@ -59,3 +60,31 @@ def test_tables_do_not_disturb_the_model(tiny):
     before = Engine(model).prefill(ids).logits
     Rope(model).rotate(0, torch.randn(1, 2, 3, 16), torch.tensor([1, 2, 3]), 1000)
     assert torch.equal(before, Engine(model).prefill(ids).logits)
+
+
+def _way(pair, partner, turned):
+    sign = torch.tensor([1.0] * turned + [0.0] * (len(pair) - turned))
+    return Pairing.of(torch.tensor(pair).int(), torch.tensor(partner).int(), sign)
+
+
+@pytest.mark.parametrize(
+    ("pair", "partner", "turned", "pairing"),
+    [
+        ([0, 1, 0, 1], [2, 3, 0, 1], 4, (2, False)),
+        ([0, 0, 1, 1], [1, 0, 3, 2], 4, (2, True)),
+        ([0, 1, 0, 1, 0, 0], [2, 3, 0, 1, 4, 5], 4, (2, False)),
+        ([0, 0, 1, 1, 0, 0], [1, 0, 3, 2, 4, 5], 4, (2, True)),
+        ([0, 0, 0, 0], [1, 0, 2, 3], 2, (1, False)),  # one pair is both
+        ([0, 0, 0, 0], [0, 1, 2, 3], 0, (0, False)),
+        ([0, 1, 1, 0], [3, 2, 1, 0], 4, None),
+        ([1, 0, 1, 0], [2, 3, 0, 1], 4, None),  # angles in another order
+        ([0, 1, 0, 1], [1, 0, 3, 2], 4, None),
+    ],
+)
+def test_where_the_channels_of_pairs_lie_is_read_off_a_table(pair, partner, turned, pairing):
+    assert _way(pair, partner, turned) == pairing
+
+
+def test_channels_that_are_turned_behind_others_that_are_not_lie_in_no_usual_way():
+    pair, partner = torch.tensor([0, 0, 0, 1, 0, 1]).int(), torch.tensor([0, 1, 4, 5, 2, 3]).int()
+    assert Pairing.of(pair, partner, torch.tensor([0.0, 0, -1, -1, 1, 1])) is None

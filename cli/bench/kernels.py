@@ -156,7 +156,7 @@ def _tell(asked: AskedKernels, report: KernelReport, written: str) -> int:
         print_notes(report.notes)
         if written:
             print(written)
-    unsettled = [record for record in report.records if record.status != "ok"]
+    unsettled = [record for record in report.records if record.status not in ("ok", "skipped")]
     for record in unsettled:
         said = f"{' '.join(filter(None, record.key))}: {record.error}"
         print(f"skv: {record.status}: {plain_line(said)}", file=sys.stderr)

@@ -192,12 +192,13 @@ def _kernels(run: Run, plots: Path) -> Section:
 
     report = report_of(run.manifest, run.records, read_compiled(run.path))
     rows = [{name: value for name, value in asdict(r).items() if name != "conditions"} for r in run.records]
-    good = sum(r.status == "ok" for r in run.records)
+    tried = [r for r in run.records if r.status != "skipped"]
+    good = sum(r.status == "ok" for r in tried)
     return Section(
         run,
         {
             "kernels": str(len({r.kernel for r in run.records})),
-            "right": f"{good} of {len(run.records)}",
+            "right": f"{good} of {len(tried)}",
             "compiled": str(len(report.compiled)),
             "machine": ", ".join(dict.fromkeys(r.machine for r in run.records)),
         },

@@ -16,11 +16,36 @@ from shadowkv.anatomy.rope import Rope
 from shadowkv.common.errors import SkvError
 
 
+class Pairing(NamedTuple):
+    """Where the channels of `pairs` pairs lie, if it is one of the two usual ways, and those that are not turned after.
+
+    Pair p is of channels p and p + pairs (Llama), or 2p and 2p + 1 (GLM). Kernels are compiled for it, so it is known
+    on the host.
+    """
+
+    pairs: int
+    neighbours: bool
+
+    @classmethod
+    def of(cls, pair: Tensor, partner: Tensor, sign: Tensor) -> Pairing | None:
+        """The way of a table's channels; None for any other. Waits for the device."""
+        channels, turned = torch.arange(len(sign)), (sign != 0).cpu()
+        pairs = int(turned.sum()) // 2
+        if not torch.equal(turned, channels < 2 * pairs):
+            return None
+        found = torch.stack((pair, partner)).cpu()[:, turned]
+        halves = torch.stack((channels % max(pairs, 1), (channels + pairs) % max(2 * pairs, 1)))
+        neighbours = torch.stack((channels // 2, channels ^ 1))
+        if torch.equal(found, halves[:, turned].int()):
+            return cls(pairs, neighbours=False)
+        return cls(pairs, neighbours=True) if torch.equal(found, neighbours[:, turned].int()) else None
+
+
 class RotaryTable(NamedTuple):
     """cos and sin [N,P] of P pairs at positions below N; per channel [D] its pair, its partner, and the sign of sin.
 
     A channel that is not rotated has sign 0. Where a norm with weights follows the rotation, the sign is times what it
-    makes of the partner's channel in this one.
+    makes of the partner's channel in this one. `pairing` says what `pair` and `partner` say, where it has words for it.
     """
 
     cos: Tensor
@@ -28,6 +53,7 @@ class RotaryTable(NamedTuple):
     pair: Tensor  # int32
     partner: Tensor  # int32
     sign: Tensor  # fp32
+    pairing: Pairing | None
 
     def rotate(self, x: Tensor, positions: Tensor) -> Tensor:
         """RoPE of x [B,H,s,D] fp32 at positions [B,H,s]."""
@@ -63,7 +89,7 @@ def _make(rope: Rope, layer: int, head_dim: int, tokens: int, length: int, like:
     if not bool(rotated.any()):  # a layer without rotary embedding: one pair that no channel belongs to
         still = torch.ones(tokens, 1, dtype=like.dtype, device=device)
         none = torch.zeros(head_dim, device=device)
-        return RotaryTable(still, torch.zeros_like(still), none.int(), channel.int(), none)
+        return RotaryTable(still, torch.zeros_like(still), none.int(), channel.int(), none, Pairing(0, False))
     partner = torch.where(rotated, mixed.int().argmax(dim=0), channel)
     first = rotated & (channel < partner)
     pair = torch.where(rotated, (first.cumsum(0) - 1)[torch.minimum(channel, partner)], 0)
@@ -75,7 +101,8 @@ def _make(rope: Rope, layer: int, head_dim: int, tokens: int, length: int, like:
     positions = torch.arange(tokens, device=device)
     answer = rope.rotate(layer, first.float().expand(1, 1, tokens, head_dim), positions, length)[0, 0]
     second = partner[first]
-    table = RotaryTable(answer[:, first], answer[:, second] / ratio[second], pair.int(), partner.int(), sign)
+    ways = pair.int(), partner.int(), sign
+    table = RotaryTable(answer[:, first], answer[:, second] / ratio[second], *ways, Pairing.of(*ways))
     if not torch.allclose(table.rotate(unit[None, None], one.expand(1, 1, head_dim)), turned, rtol=1e-5, atol=1e-6):
         raise SkvError("this model's rotary embedding does not turn pairs of channels: use engine=reference")
     return table._replace(cos=table.cos.to(like.dtype), sin=table.sin.to(like.dtype))

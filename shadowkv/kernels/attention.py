@@ -11,10 +11,18 @@ from torch import Tensor
 
 from shadowkv.common.ranges import ranged
 from shadowkv.kernels.backend import interpreted
-from shadowkv.kernels.launch import check_head_dim, load_queries, padded, product, rows_of
+from shadowkv.kernels.launch import (
+    blocks_each,
+    check_head_dim,
+    load_queries,
+    padded,
+    product,
+    programs_at_once,
+    rows_of,
+)
 from shadowkv.kernels.slots import Regions
 
-_PROGRAMS = 264  # two for each of an H100's or H200's processors
+_MOST_SPLITS, _LARGEST_JOIN = 128, 2**14  # of more elements `join_stretches` does not hold all in registers
 
 
 @triton.jit
@@ -140,6 +148,11 @@ def block_of(head_dim: int) -> int:
     return 64 if head_dim <= 128 else 32
 
 
+def program_bytes(head_dim: int, element_bytes: int) -> int:
+    """Shared memory of a program, about: two blocks of keys and values, and some of what comes of them."""
+    return 23 * block_of(head_dim) * padded(head_dim) * element_bytes // 5
+
+
 class Stretches(NamedTuple):
     """Stretches of positions, one for each program, and what the programs leave of them for `join`."""
 
@@ -149,11 +162,14 @@ class Stretches(NamedTuple):
     total: Tensor
 
     @classmethod
-    def of(cls, positions: int, rows: int, group: int, head_dim: int, device: torch.device) -> Stretches:
-        """Enough of them to keep a GPU busy with so many rows."""
-        block = block_of(head_dim)
-        blocks = triton.cdiv(positions, block)
-        tokens = triton.cdiv(blocks, max(1, min(blocks, triton.cdiv(_PROGRAMS, rows)))) * block
+    def of(
+        cls, positions: int, rows: int, group: int, head_dim: int, device: torch.device, element_bytes: int = 2
+    ) -> Stretches:
+        """As many as keep a GPU evenly busy with so many rows."""
+        block, width = block_of(head_dim), padded(head_dim)
+        at_once = programs_at_once(program_bytes(head_dim, element_bytes), device)
+        most = min(_MOST_SPLITS, _LARGEST_JOIN // width)
+        tokens = blocks_each(triton.cdiv(positions, block), rows, at_once, most) * block
         splits = triton.cdiv(positions, tokens)
         held = torch.empty(rows, splits, group, head_dim, dtype=torch.float32, device=device)
         largest, total = torch.empty(2, rows, splits, group, dtype=torch.float32, device=device)
@@ -176,7 +192,7 @@ def attend_resident(q: Tensor, k: Tensor, v: Tensor, spans: Tensor, regions: Reg
     check_head_dim(head_dim)
     heads = k.shape[1]
     group, rows = q_heads // heads, batch * heads
-    stretches = Stretches.of(regions.tokens, rows, group, head_dim, q.device)
+    stretches = Stretches.of(regions.tokens, rows, group, head_dim, q.device, k.element_size())
     attend_stretch[stretches.held.shape[:2]](
         q.contiguous(), k, v, spans.contiguous(), *stretches[1:], scaling, heads, group, head_dim, *regions,
         stretches.tokens, *rows_of(k, 2), *rows_of(v, 2), GROUP=padded(group), HEAD_DIM=padded(head_dim),

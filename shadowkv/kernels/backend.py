@@ -9,7 +9,11 @@ from importlib.util import find_spec
 
 @dataclass(frozen=True)
 class CompiledKernel:
-    """What one variant of a kernel takes of one GPU. Stack is where registers go that there are too few of."""
+    """What one variant of a kernel takes of one GPU. Stack is where registers go that there are too few of.
+
+    `narrow_loads` are the instructions by which a thread reads less than 4 bytes of global memory: many of them, where
+    what threads read does not lie side by side. None in folders of before they were counted.
+    """
 
     kernel: str
     variant: str
@@ -17,6 +21,7 @@ class CompiledKernel:
     registers: int
     stack_bytes: int
     shared_bytes: int
+    narrow_loads: int | None = None
 
 
 def has_triton() -> bool:

@@ -19,7 +19,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime import JITFunction
 
-from shadowkv.anatomy.rotary_table import RotaryTable
+from shadowkv.anatomy.rotary_table import Pairing, RotaryTable
 from shadowkv.common.errors import SkvError
 from shadowkv.kernels import attention, choose, fetch, pages, rebuild, scores
 from shadowkv.kernels.backend import CompiledKernel
@@ -39,6 +39,7 @@ _ALIGNED = 16  # bytes of a pointer, and what a size has to be a multiple of, fo
 _CODINGS = ("native", "int8", "fp8", "int4")  # bf16 is read as native is
 # Llama 3.1 8B at 122K tokens, as the engine launches it: the compiler sees what these are multiples of.
 _BATCH, _HEADS, _GROUP, _CHUNKS, _CHUNK, _RANK, _REGIONS = 8, 8, 4, 15616, 8, 160, Regions(2048, 384, 288)
+_LANDMARKS = _CHUNKS - 36  # outliers and the newest have none, and there is room for 16 more: no multiple of anything
 _PAGE, _PAGES_READ = 16, 128
 
 
@@ -73,8 +74,8 @@ def _one_step(dtype: torch.dtype, head_dim: int) -> None:
     tokens, slots = _CHUNKS * _CHUNK, _REGIONS.slots // _CHUNK
     q, counts = like(_BATCH, _HEADS * _GROUP, 1, head_dim), number(_BATCH)
     k, v = (like(_BATCH, _HEADS, _REGIONS.tokens, head_dim) for _ in range(2))
-    scored = scores.chunk_scores(q, like(_BATCH, _HEADS, _CHUNKS, head_dim), 1.0, counts)
-    chosen = choose.choose_chunks(scored, number(_BATCH, _HEADS, _CHUNKS), slots)
+    scored = scores.chunk_scores(q, like(_BATCH, _HEADS, _LANDMARKS, head_dim), 1.0, counts)
+    chosen = choose.choose_chunks(scored, number(_BATCH, _HEADS, _LANDMARKS), slots)
     held = number(_BATCH, _HEADS, slots)
     fill = choose.plan_fill(chosen, held)
     for coding in _CODINGS:
@@ -82,11 +83,12 @@ def _one_step(dtype: torch.dtype, head_dim: int) -> None:
         fetch.fill_values(stored, held, fill, _CHUNK, v)
     pair, partner = number(head_dim), number(head_dim)
     turns = [like(tokens, head_dim // 2) for _ in range(2)]
-    rotary = RotaryTable(turns[0], turns[1], pair, partner, torch.empty(head_dim, device="meta"))
-    for coding in ("native", "int8"):
-        coefficients, *scale = CODINGS[coding].encode(like(_BATCH, tokens, _RANK))
-        factors = Factors(coefficients, scale[0] if scale else None, like(_BATCH, _RANK, _HEADS * head_dim))
-        rebuild.fill_keys(factors, rotary, held, fill, _CHUNK, k)
+    for pairing in (Pairing(head_dim // 2, False), Pairing(head_dim // 4, True), None):
+        rotary = RotaryTable(turns[0], turns[1], pair, partner, torch.empty(head_dim, device="meta"), pairing)
+        for coding in ("native", "int8"):
+            coefficients, *scale = CODINGS[coding].encode(like(_BATCH, tokens, _RANK))
+            factors = Factors(coefficients, scale[0] if scale else None, like(_BATCH, _RANK, _HEADS * head_dim))
+            rebuild.fill_keys(factors, rotary, held, fill, _CHUNK, k)
     attention.attend_resident(q, k, v, number(_BATCH, 4), _REGIONS, 1.0)
     whole = [like(_BATCH, _HEADS, tokens, head_dim) for _ in range(2)]
     for coding in ("int8", "fp8"):
@@ -142,8 +144,20 @@ def compile_launch(launch: Launch, capability: int) -> CompiledKernel:
     built = triton.compile(source, target=target, options={"num_warps": launch.warps})
     registers, spilled = _resources(built.asm["cubin"])
     return CompiledKernel(
-        kernel.fn.__name__, variant_of(launch), f"sm_{capability}", registers, spilled, built.metadata.shared
+        kernel.fn.__name__,
+        variant_of(launch),
+        f"sm_{capability}",
+        registers,
+        spilled,
+        built.metadata.shared,
+        narrow_loads(built.asm["ptx"]),
     )
+
+
+def narrow_loads(ptx: str) -> int:
+    """Loads of global memory of less than 4 bytes a thread, once for each place in the code."""
+    loads = re.findall(r"\bld\.global[\w.:]*?(?:\.v(\d))?\.[bus](\d+)\b", ptx)
+    return sum(int(many or 1) * int(bits) < 32 for many, bits in loads)
 
 
 def variant_of(launch: Launch) -> str:

@@ -43,9 +43,12 @@ def copy_chunks(
     CODE: tl.constexpr,
     CHUNK: tl.constexpr,
     HEAD_DIM: tl.constexpr,
+    GROUP: tl.constexpr,
 ):
     c, d = tl.arange(0, CHUNK), tl.arange(0, HEAD_DIM)
-    known = (c[:, None] < chunk) & (d[None, :] < head_dim)
+    byte, shared = tl.arange(0, HEAD_DIM // 2), tl.arange(0, HEAD_DIM // GROUP)
+    there = c < chunk
+    known = there[:, None] & (d[None, :] < head_dim)
     # Slots to fill come first in every row: all rows' first ones are work for all programs.
     for item in range(tl.program_id(0), rows * slots, tl.num_programs(0)):
         row, entry = (item % rows).to(tl.int64), item // rows
@@ -53,21 +56,26 @@ def copy_chunks(
         slot = tl.load(fill + row * slots + entry)
         if slot >= 0:
             number = tl.load(held + batch * held_b + head * held_h + slot)
-            token = number * chunk + c[:, None]
-            scaled = scales + batch * scales_b + head * scales_h
+            token = number * chunk + c
+            scaled = batch * scales_b + head * scales_h
             source = codes + batch * codes_b + head * codes_h
             if CODE == 0:
-                x = tl.load(source + token * head_dim + d[None, :], mask=known, other=0.0).to(tl.float32)
+                x = tl.load(source + token[:, None] * head_dim + d[None, :], mask=known, other=0.0).to(tl.float32)
             elif CODE == 3:
-                packed = tl.load(source + token * (head_dim // 2) + d[None, :] // 2, mask=known, other=0).to(tl.int32)
-                code = (packed >> (4 * (d[None, :] % 2))) & 15
-                shared = token * groups + d[None, :] // (head_dim // groups)
-                scale = tl.load(scaled + shared, mask=known, other=0.0).to(tl.float32)
-                zero = tl.load(zeros + batch * scales_b + head * scales_h + shared, mask=known, other=0.0)
-                x = code.to(tl.float32) * scale + zero.to(tl.float32)
+                at = token[:, None] * (head_dim // 2) + byte[None, :]
+                packed = tl.load(source + at, mask=there[:, None] & (byte[None, :] < head_dim // 2), other=0)
+                # As many bytes share a scale as half a group: an axis of their own.
+                packed = tl.reshape(packed, (CHUNK, HEAD_DIM // GROUP, GROUP // 2))
+                of_group = scaled + token[:, None] * groups + shared[None, :]
+                asked = there[:, None] & (shared[None, :] < groups)
+                scale = tl.load(scales + of_group, mask=asked, other=0.0).to(tl.float32)[:, :, None]
+                zero = tl.load(zeros + of_group, mask=asked, other=0.0).to(tl.float32)[:, :, None]
+                even = (packed & 15).to(tl.float32) * scale + zero
+                odd = (packed >> 4).to(tl.float32) * scale + zero
+                x = tl.reshape(tl.join(even, odd), (CHUNK, HEAD_DIM))
             else:
-                code = tl.load(source + token * head_dim + d[None, :], mask=known, other=0)
-                scale = tl.load(scaled + token, mask=c[:, None] < chunk, other=0.0).to(tl.float32)
+                code = tl.load(source + token[:, None] * head_dim + d[None, :], mask=known, other=0)
+                scale = tl.load(scales + scaled + token, mask=there, other=0.0).to(tl.float32)[:, None]
                 if CODE == 1:
                     x = code.to(tl.float32) * scale
                 else:
@@ -88,9 +96,10 @@ def fill_values(stored: Stored, held: Tensor, fill: Tensor, chunk: int, out: Ten
     codes, *scaling = stored.parts
     scales = scaling[0] if scaling else codes
     zeros = scaling[1] if len(scaling) > 1 else scales
-    groups = head_dim // int4_group(head_dim) if stored.coding == "int4" else 1
+    group = int4_group(head_dim) if stored.coding == "int4" else 1
     copy_chunks[(min(_PROGRAMS, batch * heads * slots),)](
-        codes, scales, zeros, held, fill, out, batch * heads, heads, slots, chunk, head_dim, groups,
+        codes, scales, zeros, held, fill, out, batch * heads, heads, slots, chunk, head_dim, head_dim // group,
         *rows_of(codes, 2), *rows_of(scales, 2), *rows_of(held, 1), *rows_of(out, 2),
-        CODE=_CODES[stored.coding], CHUNK=padded(chunk, 1), HEAD_DIM=padded(head_dim), num_warps=1,
+        CODE=_CODES[stored.coding], CHUNK=padded(chunk, 1), HEAD_DIM=padded(head_dim),
+        GROUP=group, num_warps=1,
     )  # fmt: skip

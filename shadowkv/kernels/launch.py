@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -9,6 +10,10 @@ from torch import Tensor
 from shadowkv.common.errors import SkvError
 
 LARGEST_HEAD = 256
+_COLUMNS_ALIGNED = 16  # what Triton's launcher asks of a size before it tells the compiler
+_PROCESSORS, _SHARED_BYTES = 132, 228 * 2**10  # of an H100 or H200, and of each of its processors
+_RESERVED_BYTES = 2**10  # of shared memory, for every program
+_MOST_TURNS = 4  # beyond, what is gained by even turns is lost to beginning and ending
 
 
 @triton.jit
@@ -42,6 +47,23 @@ def check_head_dim(head_dim: int) -> None:
         )
 
 
+def wide_rows(*shape: int, device: torch.device) -> Tensor:
+    """fp32 of this shape, not written yet, whose rows begin where a thread can read 16 bytes at once."""
+    *rows, columns = shape
+    return torch.empty(*rows, _wide(columns), dtype=torch.float32, device=device)[..., :columns]
+
+
+def readable_columns(x: Tensor) -> int:
+    """How many elements may be read from the start of every row of x: of `wide_rows` also those that fill it up."""
+    last = x.storage_offset() + sum((size - 1) * step for size, step in zip(x.shape[:-1], x.stride(), strict=False))
+    wide = _wide(x.shape[-1])
+    return wide if last + wide <= x.untyped_storage().nbytes() // x.itemsize else x.shape[-1]
+
+
+def _wide(columns: int) -> int:
+    return -(-columns // _COLUMNS_ALIGNED) * _COLUMNS_ALIGNED
+
+
 def rows_of(x: Tensor, inner: int) -> tuple[int, ...]:
     """Strides of all axes but the last `inner`, which have to lie densely, as the kernels read them."""
     expected = 1
@@ -50,3 +72,32 @@ def rows_of(x: Tensor, inner: int) -> tuple[int, ...]:
             raise ValueError(f"the last {inner} axes of shape {list(x.shape)} must be contiguous")
         expected *= x.shape[axis]
     return x.stride()[: x.dim() - inner]
+
+
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a GPU; elsewhere, where kernels are interpreted or only compiled, those of an H100."""
+    if device.type != "cuda":
+        return _PROCESSORS
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def programs_at_once(shared_bytes: int, device: torch.device) -> int:
+    """How many programs that take so much shared memory each run at a time; elsewhere than on a GPU, on an H100."""
+    held = _SHARED_BYTES
+    if device.type == "cuda":
+        held = torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor
+    return processors(device) * max(1, held // (shared_bytes + _RESERVED_BYTES))
+
+
+def blocks_each(blocks: int, rows: int, at_once: int, most_programs: int) -> int:
+    """How many of a row's blocks each of its programs takes, so that those of all rows are done soonest.
+
+    They run `at_once` at a time, each for as long as it has blocks, and begins and ends in the time of one more. A row
+    has up to `most_programs`.
+    """
+
+    def taken(each: int) -> int:
+        return -(-rows * -(-blocks // each) // at_once) * (each + 1)
+
+    asked = (max(1, min(turns * at_once // rows, blocks, most_programs)) for turns in range(1, _MOST_TURNS + 1))
+    return min((-(-blocks // programs) for programs in asked), key=taken)

@@ -7,7 +7,8 @@ from types import ModuleType
 import torch
 
 from shadowkv.common.errors import SkvError
-from shadowkv.kernels import backend, slots
+from shadowkv.kernels import slots
+from shadowkv.kernels.backend import has_triton, interpreted
 
 
 def operations(device: torch.device) -> ModuleType:
@@ -15,9 +16,9 @@ def operations(device: torch.device) -> ModuleType:
 
     Raises `SkvError` where kernels are needed and Triton is missing.
     """
-    if device.type != "cuda" and not backend.interpreted():
+    if device.type != "cuda" and not interpreted():
         return slots
-    if not backend.has_triton():
+    if not has_triton():
         raise SkvError("the fast engine needs Triton: pip install 'skv[gpu]', or use engine=reference")
     from shadowkv.kernels import twins
 

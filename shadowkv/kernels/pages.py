@@ -129,7 +129,7 @@ def attend_pages(q: Tensor, k: Tensor, v: Tensor, pages: Tensor, lengths: Tensor
     check_head_dim(head_dim)
     _, lists, listed = pages.shape
     group, rows = q_heads // lists, batch * lists
-    stretches = Stretches.of(listed * page, rows, group, head_dim, q.device)
+    stretches = Stretches.of(listed * page, rows, group, head_dim, q.device, k.element_size())
     attend_listed[stretches.held.shape[:2]](
         q.contiguous(), k, v, pages.contiguous(), lengths, *stretches[1:], scaling, lists, lists // k.shape[1], group,
         head_dim, listed, page, stretches.tokens, *rows_of(k, 2), *rows_of(v, 2), GROUP=padded(group),

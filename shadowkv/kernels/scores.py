@@ -14,7 +14,7 @@ from torch import Tensor
 
 from shadowkv.common.ranges import ranged
 from shadowkv.kernels.backend import interpreted
-from shadowkv.kernels.launch import check_head_dim, load_queries, padded, product, rows_of
+from shadowkv.kernels.launch import check_head_dim, load_queries, padded, product, rows_of, wide_rows
 
 _BLOCKS_AT_ONCE = 64
 
@@ -31,6 +31,7 @@ def chunk_logits(
     heads,
     group,
     chunks,
+    width,
     head_dim,
     stride_b,
     stride_h,
@@ -51,8 +52,8 @@ def chunk_logits(
     means = tl.load(at, mask=there[:, None] & (d[None, :] < head_dim), other=0.0)
     z = product(asked, tl.trans(means), tl.zeros((GROUP, BLOCK), tl.float32), INTERPRETED) * scaling
     z = tl.where(there[None, :], z, float("-inf"))
-    out = logits + (row * group + g[:, None]) * chunks + c[None, :]
-    tl.store(out, z, mask=(g[:, None] < group) & (c[None, :] < chunks))
+    out = logits + (row * group + g[:, None]) * width + c[None, :]
+    tl.store(out, z, mask=(g[:, None] < group) & (c[None, :] < width))
     largest = tl.max(z, axis=1)
     total = tl.sum(tl.where(there[None, :], tl.exp(z - largest[:, None]), 0.0), axis=1)
     partial = (row * tl.num_programs(1) + block) * group + g
@@ -70,6 +71,7 @@ def group_scores(
     heads,
     group,
     chunks,
+    width,
     GROUP: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCKS: tl.constexpr,
@@ -92,11 +94,12 @@ def group_scores(
         largest = higher
     c = block * BLOCK + tl.arange(0, BLOCK)
     there = c < tl.minimum(tl.load(counts + row // heads), chunks)
-    at = logits + (row * group + g[:, None]) * chunks + c[None, :]
-    z = tl.load(at, mask=(g[:, None] < group) & there[None, :], other=float("-inf"))
+    at = logits + (row * group + g[:, None]) * width + c[None, :]
+    # Also of chunks that are not there, for which there are logits of -inf: what is asked for then has no gaps.
+    z = tl.load(at, mask=(g[:, None] < group) & (c[None, :] < width), other=float("-inf"))
     safe = tl.where(largest == float("-inf"), 0.0, largest)
     share = tl.exp(z - safe[:, None]) / tl.where(total > 0, total, 1.0)[:, None]
-    tl.store(scores + row * chunks + c, tl.where(there, tl.max(share, axis=0), float("-inf")), mask=c < chunks)
+    tl.store(scores + row * width + c, tl.where(there, tl.max(share, axis=0), float("-inf")), mask=c < width)
 
 
 def landmarks_at_once(head_dim: int) -> int:
@@ -106,21 +109,25 @@ def landmarks_at_once(head_dim: int) -> int:
 
 @ranged("selection")
 def chunk_scores(q: Tensor, landmarks: Tensor, scaling: float, counts: Tensor) -> Tensor:
-    """See `shadowkv.tensors.ops.chunk_scores`. landmarks [B,H,C,D] with its last two axes contiguous."""
+    """See `shadowkv.tensors.ops.chunk_scores`. landmarks [B,H,C,D] with its last two axes contiguous.
+
+    Rows of what is returned may lie further apart than they are long, as `choose_chunks` reads them.
+    """
     batch, heads, chunks, head_dim = landmarks.shape
     check_head_dim(head_dim)
     group, rows, blocks = q.shape[1] // heads, batch * heads, triton.cdiv(chunks, landmarks_at_once(head_dim))
     stride_b, stride_h = rows_of(landmarks, 2)
-    logits = torch.empty(rows, group, chunks, dtype=torch.float32, device=q.device)
+    logits = wide_rows(rows, group, chunks, device=q.device)
     block_max, block_sum = torch.empty(2, rows, blocks, group, dtype=torch.float32, device=q.device)
-    scores = torch.empty(batch, heads, chunks, dtype=torch.float32, device=q.device)
+    scores = wide_rows(batch, heads, chunks, device=q.device)
+    width = scores.stride(1)
     grid = (rows, blocks)
     sizes = {"GROUP": padded(group), "BLOCK": landmarks_at_once(head_dim)}
     chunk_logits[grid](
-        q.contiguous(), landmarks, counts, logits, block_max, block_sum, scaling, heads, group, chunks, head_dim,
-        stride_b, stride_h, HEAD_DIM=padded(head_dim), INTERPRETED=interpreted(), **sizes,
+        q.contiguous(), landmarks, counts, logits, block_max, block_sum, scaling, heads, group, chunks, width,
+        head_dim, stride_b, stride_h, HEAD_DIM=padded(head_dim), INTERPRETED=interpreted(), **sizes,
     )  # fmt: skip
     group_scores[grid](
-        logits, block_max, block_sum, counts, scores, heads, group, chunks, BLOCKS=_BLOCKS_AT_ONCE, **sizes
+        logits, block_max, block_sum, counts, scores, heads, group, chunks, width, BLOCKS=_BLOCKS_AT_ONCE, **sizes
     )
     return scores

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shadowkv.anatomy.rotary_table import RotaryTable
+from shadowkv.anatomy.rotary_table import Pairing, RotaryTable
 from shadowkv.kernels.slots import Factors, Regions, positions_in_use
 from shadowkv.tensors.stored import CODINGS, Stored
 
@@ -63,10 +63,16 @@ def scores_inputs(case: Case, counts: list[int]) -> dict[str, Any]:
 
 
 def choose_inputs(case: Case, make: Callable[..., Tensor]) -> dict[str, Any]:
-    """Scores [B,H,C] as `make` gives them for that shape, of chunks with odd numbers."""
+    """Scores [B,H,C] as `make` gives them for that shape, of chunks with odd numbers.
+
+    Rows lie as `chunk_scores` leaves them on a GPU, apart by a multiple of 64 bytes; NaN is between them.
+    """
     shape = (case.batch, case.heads, case.chunks)
+    scores = torch.nn.functional.pad(make(*shape).to(case.device), (0, -case.chunks % 16), value=torch.nan)[
+        ..., : case.chunks
+    ]
     numbers = (torch.arange(case.chunks, device=case.device) * 2 + 1).int().expand(shape).contiguous()
-    return {"scores": make(*shape).to(case.device), "numbers": numbers, "slots": case.slots}
+    return {"scores": scores, "numbers": numbers, "slots": case.slots}
 
 
 def plan_inputs(case: Case, chosen: int, held: int, shared: int) -> dict[str, Tensor]:
@@ -113,7 +119,8 @@ def llama_rotary(case: Case, theta: float = 10000.0) -> RotaryTable:
     angles = torch.arange(case.tokens, device=case.device)[:, None] * frequencies
     sign = torch.where(channel < half, -1.0, 1.0)
     pair, partner = (channel % half).int(), ((channel + half) % case.head_dim).int()
-    return RotaryTable(angles.cos().to(case.dtype), angles.sin().to(case.dtype), pair, partner, sign)
+    turns = angles.cos().to(case.dtype), angles.sin().to(case.dtype)
+    return RotaryTable(*turns, pair, partner, sign, Pairing(half, neighbours=False))
 
 
 def key_inputs(case: Case, rotary: RotaryTable) -> dict[str, Any]:

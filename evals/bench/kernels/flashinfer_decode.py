@@ -13,6 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from evals.bench.kernels.items import NotHereError
 from shadowkv.common.errors import SkvError
 from shadowkv.common.wording import one_line
 
@@ -21,17 +22,24 @@ _WORKSPACE_BYTES = 2**28  # twice what it recommends
 _TENSOR_CORE_GROUP = 4  # query heads of a KV head from which serving engines have it use tensor cores
 
 
-def serves(device: str, dtype: torch.dtype, head_dim: int) -> bool:
-    """Whether FlashInfer is here and has kernels for this."""
-    fits = dtype in (torch.float16, torch.bfloat16) and head_dim in (64, 128, 256)
-    return device != "cpu" and fits and importlib.util.find_spec("flashinfer") is not None
+def missing(device: str, dtype: torch.dtype, head_dim: int) -> str | None:
+    """Why FlashInfer cannot be asked for this, or None if it is here and has kernels for it."""
+    if device == "cpu":
+        return "FlashInfer needs a GPU"
+    if dtype not in (torch.float16, torch.bfloat16) or head_dim not in (64, 128, 256):
+        return "FlashInfer has kernels for 16 bits and heads of 64, 128 or 256"
+    return None if importlib.util.find_spec("flashinfer") else "FlashInfer is not installed"
 
 
 def whole_context(q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Callable[[], Tensor]:
     """A call that attends to every token. q [B,Hq,1,D]; k and v [B,H,N,D], copied into pages; returns [B,Hq,1,D].
 
-    FlashInfer compiles its kernels here. Raises `SkvError` with what it says if it cannot.
+    FlashInfer compiles its kernels here. Raises `NotHereError` where it has none, and `SkvError` with what it says if
+    it fails.
     """
+    reason = missing(q.device.type, q.dtype, q.shape[-1])
+    if reason is not None:
+        raise NotHereError(reason)
     try:
         call = _planned(q, k, v, scaling)
         call()

@@ -40,8 +40,15 @@ class Workload:
         return replace(self, case=small, regions=regions, landmarks=min(self.landmarks, 38), misses=misses)
 
 
+class NotHereError(Exception):
+    """A way to a result that this machine does not have, with the reason in a line."""
+
+
 class Way(NamedTuple):
-    """A way to a result, made when its turn comes; not as a CUDA graph if it asks the host."""
+    """A way to a result, made when its turn comes; not as a CUDA graph if it asks the host.
+
+    `make` raises `NotHereError` where there is no such way.
+    """
 
     name: str
     make: Callable[[], Sequence[Call]]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from evals.bench.conditions import conditions
 from evals.bench.kernels.gpu_timing import GpuTimer
-from evals.bench.kernels.items import Call, Item, Subject, Way
+from evals.bench.kernels.items import Call, Item, NotHereError, Subject, Way
 from evals.bench.memory import release
 from evals.bench.timing import Distribution, distribution
 from evals.runs.failures import FAILURES, status_of
@@ -40,7 +40,7 @@ class KernelRecord:
     kernel: str
     variant: str
     way: str  # triton, interpreter, torch, or what is measured beside a kernel
-    status: str  # ok, wrong, oom or error
+    status: str  # ok, wrong, oom or error; skipped is another way that is not to be had here
     error: str | None
     machine: str
     started: str
@@ -61,7 +61,7 @@ class KernelRecord:
     @property
     def final(self) -> bool:
         """A result that is wrong may have been mended since."""
-        return self.status in ("ok", "oom")
+        return self.status in ("ok", "oom", "skipped")
 
     @property
     def times(self) -> Distribution | None:
@@ -139,6 +139,8 @@ class KernelBench:
     def _tried(self, blank: KernelRecord, subject: Subject, way: Way, wanted: Sequence[Tensor]) -> KernelRecord:
         try:
             return self._measured(blank, subject, way, wanted)
+        except NotHereError as missing:
+            failed = replace(blank, status="skipped", error=one_line(missing))
         except FAILURES as failure:
             failed = _failed(blank, failure)
         # Only here has the exception gone, and with its frames the tensors that they held.

@@ -21,11 +21,13 @@ _CHECKED = (
     "a row too long for it, of eigenvectors in fp64)."
 )
 _TIMED = (
-    "Times: by the GPU's clock, as a CUDA graph, the cache flushed before each; of a staged copy, low_rank.fit and "
-    "torch.linalg.svd, which wait for the device or the host, by the host's clock. GB/s: of the fewest bytes that the "
-    "result can be had with, as a share of a copy on the device or, from host memory, of one from pinned memory. "
-    "TFLOP/s: as a share of a square product in the same type. All rates are of the same run. x kernel: time of "
-    "another way over the kernel's."
+    "Times: by the GPU's clock, as a CUDA graph, the cache flushed before each; below 0.1 ms, of which launching a "
+    "graph is a part, those of a graph of ten calls, each behind a flush, less the median of flushes alone, by ten; of "
+    "a staged copy, low_rank.fit and torch.linalg.svd, which wait for the device or the host, by the host's clock. "
+    "GB/s: of the fewest bytes that the result can be had with, as a share of a copy on the device or, from host "
+    "memory, of one from pinned memory. TFLOP/s: as a share of a square product in the same type. All rates are of the "
+    "same run. x kernel: time of another way over the kernel's. % of fastest: speed over that of the fastest way "
+    "measured."
 )
 _NO_TIMES = "No times: they need a GPU."
 
@@ -92,9 +94,9 @@ def kernel_table(title: str, records: Sequence[KernelRecord]) -> Table:
     lines = [[column.cell(record) for column in columns] for record in records]
     heads = [column.head for column in columns]
     if timed:
-        heads.append("x kernel")
+        heads += ["x kernel", "% of\nfastest"]
         for line, record in zip(lines, records, strict=True):
-            line.append(number(_of_kernel(record, records), ".2f"))
+            line += [number(_of_kernel(record, records), ".2f"), percent(_of_fastest(record, records), 0)]
     return Table(title, heads, lines, f"{_CHECKED} {_TIMED if timed else _NO_TIMES}", names=4)
 
 
@@ -106,13 +108,30 @@ def _of_kernel(record: KernelRecord, records: Sequence[KernelRecord]) -> float |
     return record.times.p50 / kernel.times.p50
 
 
+def _of_fastest(record: KernelRecord, records: Sequence[KernelRecord]) -> float | None:
+    """Which share of the speed of the fastest way measured this one has; None where there is one way only."""
+    times = [r.times.p50 for r in records if (r.kernel, r.variant) == (record.kernel, record.variant) and r.times]
+    return min(times) / record.times.p50 if record.times and len(times) > 1 else None
+
+
 def compiled_table(compiled: Sequence[CompiledKernel]) -> Table:
     """One line per variant and target."""
-    lines = [[c.kernel, c.variant, c.target, *map(str, (c.registers, c.stack_bytes, c.shared_bytes))] for c in compiled]
+    lines = [
+        [
+            c.kernel,
+            c.variant,
+            c.target,
+            *map(str, (c.registers, c.stack_bytes, c.shared_bytes)),
+            number(c.narrow_loads, "d"),
+        ]
+        for c in compiled
+    ]
     columns = ["kernel", "variant", "target", "registers\nper thread", "stack bytes\nper thread", "shared\nbytes"]
+    columns.append("narrow\nloads")
     caption = (
         "Compiled, not run. Of the geometry only the head size counts, as a power of two; other sizes are in the "
-        "variant. Stack is where a thread's registers go that there are too few of: 0 is none spilled."
+        "variant. Stack is where a thread's registers go that there are too few of: 0 is none spilled. Narrow loads: "
+        "instructions by which a thread reads less than 4 bytes of global memory."
     )
     return Table("Compiled kernels", columns, lines, caption, names=3)
 
@@ -148,13 +167,19 @@ def _range(values: Sequence[float]) -> str:
 
 
 def _fastest(records: Sequence[KernelRecord]) -> list[str]:
-    """Which way to each result won, where several were timed."""
-    ways: dict[str, list[tuple[float, str]]] = {}
+    """Which way to each result won, where several were timed, and what the first, the kernel, has of its speed."""
+    by_subject: dict[tuple[str, str], list[KernelRecord]] = {}
     for record in records:
-        if record.times:
-            subject = ", ".join(filter(None, (record.kernel, record.variant)))
-            ways.setdefault(subject, []).append((record.times.p50, record.way))
-    return [f"{subject}: {min(timed)[1]} is the fastest way" for subject, timed in ways.items() if len(timed) > 1]
+        by_subject.setdefault((record.kernel, record.variant), []).append(record)
+    said = []
+    for subject, ways in by_subject.items():
+        timed = [(record.times.p50, record.way) for record in ways if record.times]
+        if len(timed) < 2:
+            continue
+        share, own = _of_fastest(ways[0], ways), ways[0].way
+        behind = "" if share is None or share == 1 else f"; {own} has {percent(share, 0)} % of its speed"
+        said.append(f"{', '.join(filter(None, subject))}: {min(timed)[1]} is the fastest way measured{behind}")
+    return said
 
 
 def read_compiled(folder: Path) -> list[CompiledKernel]:

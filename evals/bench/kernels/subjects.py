@@ -7,7 +7,7 @@ parts. Of what it reads by index they are the rows that are asked for, those tha
 - plan_fill: chosen and held chunks, held chunks and slots to fill.
 - fill_values: stored bytes of the missed tokens, over the link to the host; not what is then written on the device.
 - fill_keys: coefficients (and scales) of the missed tokens, directions, cos and sin; the keys. Its FLOP are
-  those of one product: the second one, which takes the place of exchanging channels for RoPE, is not counted.
+  those of one product: the second one, which finds the partners of channels that lie in no usual way, is not counted.
 - attend_resident: queries, and keys and values in use; outputs. FLOP: 4 per query head, position and channel.
   attend_codes: the same of codes and scales. No other way stands beside it: those of FlashInfer have one scale for all
   tokens, which is another result.
@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from evals.bench.kernels import flashinfer_decode, flex_attention
+from evals.bench.kernels import full_attention
 from evals.bench.kernels.cases import (
     Case,
     attention_inputs,
@@ -42,6 +42,7 @@ from evals.bench.kernels.cases import (
     stored_values,
 )
 from evals.bench.kernels.fit import factorisation
+from evals.bench.kernels.full_attention import Whole
 from evals.bench.kernels.items import Item, Subject, Way, Workload
 from evals.bench.kernels.staged_copy import staged_copy
 from shadowkv.kernels import slots
@@ -163,22 +164,8 @@ def _attention(work: Workload, kernels: Any) -> Subject:
 def _dense(work: Workload, kernels: Any) -> Subject:
     tokens = work.case.tokens
     subject, inputs = _attending(work.case, kernels, Regions(0, 0, tokens), [0, 0, 0, tokens])
-    q, k, v, scaling = (inputs[name] for name in ("q", "k", "v", "scaling"))
-    attend = torch.nn.functional.scaled_dot_product_attention
-    sdpa = partial(attend, q, k, v, scale=scaling, enable_gqa=True)
-    # On a CPU compiling takes a minute and a C++ compiler, for what is not timed.
-    case, compiled = work.case, work.case.device != "cpu"
-    besides = [
-        Way("torch sdpa", lambda: [sdpa], True),
-        Way(
-            "torch flex" if compiled else "torch flex, eager",
-            lambda: [flex_attention.whole_context(q, k, v, scaling, compiled)],
-            True,
-        ),
-    ]
-    if flashinfer_decode.serves(case.device, case.dtype, case.head_dim):
-        besides.append(Way("flashinfer, untried", lambda: [flashinfer_decode.whole_context(q, k, v, scaling)], True))
-    return replace(subject, besides=tuple(besides))
+    asked = Whole(*(inputs[name] for name in ("q", "k", "v", "scaling")))
+    return replace(subject, besides=full_attention.ways(asked, work.case.device))
 
 
 def _attending(case: Case, kernels: Any, regions: Regions, span: list[int]) -> tuple[Subject, dict[str, Any]]:

@@ -104,7 +104,7 @@ def attend_codes(q: Tensor, k: Stored, v: Stored, lengths: Tensor, scaling: floa
     (k_codes, k_scales), (v_codes, v_scales) = k.parts, v.parts
     heads, tokens = k_codes.shape[1:3]
     group, rows = q_heads // heads, batch * heads
-    stretches = Stretches.of(tokens, rows, group, head_dim, q.device)
+    stretches = Stretches.of(tokens, rows, group, head_dim, q.device, element_bytes=1)
     attend_code_stretch[stretches.held.shape[:2]](
         q.contiguous(), k_codes, k_scales, v_codes, v_scales, lengths, *stretches[1:], scaling, heads, group, head_dim,
         stretches.tokens, lengths.stride(0), *rows_of(k_codes, 2), *rows_of(k_scales, 2), *rows_of(v_codes, 2),
