@@ -47,6 +47,28 @@ def test_two_hundred_steps_equal_the_reference(tiny, spec):
         torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-3 if "int" in spec else 1e-4)
 
 
+def joined(engine, method, lengths):
+    rows = []
+    for tokens in lengths:
+        rows.append(engine.replay(engine.prefill(random_prompt(tokens)), method))
+        engine.forget()
+    return engine.join(rows, method)
+
+
+@pytest.mark.parametrize("spec", [SPECS[0], SPECS[2], SPECS[4]])
+def test_rows_at_different_places_decode_as_they_do_alone(tiny, spec):
+    """Some give up a chunk in the same step as others, some in other steps, and the first one makes buffers grow."""
+    engine = Engine(tiny("llama"), prefill_chunk_tokens=128)
+    lengths = (158, 150, 97)
+    reference, fast = (joined(engine, parse_method(f"{spec},engine={name}"), lengths) for name in ("reference", "fast"))
+    layer = fast._shares[0].cache.layers[0]
+    room = layer._coefficients[0].tokens
+    for token in random_prompt(170, batch=3, seed=5).split(1, dim=1):
+        left, right = engine.extend(fast, token), engine.extend(reference, token)
+        torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-3 if "int" in spec else 1e-4)
+    assert layer._coefficients[0].tokens > room
+
+
 def test_it_grows_beyond_its_spare_room(tiny):
     engine = Engine(tiny("llama"), prefill_chunk_tokens=128)
     reference, fast = both(engine, "shadowkv:rank=12,budget=64,outliers=2,window=8", random_prompt(100))

@@ -4,15 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from copy import copy
-from dataclasses import dataclass, replace
-from typing import Generic, TypeVar
 
 from torch import Tensor
 
 from shadowkv.tensors.pinned import empty_beside, empty_pinned
 from shadowkv.tensors.stacking import Stackable, joined_tensor
-
-Length = TypeVar("Length")
 
 
 class RaggedBuffer(Stackable):
@@ -75,51 +71,35 @@ class RaggedBuffer(Stackable):
         return self.data.nbytes
 
 
-@dataclass(frozen=True)
-class RowLengths:
-    """What the host knows of a row without asking the device."""
+class BatchLengths(Stackable):
+    """How many tokens every row of a batch holds, as the host knows it; counting a step walks over no rows."""
 
-    tokens: int  # fed so far
-    context_tokens: int  # in chunks that can be chosen, or outliers
-    landmarks: int
-    ring_start: int
-    ring_tokens: int
-    ring_room: int  # tokens of the tail beyond which its oldest chunk has to go
+    def __init__(self, rows: Sequence[int]) -> None:
+        self._rows, self._most, self._later = list(rows), max(rows), 0  # as they were `_later` tokens ago
 
-    def full(self, chunk: int) -> bool:
-        """Whether the tail takes another token only once its oldest chunk has gone."""
-        return self.ring_tokens + 1 >= self.ring_room + chunk
+    @property
+    def rows(self) -> list[int]:
+        return [tokens + self._later for tokens in self._rows]
 
-    def chunked(self, chunk: int, ring: int) -> RowLengths:
-        """After the oldest chunk of the tail went to the context."""
-        return replace(
-            self,
-            context_tokens=self.context_tokens + chunk,
-            landmarks=self.landmarks + 1,
-            ring_start=(self.ring_start + chunk) % ring,
-            ring_tokens=self.ring_tokens - chunk,
-        )
+    @property
+    def most(self) -> int:
+        """Of the longest row."""
+        return self._most + self._later
 
-    def appended(self) -> RowLengths:
-        """After one more token."""
-        return replace(self, tokens=self.tokens + 1, ring_tokens=self.ring_tokens + 1)
-
-
-class BatchLengths(Stackable, Generic[Length]):
-    """What the host knows of every row of a batch: a number of tokens, or `RowLengths`."""
-
-    def __init__(self, rows: Sequence[Length]) -> None:
-        self.rows = list(rows)
+    def append(self, tokens: int = 1) -> None:
+        """Count so many more in every row."""
+        self._later += tokens
 
     def shape_of_a_row(self) -> Hashable:
         return ()
 
     @classmethod
-    def stack(cls, rows: list[BatchLengths[Length]]) -> BatchLengths[Length]:
-        return cls([length for row in rows for length in row.rows])
+    def stack(cls, rows: list[BatchLengths]) -> BatchLengths:
+        return cls([tokens for row in rows for tokens in row.rows])
 
-    def pick(self, rows: list[int]) -> BatchLengths[Length]:
-        return BatchLengths([self.rows[row] for row in rows])
+    def pick(self, rows: list[int]) -> BatchLengths:
+        held = self.rows
+        return BatchLengths([held[row] for row in rows])
 
 
 # Rows of a batch: all of them, or some by number.

@@ -34,13 +34,13 @@ class PreallocatedLayer(SteadyState):
         for buffer, new in ((self._k, k), (self._v, v)):
             buffer.put(slice(None), first, new)
         self._spans[:, 3] += count
-        self._lengths.rows = [tokens + count for tokens in self._lengths.rows]
+        self._lengths.append(count)
         return ops.attend(q, [(self._k.data[:, :, : first + count], self._v.data[:, :, : first + count])], scaling)
 
     def make_room(self) -> bool:
-        needed = max(self._lengths.rows) + 1
+        needed = self._lengths.most + 1
         moved = [buffer.reserve(needed) for buffer in (self._k, self._v)]
-        self._lengths.rows = [tokens + 1 for tokens in self._lengths.rows]
+        self._lengths.append()
         return any(moved)
 
     def run(self, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:

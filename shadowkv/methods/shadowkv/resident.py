@@ -27,7 +27,8 @@ from shadowkv.kernels.operations import operations
 from shadowkv.kernels.slots import Factors
 from shadowkv.methods.shadowkv.divided import divide, pre_rope
 from shadowkv.methods.shadowkv.settings import ShadowKVSettings
-from shadowkv.tensors.ragged import BatchLengths, RaggedBuffer, RowLengths, Rows
+from shadowkv.methods.shadowkv.tails import Place, RowTail, Tails
+from shadowkv.tensors.ragged import RaggedBuffer, Rows
 from shadowkv.tensors.stored import CODINGS, Stored
 from shadowkv.tensors.streams import beside
 
@@ -69,20 +70,17 @@ class ResidentLayer(SteadyState):
         start = [min(landmarks, places) * chunk, outliers, 0, tail]
         self._spans = torch.tensor([start] * batch, dtype=torch.int32, device=device)
         self._counts = torch.full((batch,), landmarks, dtype=torch.int32, device=device)
-        row = RowLengths(tokens, context, landmarks, 0, tail, tail + method.window)
-        self._lengths = BatchLengths([row] * batch)
+        self._tails = Tails([RowTail(context, landmarks, tail)] * batch, chunk, method.window, regions.ring)
 
     def make_room(self) -> bool:
-        chunk, moved = self._method.chunk, False
-        # Rows of equal lengths go together: all of them, if their prompts were equally long.
-        full: dict[RowLengths, list[int]] = {}
-        for row, held in enumerate(self._lengths.rows):
-            if held.full(chunk):
-                full.setdefault(held, []).append(row)
-        for held, rows in full.items():
-            moved |= self._chunk_oldest(rows if len(rows) < len(self._lengths.rows) else slice(None), held)
-        self._lengths.rows = [row.appended() for row in self._lengths.rows]
-        return moved
+        if not self._tails.append():
+            return False
+        # Rows at the same place go together: all of them, if their prompts were equally long.
+        moving, batch = self._tails.moving(), self._k.shape[0]
+        moved = [
+            self._chunk_oldest(rows if len(rows) < batch else slice(None), after) for after, rows in moving.items()
+        ]
+        return any(moved)
 
     def run(self, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
         batch, kernels = q.shape[0], operations(q.device)
@@ -134,28 +132,27 @@ class ResidentLayer(SteadyState):
         return Factors(coefficients, scale[0] if scale else None, self._factors.vectors[rows])
 
     def _rotary(self, like: Tensor) -> RotaryTable:
-        longest = max(row.tokens for row in self._lengths.rows)
-        return rotary_table(self._rope, self._layer, like.shape[-1], self._coefficients[0].tokens, longest, like)
+        longest, room = self._tails.most_tokens, self._coefficients[0].tokens
+        return rotary_table(self._rope, self._layer, like.shape[-1], room, longest, like)
 
-    def _chunk_oldest(self, rows: Rows, of_row: RowLengths) -> bool:
+    def _chunk_oldest(self, rows: Rows, after: Place) -> bool:
         """Move the oldest chunk of these rows' tails, all at the same place, into the context."""
         method, regions, chunk = self._method, self._method.regions, self._method.chunk
-        ring = torch.arange(of_row.ring_start, of_row.ring_start + chunk, device=self._k.device) % regions.ring
+        context, landmark = after.context_tokens - chunk, after.landmarks - 1
+        oldest = after.ring_start - chunk
+        ring = torch.arange(oldest, oldest + chunk, device=self._k.device) % regions.ring
         keys, values = (x[:, :, regions.slots + regions.outliers + ring][rows] for x in (self._k, self._v))
-        before = pre_rope(self._rope, self._layer, keys, of_row.context_tokens, of_row.tokens + 1)
-        number = of_row.context_tokens // chunk
+        length = context + chunk + after.ring_tokens + 1
+        before = pre_rope(self._rope, self._layer, keys, context, length)
         mean = keys.float().mean(dim=2, keepdim=True).to(keys.dtype)
         held = (*self._coefficients, *self._values)
         new = (*self._factors.encode(before, rows), *CODINGS[method.values].encode(values))
+        number = torch.full_like(mean[..., 0], context // chunk, dtype=torch.int32)
         moved = [
-            *(buffer.put(rows, of_row.context_tokens, x) for buffer, x in zip(held, new, strict=True)),
-            self._means.put(rows, of_row.landmarks, mean),
-            self._numbers.put(rows, of_row.landmarks, torch.full_like(mean[..., 0], number, dtype=torch.int32)),
+            *(buffer.put(rows, context, x) for buffer, x in zip(held, new, strict=True)),
+            self._means.put(rows, landmark, mean),
+            self._numbers.put(rows, landmark, number),
         ]
-        after = of_row.chunked(chunk, regions.ring)
-        numbers = range(len(self._lengths.rows))[rows] if isinstance(rows, slice) else rows
-        for row in numbers:
-            self._lengths.rows[row] = after
         self._spans[rows, _SLOTS] = min(after.landmarks * chunk, regions.slots)
         self._spans[rows, _START] = after.ring_start
         self._spans[rows, _LENGTH] = after.ring_tokens
@@ -168,7 +165,7 @@ class ResidentLayer(SteadyState):
 
     @property
     def chunk_numbers(self) -> Tensor:
-        return self._numbers.data[:, :, : min(row.landmarks for row in self._lengths.rows)]
+        return self._numbers.data[:, :, : min(self._tails.landmarks())]
 
     def nbytes(self) -> Bytes:
         buffers = (*self._coefficients, self._means, self._numbers)

@@ -1,0 +1,98 @@
+"""Where the newest tokens of every row of a batch lie, as the host counts them without asking the device.
+
+A row's tail takes a token per step. Once it holds `window` generated tokens and a whole chunk more, its oldest chunk
+goes to the context. So everything about a row follows from its prompt and from how many tokens it was fed, and a step
+walks over no rows: it adds one to a number, and compares it with when the next chunk is due.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+from shadowkv.tensors.stacking import Stackable
+
+
+@dataclass(frozen=True)
+class RowTail:
+    """A row: what its prompt left, and how many tokens came since."""
+
+    context_tokens: int  # of the prompt: in chunks that can be chosen, or outliers
+    landmarks: int  # of the prompt
+    tail_tokens: int  # of the prompt, kept as they are
+    fed_tokens: int = 0
+
+    @property
+    def tokens(self) -> int:
+        return self.context_tokens + self.tail_tokens + self.fed_tokens
+
+    def chunks_gone(self, chunk: int, window: int) -> int:
+        """Chunks of its tail that went to the context."""
+        return max(0, (self.fed_tokens - window) // chunk)
+
+
+class Place(NamedTuple):
+    """A row after its oldest chunk went."""
+
+    context_tokens: int
+    landmarks: int
+    ring_start: int
+    ring_tokens: int
+
+
+class Tails(Stackable):
+    """The tails of a batch, in rings of `ring` tokens."""
+
+    def __init__(self, rows: Sequence[RowTail], chunk: int, window: int, ring: int) -> None:
+        self._rows, self._later = list(rows), 0  # as they were `_later` tokens ago
+        self._chunk, self._window, self._ring = chunk, window, ring
+        self._most_tokens = max(row.tokens for row in rows)
+        # By their remainder, the tokens with which the first row gives up a chunk; others follow at whole chunks.
+        self._due: dict[int, int] = {}
+        for row in rows:
+            first = window + chunk - row.fed_tokens
+            self._due[first % chunk] = min(first, self._due.get(first % chunk, first))
+
+    @property
+    def rows(self) -> list[RowTail]:
+        return [replace(row, fed_tokens=row.fed_tokens + self._later) for row in self._rows]
+
+    @property
+    def most_tokens(self) -> int:
+        """Of the longest row."""
+        return self._most_tokens + self._later
+
+    def append(self) -> bool:
+        """Count one more token in every row; True if the oldest chunk of some has to go first."""
+        self._later += 1
+        due = self._due.get(self._later % self._chunk)
+        return due is not None and self._later >= due
+
+    def moving(self) -> dict[Place, list[int]]:
+        """Where rows are whose oldest chunk goes with the latest token, before that token is written."""
+        found: dict[Place, list[int]] = {}
+        for number, row in enumerate(self.rows):
+            gone, beyond = row.chunks_gone(self._chunk, self._window), row.fed_tokens - self._window
+            if gone and beyond % self._chunk == 0:
+                tokens = gone * self._chunk
+                left = row.tail_tokens + row.fed_tokens - 1 - tokens
+                place = Place(row.context_tokens + tokens, row.landmarks + gone, tokens % self._ring, left)
+                found.setdefault(place, []).append(number)
+        return found
+
+    def landmarks(self) -> list[int]:
+        """Of every row."""
+        return [row.landmarks + row.chunks_gone(self._chunk, self._window) for row in self.rows]
+
+    def shape_of_a_row(self) -> Hashable:
+        return (self._chunk, self._window, self._ring)
+
+    @classmethod
+    def stack(cls, rows: list[Tails]) -> Tails:
+        first = rows[0]
+        return cls([tail for row in rows for tail in row.rows], first._chunk, first._window, first._ring)
+
+    def pick(self, rows: list[int]) -> Tails:
+        held = self.rows
+        return Tails([held[row] for row in rows], self._chunk, self._window, self._ring)
