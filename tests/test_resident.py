@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 from tiny_models import FAMILIES, random_prompt
@@ -124,6 +126,39 @@ def test_values_are_fetched_before_all_other_work(tiny, monkeypatch):
     _, fast = both(engine, SPECS[0], random_prompt(150))
     engine.extend(fast, random_prompt(1))
     assert asked == [True] * len(engine.layers)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_a_piece_of_the_batch_attends_before_anything_waits_for_the_next(tiny, monkeypatch, count):
+    """In the order in which a stream is given it: what is queued behind a wait waits."""
+    queued = []
+
+    def noting(name, at):
+        real = getattr(slots, name)
+
+        def operation(*arguments):
+            queued.append(f"{name} of {len(arguments[at])}")
+            return real(*arguments)
+
+        monkeypatch.setattr(slots, name, operation)
+
+    for name, at in (("chunk_scores", 0), ("fill_values", 1), ("fill_keys", 2), ("attend_resident", 0)):
+        noting(name, at)
+
+    @contextmanager
+    def beside(device, *, first=False):
+        yield lambda: queued.append("wait")
+
+    monkeypatch.setattr("shadowkv.methods.shadowkv.resident.beside", beside)
+    monkeypatch.setattr("shadowkv.methods.shadowkv.resident.pieces", lambda batch, device_type: count)
+    engine = Engine(tiny("llama"), prefill_chunk_tokens=128)
+    reference, fast = both(engine, SPECS[0], random_prompt(150, batch=5))
+    token = random_prompt(1, batch=5, seed=5)
+    torch.testing.assert_close(engine.extend(fast, token), engine.extend(reference, token), rtol=1e-4, atol=1e-4)
+    rows = {1: [5], 2: [2, 3], 3: [1, 2, 2]}[count]
+    placed = [f"{name} of {n}" for n in rows for name in ("chunk_scores", "fill_values")]
+    finished = [said for n in rows for said in (f"fill_keys of {n}", "wait", f"attend_resident of {n}")]
+    assert queued == (placed + finished) * len(engine.layers)
 
 
 def test_the_ring_wraps_around():

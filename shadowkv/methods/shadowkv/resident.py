@@ -32,6 +32,8 @@ from shadowkv.tensors.ragged import RaggedBuffer, Rows
 from shadowkv.tensors.stored import CODINGS, Stored
 from shadowkv.tensors.streams import beside
 
+_PIECES = {"cuda": 2}
+
 # Columns of `spans`: see `shadowkv.kernels.slots.attend_resident`.
 _SLOTS, _OUTLIERS, _START, _LENGTH = range(4)
 
@@ -85,20 +87,20 @@ class ResidentLayer(SteadyState):
     def run(self, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
         batch, kernels = q.shape[0], operations(q.device)
         self._put_in_ring(k, v)
-        # On a GPU the values of one half cross the bus while the other half chooses.
-        middle = batch // 2 if q.device.type == "cuda" else 0
-        halves = [rows for rows in (slice(0, middle), slice(middle, batch)) if rows.start < rows.stop]
-        placed = [self._place(rows, q[rows], scaling) for rows in halves] if self._means.tokens else []
-        for rows, (fill, values_are_there) in zip(halves, placed, strict=False):
-            factors, held = self._key_factors(rows), self._held[rows]
-            kernels.fill_keys(factors, self._rotary(q), held, fill, self._method.chunk, self._k[rows])
-            values_are_there()
-        attended = [
-            kernels.attend_resident(
-                q[rows], self._k[rows], self._v[rows], self._spans[rows], self._method.regions, scaling
-            )
-            for rows in halves
-        ]
+        # The values of one piece of the batch cross the bus while others choose, rebuild or attend.
+        count = pieces(batch, q.device.type)
+        parts = [slice(batch * n // count, batch * (n + 1) // count) for n in range(count)]
+        placed = [self._place(rows, q[rows], scaling) for rows in parts] if self._means.tokens else []
+        attended = []
+        for number, rows in enumerate(parts):
+            if placed:
+                fill, values_are_there = placed[number]
+                factors, held = self._key_factors(rows), self._held[rows]
+                kernels.fill_keys(factors, self._rotary(q), held, fill, self._method.chunk, self._k[rows])
+                values_are_there()
+            # Right here, or it would queue behind the wait for values that it does not read.
+            buffers = self._k[rows], self._v[rows], self._spans[rows]
+            attended.append(kernels.attend_resident(q[rows], *buffers, self._method.regions, scaling))
         return torch.cat(attended) if len(attended) > 1 else attended[0]
 
     def _place(self, rows: slice, q: Tensor, scaling: float) -> tuple[Tensor, Callable[[], None]]:
@@ -173,3 +175,8 @@ class ResidentLayer(SteadyState):
         device = self._factors.nbytes() + sum(b.nbytes() for b in buffers) + sum(x.nbytes for x in tensors)
         values = sum(b.nbytes() for b in self._values)
         return Bytes(device, values) if self._method.offload == "host" else Bytes(device + values, 0)
+
+
+def pieces(batch: int, device_type: str) -> int:
+    """Pieces that a step divides a batch into."""
+    return min(batch, _PIECES.get(device_type, 1))
