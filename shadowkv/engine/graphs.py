@@ -73,6 +73,7 @@ class GraphedStep:
         self._model, self._rope, self._cache, self._capture = model, rope, cache, capture
         self._ids = torch.zeros(len(cache.row_tokens), 1, dtype=torch.long, device=model.device)
         self._positions = torch.zeros_like(self._ids)
+        self._next: list[int] = []  # what the device holds as positions: a step leaves them at the next one
         self._warm, self._capturable = False, True
         self._replay: Callable[[], None] | None = None
         self._read: list[object] = []  # what the graph reads and another cache may replace
@@ -88,10 +89,12 @@ class GraphedStep:
             self._warm, self._replay, self._logits, self._read = False, None, None, []
             self._capturable = cache.steady  # not where the host could not pin what it made room for
         self._ids.copy_(tokens)
-        self._positions.copy_(torch.tensor(cache.row_tokens)[:, None])
+        if self._next != cache.row_tokens:
+            self._positions.copy_(torch.tensor(cache.row_tokens)[:, None])
         logits = self._step()
         cache.usable = usable
         cache.fed(1)
+        self._next = list(cache.row_tokens)
         cache.recount()
         return logits
 
@@ -108,4 +111,6 @@ class GraphedStep:
 
     def _forward(self) -> Tensor:
         with self._cache.with_room():
-            return last_logits(self._model, self._ids, self._cache, position_ids=self._positions)
+            logits = last_logits(self._model, self._ids, self._cache, position_ids=self._positions)
+        self._positions += 1
+        return logits
