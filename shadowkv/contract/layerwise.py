@@ -30,6 +30,9 @@ class LayerState(Stackable, ABC):
     @abstractmethod
     def nbytes(self) -> Bytes: ...
 
+    def reserve(self, tokens: int) -> None:  # noqa: B027 - see `DecodeCache.reserve`
+        """Make room for this many more tokens per row at once."""
+
     @property
     def resident_chunks(self) -> Tensor | None:
         """See `DecodeCache.resident_chunks`; None where there is no larger store."""
@@ -99,6 +102,10 @@ class LayeredCache(DecodeCache):
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
         return self.layers[layer].attend(q, k, v, scaling)
+
+    def reserve(self, tokens: int) -> None:
+        for state in self.layers.values():
+            state.reserve(tokens)
 
     @property
     def steady(self) -> bool:

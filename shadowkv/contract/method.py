@@ -93,6 +93,9 @@ class DecodeCache(ABC):
         """A cache of these rows of a batch alone. Raises `SkvError` where rows cannot be parted."""
         raise SkvError(f"rows of a batch of {type(self).__name__} cannot be parted")
 
+    def reserve(self, tokens: int) -> None:  # noqa: B027 - most caches grow by a little whenever they have to
+        """Make room for this many more tokens per row at once: until they came, nothing moves any more."""
+
     @property
     def steady(self) -> bool:
         """Whether one token per row is a fixed sequence of operations on tensors that stay: `make_room` and `run`."""

@@ -157,6 +157,11 @@ class MethodCache(Cache):
         """Tell that every row was given this many tokens more."""
         self.row_tokens = [held + tokens for held in self.row_tokens]
 
+    def reserve(self, tokens: int) -> None:
+        """See `DecodeCache.reserve`."""
+        for share in self._shares:
+            share.cache.reserve(tokens)
+
     @property
     def steady(self) -> bool:
         """Whether one token per row is a fixed sequence of operations in every layer: `make_room`, `with_room`."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 from copy import copy
 
+import torch
 from torch import Tensor
 
 from shadowkv.tensors.pinned import empty_beside, empty_pinned
@@ -29,17 +30,21 @@ class RaggedBuffer(Stackable):
 
     def put(self, rows: Rows, place: int, x: Tensor) -> bool:
         """Write x at `place` of these rows; True if that took a larger tensor."""
-        x = x.to(self.data.device)  # before growth: what was held may still be read by the device until then
+        x = x.to(self.data.device)
         count = x.shape[self._axis]
         grown = self.reserve(place + count)
         self.data.narrow(self._axis, place, count)[rows] = x
         return grown
 
-    def reserve(self, tokens: int) -> bool:
-        """Make room for so many tokens; True if that took a larger tensor."""
+    def reserve(self, tokens: int, spare: int | None = None) -> bool:
+        """Make room for so many tokens, and `spare` more (default: as many as to begin with) if it has to grow.
+
+        True if that took a larger tensor.
+        """
         if tokens <= self.tokens:
             return False
-        self.data = _with_tokens(self.data, self._axis, tokens + self._room)
+        _settle(self.data)  # what is held may be read by the device until then
+        self.data = _with_tokens(self.data, self._axis, tokens + (self._room if spare is None else spare))
         return True
 
     def shape_of_a_row(self) -> Hashable:
@@ -113,3 +118,9 @@ def _with_tokens(x: Tensor, axis: int, tokens: int, on_host: bool = False) -> Te
     grown = empty_pinned(shape, x.dtype) if on_host and x.device.type == "cuda" else empty_beside(shape, x)
     grown.narrow(axis, 0, x.shape[axis]).copy_(x)
     return grown
+
+
+def _settle(x: Tensor) -> None:
+    """Wait until a GPU has done what it was given, where it reads or writes memory of the host by itself."""
+    if x.device.type == "cpu" and torch.cuda.is_available() and x.is_pinned():
+        torch.cuda.current_stream().synchronize()

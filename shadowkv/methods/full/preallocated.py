@@ -37,6 +37,10 @@ class PreallocatedLayer(SteadyState):
         self._lengths.append(count)
         return ops.attend(q, [(self._k.data[:, :, : first + count], self._v.data[:, :, : first + count])], scaling)
 
+    def reserve(self, tokens: int) -> None:
+        for buffer in (self._k, self._v):
+            buffer.reserve(self._lengths.most + tokens, spare=0)
+
     def make_room(self) -> bool:
         needed = self._lengths.most + 1
         moved = [buffer.reserve(needed) for buffer in (self._k, self._v)]

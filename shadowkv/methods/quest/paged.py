@@ -33,6 +33,11 @@ class PagedLayer(SteadyState):
         self._tokens = torch.full((batch,), tokens, dtype=torch.int32, device=kv.k.device)
         self._lengths = BatchLengths([tokens] * batch)
 
+    def reserve(self, tokens: int) -> None:
+        for buffer in (self._k, self._v):
+            buffer.reserve(self._lengths.most + tokens, spare=0)
+        self._reserve_pages()
+
     def make_room(self) -> bool:
         needed = self._lengths.most + 1
         moved = [buffer.reserve(needed) for buffer in (self._k, self._v)]

@@ -74,6 +74,13 @@ class ResidentLayer(SteadyState):
         self._counts = torch.full((batch,), landmarks, dtype=torch.int32, device=device)
         self._tails = Tails([RowTail(context, landmarks, tail)] * batch, chunk, method.window, regions.ring)
 
+    def reserve(self, tokens: int) -> None:
+        context, landmarks = self._tails.most_after(tokens)
+        for buffer in (*self._coefficients, *self._values):
+            buffer.reserve(context, spare=0)
+        for buffer in (self._means, self._numbers):
+            buffer.reserve(landmarks, spare=0)
+
     def make_room(self) -> bool:
         if not self._tails.append():
             return False

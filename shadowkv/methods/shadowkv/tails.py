@@ -56,7 +56,7 @@ class Tails(Stackable):
 
     @property
     def rows(self) -> list[RowTail]:
-        return [replace(row, fed_tokens=row.fed_tokens + self._later) for row in self._rows]
+        return self._after(0)
 
     @property
     def most_tokens(self) -> int:
@@ -81,9 +81,19 @@ class Tails(Stackable):
                 found.setdefault(place, []).append(number)
         return found
 
-    def landmarks(self) -> list[int]:
-        """Of every row."""
-        return [row.landmarks + row.chunks_gone(self._chunk, self._window) for row in self.rows]
+    def landmarks(self, later: int = 0) -> list[int]:
+        """Of every row, so many tokens later."""
+        return [row.landmarks + row.chunks_gone(self._chunk, self._window) for row in self._after(later)]
+
+    def most_after(self, tokens: int) -> tuple[int, int]:
+        """Of the rows with most of them so many tokens later: context tokens, landmarks."""
+        contexts = [
+            row.context_tokens + row.chunks_gone(self._chunk, self._window) * self._chunk for row in self._after(tokens)
+        ]
+        return max(contexts), max(self.landmarks(tokens))
+
+    def _after(self, tokens: int) -> list[RowTail]:
+        return [replace(row, fed_tokens=row.fed_tokens + self._later + tokens) for row in self._rows]
 
     def shape_of_a_row(self) -> Hashable:
         return (self._chunk, self._window, self._ring)
