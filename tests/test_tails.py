@@ -13,7 +13,7 @@ from shadowkv.anatomy.rope import Rope
 from shadowkv.contract.layerwise import LayerwiseCache
 from shadowkv.contract.method import LayerKV
 from shadowkv.contract.registry import parse_method
-from shadowkv.methods.shadowkv.tails import Place, RowTail, Tails
+from shadowkv.methods.shadowkv.tails import RowTail, Tails
 
 FAST = ["shadowkv:rank=12,budget=64,outliers=2,window=64,engine=fast", "full:engine=fast", "quest:engine=fast"]
 
@@ -47,26 +47,30 @@ def test_counting_a_step_costs_a_layer_a_few_calls_however_many_rows_there_are(s
 @pytest.mark.parametrize("window", [1, 3, 16])
 @pytest.mark.parametrize("chunk", [1, 5, 8])
 def test_chunks_go_when_a_walk_through_the_steps_says(chunk, window):
-    ring = 2 * chunk + window + 20
     starts = [RowTail(chunk * 4, 3, 7), RowTail(chunk, 0, 2), RowTail(chunk * 9, 9, 7, fed_tokens=window + 2)]
-    tails = Tails(starts, chunk, window, ring)
+    tails = Tails(starts, chunk, window)
     held = [[row.tail_tokens + row.fed_tokens - chunk * row.chunks_gone(chunk, window), row] for row in starts]
     gone = [row.chunks_gone(chunk, window) for row in starts]
     for step in range(1, 60):
-        expected = {}
+        due = False
         for number, (tokens, row) in enumerate(held):
             if tokens + 1 >= row.tail_tokens + window + chunk:
                 gone[number] += 1
                 tokens -= chunk
-                moved = gone[number] * chunk
-                place = Place(row.context_tokens + moved, row.landmarks + gone[number], moved % ring, tokens)
-                expected.setdefault(place, []).append(number)
+                due = True
             held[number][0] = tokens + 1
-        assert tails.append() == bool(expected)
-        assert tails.moving() == expected
+        contexts = [row.context_tokens + chunk * count for row, count in zip(starts, gone, strict=True)]
+        landmarks = [row.landmarks + count for row, count in zip(starts, gone, strict=True)]
+        tails.append()
+        assert tails.due == due
         assert tails.rows == [replace(row, fed_tokens=row.fed_tokens + step) for row in starts]
         assert tails.most_tokens == max(row.tokens for row in starts) + step
-        assert tails.landmarks() == [row.landmarks + count for row, count in zip(starts, gone, strict=True)]
+        assert tails.landmarks() == landmarks
+        assert tails.most_after(0) == (max(contexts), max(landmarks))
+        for room in ((max(contexts), max(landmarks)), (12 * chunk, 99), (99 * chunk, 12)):
+            exceeded = any(
+                context > room[0] or count > room[1] for context, count in zip(contexts, landmarks, strict=True)
+            )
+            assert tails.outgrew(*room) == exceeded
         if step == 20:
-            parts = [tails.pick([0]), tails.pick([1, 2])]
-            tails = Tails.stack(parts)
+            tails = Tails.stack([tails.pick([0]), tails.pick([1, 2])])

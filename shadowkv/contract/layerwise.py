@@ -30,7 +30,7 @@ class LayerState(Stackable, ABC):
     @abstractmethod
     def nbytes(self) -> Bytes: ...
 
-    def reserve(self, tokens: int) -> None:  # noqa: B027 - see `DecodeCache.reserve`
+    def reserve(self, tokens: int) -> None:
         """Make room for this many more tokens per row at once."""
 
     @property
@@ -61,16 +61,26 @@ class SteadyState(StepwiseState):
 
     def step(self, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
         self.make_room()
+        if self.rearranges:
+            self.rearrange()
         return self.run(q, k, v, scaling)
 
     @property
     def capturable(self) -> bool:
-        """Whether `run` never waits for the device, so that a CUDA graph can hold it."""
+        """Whether `run` and `rearrange` never wait for the device, so that a CUDA graph can hold them."""
         return True
 
     @abstractmethod
     def make_room(self) -> bool:
         """What the host does before a step takes one token per row; True if tensors moved."""
+
+    @property
+    def rearranges(self) -> bool:
+        """See `DecodeCache.rearranges`."""
+        return False
+
+    def rearrange(self) -> None:
+        """See `DecodeCache.rearrange`."""
 
     @abstractmethod
     def run(self, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
@@ -114,6 +124,14 @@ class LayeredCache(DecodeCache):
     def make_room(self) -> bool:
         moved = [cast("SteadyState", state).make_room() for state in self.layers.values()]
         return any(moved)
+
+    @property
+    def rearranges(self) -> bool:
+        return any(cast("SteadyState", state).rearranges for state in self.layers.values())
+
+    def rearrange(self) -> None:
+        for state in self.layers.values():
+            cast("SteadyState", state).rearrange()
 
     def run(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
         return cast("SteadyState", self.layers[layer]).run(q, k, v, scaling)

@@ -98,15 +98,27 @@ class DecodeCache(ABC):
 
     @property
     def steady(self) -> bool:
-        """Whether one token per row is a fixed sequence of operations on tensors that stay: `make_room` and `run`."""
+        """Whether one token per row is a fixed sequence of operations on tensors that stay, as told from here on."""
         return False
 
     def make_room(self) -> bool:
         """What the host does before `run` takes one token per row; True if tensors moved."""
         raise NotImplementedError
 
+    @property
+    def rearranges(self) -> bool:
+        """Whether `rearrange` has to come between `make_room` and `run` this time."""
+        return False
+
+    def rearrange(self) -> None:
+        """Put in order what some steps leave to be: a sequence of operations of its own, as fixed as that of `run`.
+
+        Rows for which it is not the time stay as they are.
+        """
+        raise NotImplementedError
+
     def run(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
-        """`attend` for one token per row, after `make_room`; never waits for the device: a CUDA graph can hold it."""
+        """`attend` for one token per row, after these; never waits for the device: a CUDA graph can hold it."""
         raise NotImplementedError
 
     def close(self) -> None:  # noqa: B027 - most caches have nothing but tensors to let go

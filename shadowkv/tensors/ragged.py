@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from shadowkv.tensors.pinned import empty_beside, empty_pinned
+from shadowkv.tensors.registered import as_seen_by
 from shadowkv.tensors.stacking import Stackable, joined_tensor
 
 
 class RaggedBuffer(Stackable):
     """[B,...,n,...] with n as large as the longest row needs, and `room` more; what a row does not use is undefined.
 
-    Rows are written at a place that the caller keeps. Without growth the tensor stays where it is, as a CUDA graph
+    Rows are written at places that the caller keeps. Without growth the tensor stays where it is, as a CUDA graph
     needs it.
     """
 
@@ -28,13 +29,19 @@ class RaggedBuffer(Stackable):
         """Tokens that there is room for."""
         return self.data.shape[self._axis]
 
-    def put(self, rows: Rows, place: int, x: Tensor) -> bool:
-        """Write x at `place` of these rows; True if that took a larger tensor."""
-        x = x.to(self.data.device)
-        count = x.shape[self._axis]
-        grown = self.reserve(place + count)
-        self.data.narrow(self._axis, place, count)[rows] = x
-        return grown
+    def put(self, places: Tensor, x: Tensor, rows: Tensor) -> None:
+        """Write x [B,...,n,...] at places [B,n] int64 of the `rows` [B] bool that are meant; there has to be room.
+
+        One sequence of operations whatever the rows are. Nobody waits for a GPU, but where its values are in memory
+        that could not be pinned, which the host has to write.
+        """
+        held = as_seen_by(x.device, self.data)
+        places, x, rows = (each.to(held.device) for each in (places, x, rows))
+        shape = [1] * x.dim()
+        shape[0], shape[self._axis] = places.shape
+        index = places.view(shape).expand(x.shape)
+        meant = rows.view(-1, *[1] * (x.dim() - 1))
+        held.scatter_(self._axis, index, torch.where(meant, x, held.gather(self._axis, index)))
 
     def reserve(self, tokens: int, spare: int | None = None) -> bool:
         """Make room for so many tokens, and `spare` more (default: as many as to begin with) if it has to grow.
@@ -62,6 +69,7 @@ class RaggedBuffer(Stackable):
         joined.data = empty_beside(shape, first.data)
         begin = 0
         for row in rows:
+            _settle(row.data)
             end = begin + row.data.shape[0]
             joined.data[begin:end].narrow(first._axis, 0, row.tokens).copy_(row.data)
             begin = end
@@ -69,6 +77,7 @@ class RaggedBuffer(Stackable):
 
     def pick(self, rows: list[int]) -> RaggedBuffer:
         picked = copy(self)
+        _settle(self.data)
         picked.data = joined_tensor([self.data[row : row + 1] for row in rows])
         return picked
 
@@ -105,10 +114,6 @@ class BatchLengths(Stackable):
     def pick(self, rows: list[int]) -> BatchLengths:
         held = self.rows
         return BatchLengths([held[row] for row in rows])
-
-
-# Rows of a batch: all of them, or some by number.
-Rows = slice | list[int]
 
 
 def _with_tokens(x: Tensor, axis: int, tokens: int, on_host: bool = False) -> Tensor:

@@ -32,7 +32,8 @@ class PreallocatedLayer(SteadyState):
         # A second turn of rows of equal length: all its tokens at once.
         first, count = held.pop(), q.shape[2]
         for buffer, new in ((self._k, k), (self._v, v)):
-            buffer.put(slice(None), first, new)
+            buffer.reserve(first + count)
+            buffer.data[:, :, first : first + count] = new
         self._spans[:, 3] += count
         self._lengths.append(count)
         return ops.attend(q, [(self._k.data[:, :, : first + count], self._v.data[:, :, : first + count])], scaling)

@@ -2,8 +2,9 @@
 
 Equal to the reference in `method.py`: the same chunks are chosen and the same keys rebuilt from the
 same factors, only that a chunk chosen again is found in its slot. A step is a fixed sequence of operations on tensors
-of fixed shapes (`run`), so that it can be captured in a CUDA graph; what changes shapes or places happens before it,
-on lengths that the host knows (`make_room`).
+of fixed shapes (`run`), so that it can be captured in a CUDA graph; so is what moves full chunks of generated tokens
+into the context before some steps (`rearrange`). What needs larger tensors happens before both, on lengths that the
+host counts by itself (`make_room`).
 
 Different from the authors' fast path (their `ShadowKVCache_CPU`): every resident key is a rebuilt one, also after the
 prompt, so results do not depend on the history of hits; resident chunks are indexed instead of moved; values are read
@@ -25,10 +26,10 @@ from shadowkv.contract.method import LayerKV
 from shadowkv.kernels import slots
 from shadowkv.kernels.operations import operations
 from shadowkv.kernels.slots import Factors
-from shadowkv.methods.shadowkv.divided import divide, pre_rope
+from shadowkv.methods.shadowkv.divided import divide, pre_rope_at
 from shadowkv.methods.shadowkv.settings import ShadowKVSettings
-from shadowkv.methods.shadowkv.tails import Place, RowTail, Tails
-from shadowkv.tensors.ragged import RaggedBuffer, Rows
+from shadowkv.methods.shadowkv.tails import RowTail, Tails
+from shadowkv.tensors.ragged import RaggedBuffer
 from shadowkv.tensors.stored import CODINGS, Stored
 from shadowkv.tensors.streams import beside
 
@@ -36,6 +37,7 @@ _PIECES = {"cuda": 2}
 
 # Columns of `spans`: see `shadowkv.kernels.slots.attend_resident`.
 _SLOTS, _OUTLIERS, _START, _LENGTH = range(4)
+_CONTEXT, _ROOM = range(2)
 
 
 class ResidentLayer(SteadyState):
@@ -72,7 +74,9 @@ class ResidentLayer(SteadyState):
         start = [min(landmarks, places) * chunk, outliers, 0, tail]
         self._spans = torch.tensor([start] * batch, dtype=torch.int32, device=device)
         self._counts = torch.full((batch,), landmarks, dtype=torch.int32, device=device)
-        self._tails = Tails([RowTail(context, landmarks, tail)] * batch, chunk, method.window, regions.ring)
+        # Where the next chunk goes, and the tokens of the tail beyond which its oldest one has to: int32 [B,2].
+        self._places = torch.tensor([[context, tail + method.window]] * batch, dtype=torch.int32, device=device)
+        self._tails = Tails([RowTail(context, landmarks, tail)] * batch, chunk, method.window)
 
     def reserve(self, tokens: int) -> None:
         context, landmarks = self._tails.most_after(tokens)
@@ -82,14 +86,55 @@ class ResidentLayer(SteadyState):
             buffer.reserve(landmarks, spare=0)
 
     def make_room(self) -> bool:
-        if not self._tails.append():
+        self._tails.append()
+        if not self._tails.due:
             return False
-        # Rows at the same place go together: all of them, if their prompts were equally long.
-        moving, batch = self._tails.moving(), self._k.shape[0]
-        moved = [
-            self._chunk_oldest(rows if len(rows) < batch else slice(None), after) for after, rows in moving.items()
-        ]
-        return any(moved)
+        tokens, chunks = (*self._coefficients, *self._values), (self._means, self._numbers)
+        room = min(buffer.tokens for buffer in tokens), min(buffer.tokens for buffer in chunks)
+        if not self._tails.outgrew(*room):
+            return False
+        context, landmarks = self._tails.most_after(0)
+        grown = [buffer.reserve(context) for buffer in tokens] + [buffer.reserve(landmarks) for buffer in chunks]
+        return any(grown)
+
+    @property
+    def rearranges(self) -> bool:
+        return self._tails.due
+
+    def rearrange(self) -> None:
+        """Move the oldest chunk of every tail that is full into the context: places are the device's own numbers."""
+        regions, chunk = self._method.regions, self._method.chunk
+        start, length = self._spans[:, _START], self._spans[:, _LENGTH]
+        full = length + 1 >= self._places[:, _ROOM] + chunk
+        offsets = torch.arange(chunk, device=full.device)
+        oldest = (start[:, None] + offsets) % regions.ring + regions.slots + regions.outliers
+        index = oldest[:, None, :, None].expand(*self._k.shape[:2], chunk, self._k.shape[-1])
+        keys, values = (held.gather(2, index) for held in (self._k, self._v))
+        # Rows that are not full read and write their first tokens as they are: those are there whatever they hold.
+        places = torch.where(full, self._places[:, _CONTEXT], 0)[:, None] + offsets
+        landmark = torch.where(full, self._counts, 0)[:, None].long()
+        before = pre_rope_at(self._rope, self._layer, keys, places[:, None], self._table_tokens)
+        new = (*self._factors.encode(before), *CODINGS[self._method.values].encode(values))
+        for buffer, x in zip((*self._coefficients, *self._values), new, strict=True):
+            buffer.put(places, x, full)
+        mean = keys.float().mean(dim=2, keepdim=True).to(keys.dtype)
+        self._means.put(landmark, mean, full)
+        number = (places[:, :1] // chunk).int()[:, None].expand(mean.shape[:3])
+        self._numbers.put(landmark, number, full)
+        gone = full.int()
+        self._counts += gone
+        self._places[:, _CONTEXT] += gone * chunk
+        self._spans[:, _SLOTS] = (self._counts * chunk).clamp(max=regions.slots)
+        self._spans[:, _START] = (start + gone * chunk) % regions.ring
+        self._spans[:, _LENGTH] -= gone * chunk
+
+    @property
+    def _table_tokens(self) -> int:
+        """A length that a table of the context's positions has, by the frequencies of the longest row."""
+        room, crossing = self._coefficients[0].tokens, self._rope.crossing(self._layer)
+        if crossing is None:
+            return room
+        return min(room, crossing) if self._tails.most_tokens <= crossing else max(room, crossing + 1)
 
     def run(self, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
         batch, kernels = q.shape[0], operations(q.device)
@@ -144,30 +189,6 @@ class ResidentLayer(SteadyState):
         longest, room = self._tails.most_tokens, self._coefficients[0].tokens
         return rotary_table(self._rope, self._layer, like.shape[-1], room, longest, like)
 
-    def _chunk_oldest(self, rows: Rows, after: Place) -> bool:
-        """Move the oldest chunk of these rows' tails, all at the same place, into the context."""
-        method, regions, chunk = self._method, self._method.regions, self._method.chunk
-        context, landmark = after.context_tokens - chunk, after.landmarks - 1
-        oldest = after.ring_start - chunk
-        ring = torch.arange(oldest, oldest + chunk, device=self._k.device) % regions.ring
-        keys, values = (x[:, :, regions.slots + regions.outliers + ring][rows] for x in (self._k, self._v))
-        length = context + chunk + after.ring_tokens + 1
-        before = pre_rope(self._rope, self._layer, keys, context, length)
-        mean = keys.float().mean(dim=2, keepdim=True).to(keys.dtype)
-        held = (*self._coefficients, *self._values)
-        new = (*self._factors.encode(before, rows), *CODINGS[method.values].encode(values))
-        number = torch.full_like(mean[..., 0], context // chunk, dtype=torch.int32)
-        moved = [
-            *(buffer.put(rows, context, x) for buffer, x in zip(held, new, strict=True)),
-            self._means.put(rows, landmark, mean),
-            self._numbers.put(rows, landmark, number),
-        ]
-        self._spans[rows, _SLOTS] = min(after.landmarks * chunk, regions.slots)
-        self._spans[rows, _START] = after.ring_start
-        self._spans[rows, _LENGTH] = after.ring_tokens
-        self._counts[rows] = after.landmarks
-        return any(moved)
-
     @property
     def resident_chunks(self) -> Tensor:
         return self._held
@@ -178,7 +199,7 @@ class ResidentLayer(SteadyState):
 
     def nbytes(self) -> Bytes:
         buffers = (*self._coefficients, self._means, self._numbers)
-        tensors = (self._k, self._v, self._held, self._spans, self._counts)
+        tensors = (self._k, self._v, self._held, self._spans, self._counts, self._places)
         device = self._factors.nbytes() + sum(b.nbytes() for b in buffers) + sum(x.nbytes for x in tensors)
         values = sum(b.nbytes() for b in self._values)
         return Bytes(device, values) if self._method.offload == "host" else Bytes(device + values, 0)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 from shadowkv.tensors.stacking import Stackable
 
@@ -32,27 +31,19 @@ class RowTail:
         return max(0, (self.fed_tokens - window) // chunk)
 
 
-class Place(NamedTuple):
-    """A row after its oldest chunk went."""
-
-    context_tokens: int
-    landmarks: int
-    ring_start: int
-    ring_tokens: int
-
-
 class Tails(Stackable):
-    """The tails of a batch, in rings of `ring` tokens."""
+    """The tails of a batch."""
 
-    def __init__(self, rows: Sequence[RowTail], chunk: int, window: int, ring: int) -> None:
+    def __init__(self, rows: Sequence[RowTail], chunk: int, window: int) -> None:
         self._rows, self._later = list(rows), 0  # as they were `_later` tokens ago
-        self._chunk, self._window, self._ring = chunk, window, ring
+        self._chunk, self._window = chunk, window
         self._most_tokens = max(row.tokens for row in rows)
         # By their remainder, the tokens with which the first row gives up a chunk; others follow at whole chunks.
         self._due: dict[int, int] = {}
         for row in rows:
             first = window + chunk - row.fed_tokens
             self._due[first % chunk] = min(first, self._due.get(first % chunk, first))
+        self._lasting: tuple[tuple[int, int], int] | None = None  # room, and the tokens that it is enough for
 
     @property
     def rows(self) -> list[RowTail]:
@@ -63,23 +54,30 @@ class Tails(Stackable):
         """Of the longest row."""
         return self._most_tokens + self._later
 
-    def append(self) -> bool:
-        """Count one more token in every row; True if the oldest chunk of some has to go first."""
+    def append(self) -> None:
+        """Count one more token in every row."""
         self._later += 1
+
+    @property
+    def due(self) -> bool:
+        """Whether some row's oldest chunk has to go before the latest token is written."""
         due = self._due.get(self._later % self._chunk)
         return due is not None and self._later >= due
 
-    def moving(self) -> dict[Place, list[int]]:
-        """Where rows are whose oldest chunk goes with the latest token, before that token is written."""
-        found: dict[Place, list[int]] = {}
-        for number, row in enumerate(self.rows):
-            gone, beyond = row.chunks_gone(self._chunk, self._window), row.fed_tokens - self._window
-            if gone and beyond % self._chunk == 0:
-                tokens = gone * self._chunk
-                left = row.tail_tokens + row.fed_tokens - 1 - tokens
-                place = Place(row.context_tokens + tokens, row.landmarks + gone, tokens % self._ring, left)
-                found.setdefault(place, []).append(number)
-        return found
+    def outgrew(self, context_tokens: int, landmarks: int) -> bool:
+        """Whether there is a row that now holds more than this."""
+        room = context_tokens, landmarks
+        if self._lasting is None or self._lasting[0] != room:
+            chunks = [
+                min((context_tokens - row.context_tokens) // self._chunk, landmarks - row.landmarks)
+                for row in self._rows
+            ]
+            ends = [
+                self._window + (count + 1) * self._chunk - row.fed_tokens
+                for count, row in zip(chunks, self._rows, strict=True)
+            ]
+            self._lasting = room, min(ends)
+        return self._later >= self._lasting[1]
 
     def landmarks(self, later: int = 0) -> list[int]:
         """Of every row, so many tokens later."""
@@ -96,13 +94,13 @@ class Tails(Stackable):
         return [replace(row, fed_tokens=row.fed_tokens + self._later + tokens) for row in self._rows]
 
     def shape_of_a_row(self) -> Hashable:
-        return (self._chunk, self._window, self._ring)
+        return (self._chunk, self._window)
 
     @classmethod
     def stack(cls, rows: list[Tails]) -> Tails:
         first = rows[0]
-        return cls([tail for row in rows for tail in row.rows], first._chunk, first._window, first._ring)
+        return cls([tail for row in rows for tail in row.rows], first._chunk, first._window)
 
     def pick(self, rows: list[int]) -> Tails:
         held = self.rows
-        return Tails([held[row] for row in rows], self._chunk, self._window, self._ring)
+        return Tails([held[row] for row in rows], self._chunk, self._window)
