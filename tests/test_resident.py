@@ -12,6 +12,7 @@ from shadowkv.contract.registry import parse_method
 from shadowkv.engine.engine import Engine
 from shadowkv.kernels import slots
 from shadowkv.kernels.slots import Regions
+from shadowkv.methods.shadowkv.resident import ResidentLayer
 from shadowkv.tensors import streams
 
 SPECS = [
@@ -150,7 +151,7 @@ def test_a_piece_of_the_batch_attends_before_anything_waits_for_the_next(tiny, m
         yield lambda: queued.append("wait")
 
     monkeypatch.setattr("shadowkv.methods.shadowkv.resident.beside", beside)
-    monkeypatch.setattr("shadowkv.methods.shadowkv.resident.pieces", lambda batch, device_type: count)
+    monkeypatch.setattr(ResidentLayer, "_pieces", lambda self, batch: count)
     engine = Engine(tiny("llama"), prefill_chunk_tokens=128)
     reference, fast = both(engine, SPECS[0], random_prompt(150, batch=5))
     token = random_prompt(1, batch=5, seed=5)
@@ -159,6 +160,14 @@ def test_a_piece_of_the_batch_attends_before_anything_waits_for_the_next(tiny, m
     placed = [f"{name} of {n}" for n in rows for name in ("chunk_scores", "fill_values")]
     finished = [said for n in rows for said in (f"fill_keys of {n}", "wait", f"attend_resident of {n}")]
     assert queued == (placed + finished) * len(engine.layers)
+
+
+@pytest.mark.parametrize("spec", ["", ",values=int8", ",values=int4", ",offload=none"])
+def test_a_batch_is_divided_by_the_bytes_that_a_plan_has_for_the_bus(tiny, spec):
+    engine = Engine(tiny("llama"), prefill_chunk_tokens=128)
+    method = parse_method(f"shadowkv:rank=12,budget=64{spec},engine=fast")
+    layers = engine.replay(engine.prefill(random_prompt(300)), method)._shares[0].cache.layers.values()
+    assert sum(layer.fetched_bytes for layer in layers) == pytest.approx(method.bus_bytes(engine.dims, 300), abs=1)
 
 
 def test_the_ring_wraps_around():

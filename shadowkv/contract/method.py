@@ -41,6 +41,14 @@ def depth_of(place: int, layers: int) -> float:
     return place / (layers - 1) if layers > 1 else 0.5
 
 
+class Stages(NamedTuple):
+    """Device memory that a step reads around a fetch from the host, over all layers, in a batch of one."""
+
+    choosing: int  # what crosses
+    rebuilding: int  # what does not cross of what was chosen
+    attending: int
+
+
 # guess(layer) -> [B,Hq,T,D]: the queries, after RoPE, that a layer would make of its predecessor's input.
 Guess = Callable[[int], Tensor]
 
@@ -197,6 +205,13 @@ class Method(Setting, ABC):
         Each byte once for every list of tokens that asks for it, whatever an implementation copies in between.
         """
         return self.prompt_bytes(dims, tokens).device
+
+    def stages(self, dims: Dims, tokens: int) -> Stages | None:
+        """`read_bytes` by what depends on what, where a step fetches from the host what it chose just before.
+
+        None where nothing is fetched, or it is known earlier.
+        """
+        return None
 
     def step_flop(self, dims: Dims, tokens: int) -> int:
         """Floating-point operations of one decoded token's attention, over all layers, in a batch of one."""

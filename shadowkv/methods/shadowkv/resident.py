@@ -27,13 +27,12 @@ from shadowkv.kernels import slots
 from shadowkv.kernels.operations import operations
 from shadowkv.kernels.slots import Factors
 from shadowkv.methods.shadowkv.divided import divide, pre_rope_at
-from shadowkv.methods.shadowkv.settings import ShadowKVSettings
+from shadowkv.methods.shadowkv.pieces import pieces
+from shadowkv.methods.shadowkv.settings import HIT_RATE, ShadowKVSettings
 from shadowkv.methods.shadowkv.tails import RowTail, Tails
 from shadowkv.tensors.ragged import RaggedBuffer
 from shadowkv.tensors.stored import CODINGS, Stored
 from shadowkv.tensors.streams import beside
-
-_PIECES = {"cuda": 2}
 
 # Columns of `spans`: see `shadowkv.kernels.slots.attend_resident`.
 _SLOTS, _OUTLIERS, _START, _LENGTH = range(4)
@@ -140,7 +139,7 @@ class ResidentLayer(SteadyState):
         batch, kernels = q.shape[0], operations(q.device)
         self._put_in_ring(k, v)
         # The values of one piece of the batch cross the bus while others choose, rebuild or attend.
-        count = pieces(batch, q.device.type)
+        count = self._pieces(batch)
         parts = [slice(batch * n // count, batch * (n + 1) // count) for n in range(count)]
         placed = [self._place(rows, q[rows], scaling) for rows in parts] if self._means.tokens else []
         attended = []
@@ -154,6 +153,17 @@ class ResidentLayer(SteadyState):
             buffers = self._k[rows], self._v[rows], self._spans[rows]
             attended.append(kernels.attend_resident(q[rows], *buffers, self._method.regions, scaling))
         return torch.cat(attended) if len(attended) > 1 else attended[0]
+
+    def _pieces(self, batch: int) -> int:
+        return pieces(batch, self.fetched_bytes) if self._k.device.type == "cuda" else 1
+
+    @property
+    def fetched_bytes(self) -> float:
+        """What a step of one row is taken to bring over the bus."""
+        if self._method.offload != "host":
+            return 0
+        token_bytes = sum(part.data[0, :, 0].nbytes for part in self._values)
+        return (1 - HIT_RATE) * self._method.budget * token_bytes
 
     def _place(self, rows: slice, q: Tensor, scaling: float) -> tuple[Tensor, Callable[[], None]]:
         """Choose chunks, give them slots and have their values fetched: slots to fill, and a wait for the values."""
@@ -203,8 +213,3 @@ class ResidentLayer(SteadyState):
         device = self._factors.nbytes() + sum(b.nbytes() for b in buffers) + sum(x.nbytes for x in tensors)
         values = sum(b.nbytes() for b in self._values)
         return Bytes(device, values) if self._method.offload == "host" else Bytes(device + values, 0)
-
-
-def pieces(batch: int, device_type: str) -> int:
-    """Pieces that a step divides a batch into."""
-    return min(batch, _PIECES.get(device_type, 1))
