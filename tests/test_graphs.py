@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import sys
 import weakref
 from contextlib import contextmanager
 from dataclasses import replace
@@ -49,26 +50,48 @@ class FakeGraphs:
 
     def __init__(self, cache):
         self.cache, self.captured, self.replayed = cache, 0, 0
+        self.rearranging = [0, 0]  # of what comes before some steps: captured, replayed
+        self.positions = None
+
+    def stepper(self, engine):
+        feed = GraphedStep(engine.model, engine.rope, self.cache, self)
+        self.positions = feed._positions
+        return feed
 
     def held(self):
-        return list(tensors([share.cache for share in self.cache._shares]))
+        return [self.positions, *tensors([share.cache for share in self.cache._shares])]
 
     def __call__(self, step):
         before = [x.clone() for x in self.held()]
         result = step()
         for x, old in zip(self.held(), before, strict=True):
             x.copy_(old)
-        result.fill_(float("nan"))
-        self.captured += 1
+        if result is None:
+            self.rearranging[0] += 1
+        else:
+            result.fill_(float("nan"))
+            self.captured += 1
         places = [x.data_ptr() for x in self.held()]
 
         def replay():
             now = [x.data_ptr() for x in self.held()]
             assert now == places, "a graph writes to where tensors were when it was captured"
-            self.replayed += 1
-            result.copy_(step())
+            if result is None:
+                self.rearranging[1] += 1
+                step()
+            else:
+                self.replayed += 1
+                result.copy_(step())
 
         return replay, result
+
+
+def batch(engine, method, lengths):
+    rows = []
+    for tokens in lengths:
+        rows.append(engine.replay(engine.prefill(random_prompt(tokens)), method))
+        engine.forget()
+    return engine.join(rows, method)
 
 
 @pytest.mark.parametrize("spec", FAST)
@@ -80,11 +103,13 @@ def test_replays_give_what_steps_give_and_graphs_are_made_anew_where_buffers_gre
     for cache in (plain, graphed):
         engine.extend(cache, stream[:, :first])
     graphs = FakeGraphs(graphed)
-    feed = GraphedStep(engine.model, engine.rope, graphed, graphs)
+    feed = graphs.stepper(engine)
     for token in stream[:, first:].split(1, dim=1):
         torch.testing.assert_close(feed(token), engine.extend(plain, token), rtol=1e-4, atol=1e-4)
     assert graphs.captured == 2
     assert graphs.replayed == 80 - 2  # but for the first step, and the one in which buffers grew
+    # Of ten chunks that went, the one that made buffers grow and the first of the other eight were run as they are.
+    assert graphs.rearranging == ([2, 8] if "shadowkv" in spec else [0, 0])
     assert plain.row_tokens == graphed.row_tokens == [300] * 2
     assert plain.get_seq_length() == graphed.get_seq_length() == 300
     assert engine.extend(graphed, stream[:, :3]).isfinite().all()
@@ -93,18 +118,36 @@ def test_replays_give_what_steps_give_and_graphs_are_made_anew_where_buffers_gre
 @pytest.mark.parametrize("spec", FAST)
 def test_ragged_rows_are_graphed_together(tiny, spec):
     engine, method = Engine(tiny("llama"), prefill_chunk_tokens=128), parse_method(spec)
-
-    def batch():
-        rows = []
-        for tokens in (150, 97):
-            rows.append(engine.replay(engine.prefill(random_prompt(tokens)), method))
-            engine.forget()
-        return engine.join(rows, method)
-
-    plain, graphed = batch(), batch()
-    feed = GraphedStep(engine.model, engine.rope, graphed, FakeGraphs(graphed))
+    plain, graphed = (batch(engine, method, (150, 97)) for _ in range(2))
+    feed = FakeGraphs(graphed).stepper(engine)
     for token in random_prompt(30, batch=2, seed=5).split(1, dim=1):
         torch.testing.assert_close(feed(token), engine.extend(plain, token), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("lengths", [(150, 150), (150, 97)])
+def test_positions_are_counted_by_the_graph_itself(tiny, monkeypatch, lengths):
+    """The host writes them where rows are not where its last step left them, and waits for the device nowhere else."""
+    engine, method = Engine(tiny("llama"), prefill_chunk_tokens=128), parse_method("full:engine=fast")
+    plain, graphed = (batch(engine, method, lengths) for _ in range(2))
+    written = []
+    real = torch.tensor
+
+    def noting(data, *arguments, **named):
+        if sys._getframe(1).f_code.co_filename.endswith("graphs.py"):
+            written.append(data)
+        return real(data, *arguments, **named)
+
+    monkeypatch.setattr(torch, "tensor", noting)
+    graphs = FakeGraphs(graphed)
+    feed = graphs.stepper(engine)
+    tokens = random_prompt(8, batch=2, seed=5).split(1, dim=1)
+    for number, token in enumerate(tokens):
+        if number == 5:  # a token that the graph does not see
+            torch.testing.assert_close(engine.extend(graphed, token), engine.extend(plain, token))
+        else:
+            torch.testing.assert_close(feed(token), engine.extend(plain, token), rtol=1e-4, atol=1e-4)
+    assert graphs.positions.flatten().tolist() == [tokens + 8 for tokens in lengths]
+    assert written == [list(lengths), [tokens + 6 for tokens in lengths]]
 
 
 def test_tables_that_a_graph_reads_stay_until_it_is_made_anew(tiny):
@@ -115,7 +158,7 @@ def test_tables_that_a_graph_reads_stay_until_it_is_made_anew(tiny):
         caches.append(engine.replay(engine.prefill(random_prompt(tokens)), method))
         engine.forget()
     short, long = caches
-    feed = GraphedStep(engine.model, engine.rope, short, FakeGraphs(short))
+    feed = FakeGraphs(short).stepper(engine)
     for token in random_prompt(2, seed=5).split(1, dim=1):
         feed(token)
     (table,) = engine.rope.derived.values()
@@ -139,7 +182,7 @@ def test_a_step_that_comes_to_wait_for_the_device_is_no_graph_any_more(tiny, mon
     room = layer._coefficients[0].tokens
     monkeypatch.setattr(ResidentLayer, "capturable", property(lambda self: self._coefficients[0].tokens <= room))
     graphs = FakeGraphs(graphed)
-    feed = GraphedStep(engine.model, engine.rope, graphed, graphs)
+    feed = graphs.stepper(engine)
     for token in random_prompt(170, seed=5).split(1, dim=1):
         torch.testing.assert_close(feed(token), engine.extend(plain, token), rtol=1e-4, atol=1e-4)
     assert layer._coefficients[0].tokens > room
@@ -213,7 +256,7 @@ def test_nor_does_a_join_that_fails_hide_it(capturing, monkeypatch):
 def test_a_step_that_fails_ends_the_cache(tiny, monkeypatch):
     engine, method = Engine(tiny("llama"), prefill_chunk_tokens=128), parse_method("full:engine=fast")
     cache = engine.replay(engine.prefill(random_prompt(50)), method)
-    feed = GraphedStep(engine.model, engine.rope, cache, FakeGraphs(cache))
+    feed = FakeGraphs(cache).stepper(engine)
     monkeypatch.setattr("shadowkv.kernels.slots.attend_resident", lambda *a: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         feed(random_prompt(1))

@@ -17,7 +17,8 @@ _KERNELS = {
     "chunk_logits", "group_scores", "select_chunks", "assign_slots", "copy_chunks", "rebuild_pairs", "rebuild_chunks",
     "attend_stretch", "join_stretches", "bound_pages", "attend_listed", "attend_code_stretch",
 }  # fmt: skip
-# Scales of fp16 are narrower than 4 bytes, one or two for a token; keys whose pairs lie in no usual way are read by index.
+# Scales of fp16 are narrower than 4 bytes, one or two for a token; keys whose pairs lie in no usual way are read by
+# index.
 _NARROW_LOADS = {"copy_chunks": 8, "rebuild_pairs": 8, "rebuild_chunks": 80, "attend_code_stretch": 16}
 
 

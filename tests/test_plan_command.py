@@ -12,7 +12,10 @@ from tiny_models import tiny_model
 from cli.main import main
 
 ASKED = ["plan", "--model", "llama3.1-8b", "--gpu", "a100-80g"]
-KEYS = ["method", "context", "max_batch", "device_bytes", "host_bytes", "step_ms", "tokens_per_s", "bound_by"]
+KEYS = [
+    "method", "context", "max_batch", "device_bytes", "host_bytes", "floor_ms", "chained_floor_ms", "step_ms",
+    "tokens_per_s", "bound_by",
+]  # fmt: skip
 
 
 def told(capsys, *argv):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 from tiny_models import FAMILIES, random_prompt
@@ -10,6 +12,7 @@ from shadowkv.contract.registry import parse_method
 from shadowkv.engine.engine import Engine
 from shadowkv.kernels import slots
 from shadowkv.kernels.slots import Regions
+from shadowkv.methods.shadowkv.resident import ResidentLayer
 from shadowkv.tensors import streams
 
 SPECS = [
@@ -45,6 +48,28 @@ def test_two_hundred_steps_equal_the_reference(tiny, spec):
         left, right = engine.extend(fast, token), engine.extend(reference, token)
         # Sums in another order, by which a code of few bits may fall to the other side.
         torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-3 if "int" in spec else 1e-4)
+
+
+def joined(engine, method, lengths):
+    rows = []
+    for tokens in lengths:
+        rows.append(engine.replay(engine.prefill(random_prompt(tokens)), method))
+        engine.forget()
+    return engine.join(rows, method)
+
+
+@pytest.mark.parametrize("spec", [SPECS[0], SPECS[2], SPECS[4]])
+def test_rows_at_different_places_decode_as_they_do_alone(tiny, spec):
+    """Some give up a chunk in the same step as others, some in other steps, and the first one makes buffers grow."""
+    engine = Engine(tiny("llama"), prefill_chunk_tokens=128)
+    lengths = (158, 150, 97)
+    reference, fast = (joined(engine, parse_method(f"{spec},engine={name}"), lengths) for name in ("reference", "fast"))
+    layer = fast._shares[0].cache.layers[0]
+    room = layer._coefficients[0].tokens
+    for token in random_prompt(170, batch=3, seed=5).split(1, dim=1):
+        left, right = engine.extend(fast, token), engine.extend(reference, token)
+        torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-3 if "int" in spec else 1e-4)
+    assert layer._coefficients[0].tokens > room
 
 
 def test_it_grows_beyond_its_spare_room(tiny):
@@ -102,6 +127,47 @@ def test_values_are_fetched_before_all_other_work(tiny, monkeypatch):
     _, fast = both(engine, SPECS[0], random_prompt(150))
     engine.extend(fast, random_prompt(1))
     assert asked == [True] * len(engine.layers)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_a_piece_of_the_batch_attends_before_anything_waits_for_the_next(tiny, monkeypatch, count):
+    """In the order in which a stream is given it: what is queued behind a wait waits."""
+    queued = []
+
+    def noting(name, at):
+        real = getattr(slots, name)
+
+        def operation(*arguments):
+            queued.append(f"{name} of {len(arguments[at])}")
+            return real(*arguments)
+
+        monkeypatch.setattr(slots, name, operation)
+
+    for name, at in (("chunk_scores", 0), ("fill_values", 1), ("fill_keys", 2), ("attend_resident", 0)):
+        noting(name, at)
+
+    @contextmanager
+    def beside(device, *, first=False):
+        yield lambda: queued.append("wait")
+
+    monkeypatch.setattr("shadowkv.methods.shadowkv.resident.beside", beside)
+    monkeypatch.setattr(ResidentLayer, "_pieces", lambda self, batch: count)
+    engine = Engine(tiny("llama"), prefill_chunk_tokens=128)
+    reference, fast = both(engine, SPECS[0], random_prompt(150, batch=5))
+    token = random_prompt(1, batch=5, seed=5)
+    torch.testing.assert_close(engine.extend(fast, token), engine.extend(reference, token), rtol=1e-4, atol=1e-4)
+    rows = {1: [5], 2: [2, 3], 3: [1, 2, 2]}[count]
+    placed = [f"{name} of {n}" for n in rows for name in ("chunk_scores", "fill_values")]
+    finished = [said for n in rows for said in (f"fill_keys of {n}", "wait", f"attend_resident of {n}")]
+    assert queued == (placed + finished) * len(engine.layers)
+
+
+@pytest.mark.parametrize("spec", ["", ",values=int8", ",values=int4", ",offload=none"])
+def test_a_batch_is_divided_by_the_bytes_that_a_plan_has_for_the_bus(tiny, spec):
+    engine = Engine(tiny("llama"), prefill_chunk_tokens=128)
+    method = parse_method(f"shadowkv:rank=12,budget=64{spec},engine=fast")
+    layers = engine.replay(engine.prefill(random_prompt(300)), method)._shares[0].cache.layers.values()
+    assert sum(layer.fetched_bytes for layer in layers) == pytest.approx(method.bus_bytes(engine.dims, 300), abs=1)
 
 
 def test_the_ring_wraps_around():

@@ -80,6 +80,8 @@ def as_json(planned: Plan) -> dict[str, Any]:
         "max_batch": planned.max_batch,
         "device_bytes": planned.device_bytes,
         "host_bytes": planned.host_bytes,
+        "floor_ms": planned.floor_ms,
+        "chained_floor_ms": planned.chained_ms,
         "step_ms": planned.step_ms,
         "tokens_per_s": planned.tokens_per_s,
         "bound_by": planned.bound_by,
@@ -108,6 +110,7 @@ _COLUMNS = (
     _Column("PCIe\nms", _ms("pcie"), dense=False),
     _Column("FLOP\nms", _ms("flop"), dense=False),
     _Column("overhead\nms", _ms("overhead"), dense=False),
+    _Column("chained\nms", lambda row: number(row.plan.chained_ms, ".1f"), dense=False),
     _Column("step\nms", lambda row: number(row.plan.step_ms, ".1f")),
     _Column("bound by", lambda row: row.plan.bound_by if row.plan.times else "does not fit"),
     _Column("tokens/s", lambda row: number(row.plan.tokens_per_s, ".1f")),
@@ -187,6 +190,11 @@ def _assumptions(setup: Setup, rows: Sequence[Planned]) -> str:
         "A step takes as long as its slowest resource or, where it waits for the host in every layer, their sum. Each "
         "byte counts once: kernels that copy in between take longer.",
     ]
+    if any(row.plan.chained_ms is not None for row in rows):
+        said.append(
+            "Chained: what a step cannot go below while all rows are in the same layer, because it chooses before it "
+            "fetches and fetches before it attends; the larger of HBM and PCIe is less."
+        )
     if setup.as_published:
         said.append(
             f"ShadowKV as published: {HIT_RATE:.0%} of the chunks still there from the step before, rebuilding behind "

@@ -55,6 +55,11 @@ class Rope:
         return all(self._forms[layer] is not None for layer in layers)
 
     @property
+    def tables(self) -> list[object]:
+        """Everything made so far, and what others made of it: a longer sequence may replace what is in use."""
+        return [*self._tables.values(), *self.derived.values()]
+
+    @property
     def crossings(self) -> list[int]:
         """Lengths beyond which frequencies are others, ascending."""
         return sorted({crossing for crossing in self._crossing_of.values() if crossing is not None})

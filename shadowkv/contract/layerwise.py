@@ -30,6 +30,9 @@ class LayerState(Stackable, ABC):
     @abstractmethod
     def nbytes(self) -> Bytes: ...
 
+    def reserve(self, tokens: int) -> None:
+        """Make room for this many more tokens per row at once."""
+
     @property
     def resident_chunks(self) -> Tensor | None:
         """See `DecodeCache.resident_chunks`; None where there is no larger store."""
@@ -58,16 +61,26 @@ class SteadyState(StepwiseState):
 
     def step(self, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
         self.make_room()
+        if self.rearranges:
+            self.rearrange()
         return self.run(q, k, v, scaling)
 
     @property
     def capturable(self) -> bool:
-        """Whether `run` never waits for the device, so that a CUDA graph can hold it."""
+        """Whether `run` and `rearrange` never wait for the device, so that a CUDA graph can hold them."""
         return True
 
     @abstractmethod
     def make_room(self) -> bool:
         """What the host does before a step takes one token per row; True if tensors moved."""
+
+    @property
+    def rearranges(self) -> bool:
+        """See `DecodeCache.rearranges`."""
+        return False
+
+    def rearrange(self) -> None:
+        """See `DecodeCache.rearrange`."""
 
     @abstractmethod
     def run(self, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
@@ -100,6 +113,10 @@ class LayeredCache(DecodeCache):
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
         return self.layers[layer].attend(q, k, v, scaling)
 
+    def reserve(self, tokens: int) -> None:
+        for state in self.layers.values():
+            state.reserve(tokens)
+
     @property
     def steady(self) -> bool:
         return all(isinstance(state, SteadyState) and state.capturable for state in self.layers.values())
@@ -107,6 +124,14 @@ class LayeredCache(DecodeCache):
     def make_room(self) -> bool:
         moved = [cast("SteadyState", state).make_room() for state in self.layers.values()]
         return any(moved)
+
+    @property
+    def rearranges(self) -> bool:
+        return any(cast("SteadyState", state).rearranges for state in self.layers.values())
+
+    def rearrange(self) -> None:
+        for state in self.layers.values():
+            cast("SteadyState", state).rearrange()
 
     def run(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
         return cast("SteadyState", self.layers[layer]).run(q, k, v, scaling)

@@ -44,6 +44,14 @@ def depth_of(place: int, layers: int) -> float:
     return place / (layers - 1) if layers > 1 else 0.5
 
 
+class Stages(NamedTuple):
+    """Device memory that a step reads around a fetch from the host, over all layers, in a batch of one."""
+
+    choosing: int  # what crosses
+    rebuilding: int  # what does not cross of what was chosen
+    attending: int
+
+
 # guess(layer) -> [B,Hq,T,D]: the queries, after RoPE, that a layer would make of its predecessor's input.
 Guess = Callable[[int], Tensor]
 
@@ -96,17 +104,32 @@ class DecodeCache(ABC):
         """A cache of these rows of a batch alone. Raises `SkvError` where rows cannot be parted."""
         raise SkvError(f"rows of a batch of {type(self).__name__} cannot be parted")
 
+    def reserve(self, tokens: int) -> None:  # noqa: B027 - most caches grow by a little whenever they have to
+        """Make room for this many more tokens per row at once: until they came, nothing moves any more."""
+
     @property
     def steady(self) -> bool:
-        """Whether one token per row is a fixed sequence of operations on tensors that stay: `make_room` and `run`."""
+        """Whether one token per row is a fixed sequence of operations on tensors that stay, as told from here on."""
         return False
 
     def make_room(self) -> bool:
         """What the host does before `run` takes one token per row; True if tensors moved."""
         raise NotImplementedError
 
+    @property
+    def rearranges(self) -> bool:
+        """Whether `rearrange` has to come between `make_room` and `run` this time."""
+        return False
+
+    def rearrange(self) -> None:
+        """Put in order what some steps leave to be: a sequence of operations of its own, as fixed as that of `run`.
+
+        Rows for which it is not the time stay as they are.
+        """
+        raise NotImplementedError
+
     def run(self, layer: int, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
-        """`attend` for one token per row, after `make_room`; never waits for the device: a CUDA graph can hold it."""
+        """`attend` for one token per row, after these; never waits for the device: a CUDA graph can hold it."""
         raise NotImplementedError
 
     def close(self) -> None:  # noqa: B027 - most caches have nothing but tensors to let go
@@ -185,6 +208,13 @@ class Method(Setting, ABC):
         Each byte once for every list of tokens that asks for it, whatever an implementation copies in between.
         """
         return self.prompt_bytes(dims, tokens).device
+
+    def stages(self, dims: Dims, tokens: int) -> Stages | None:
+        """`read_bytes` by what depends on what, where a step fetches from the host what it chose just before.
+
+        None where nothing is fetched, or it is known earlier.
+        """
+        return None
 
     def step_flop(self, dims: Dims, tokens: int) -> int:
         """Floating-point operations of one decoded token's attention, over all layers, in a batch of one."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from shadowkv.anatomy.rope import Rope
 from shadowkv.common.dims import Bytes, Dims
-from shadowkv.contract.method import DecodeCache, Method
+from shadowkv.contract.method import DecodeCache, Method, Stages
 
 if TYPE_CHECKING:
     from shadowkv.contract.sparse_prefill import SparsePrefill
@@ -60,6 +60,9 @@ class Wrapper(Method):
 
     def read_bytes(self, dims: Dims, tokens: int) -> int:
         return self.method.read_bytes(dims, tokens)
+
+    def stages(self, dims: Dims, tokens: int) -> Stages | None:
+        return self.method.stages(dims, tokens)
 
     def step_flop(self, dims: Dims, tokens: int) -> int:
         return self.method.step_flop(dims, tokens)

@@ -157,9 +157,14 @@ class MethodCache(Cache):
         """Tell that every row was given this many tokens more."""
         self.row_tokens = [held + tokens for held in self.row_tokens]
 
+    def reserve(self, tokens: int) -> None:
+        """See `DecodeCache.reserve`."""
+        for share in self._shares:
+            share.cache.reserve(tokens)
+
     @property
     def steady(self) -> bool:
-        """Whether one token per row is a fixed sequence of operations in every layer: `make_room`, `with_room`."""
+        """Whether one token per row is a fixed sequence of operations in every layer: `make_room` to `with_room`."""
         ours = all(isinstance(layer, MethodLayer) for layer in self.layers)
         return ours and all(share.cache.steady for share in self._shares)
 
@@ -167,6 +172,14 @@ class MethodCache(Cache):
         """See `DecodeCache.make_room`."""
         moved = [share.cache.make_room() for share in self._shares]
         return any(moved)
+
+    @property
+    def rearranges(self) -> bool:
+        return any(share.cache.rearranges for share in self._shares)
+
+    def rearrange(self) -> None:
+        for share in self._shares:
+            share.cache.rearrange()
 
     def recount(self) -> None:
         """Make transformers count from what `fed` was told: a replayed graph tells it nothing."""
@@ -242,8 +255,7 @@ class JoinedCache(MethodCache):
                 shares.append(Share(share.cache.pick(own), len(own)))
         kept.row_tokens = [self.row_tokens[row] for row in rows]
         kept._adopt(model, method, shares)
-        columns = max(kept.row_tokens)
-        kept.layers = [MethodLayer(index, kept._shares, columns) for index in range(len(self.layers))]
+        kept.layers = [MethodLayer(index, kept._shares, max(kept.row_tokens)) for index in range(len(self.layers))]
         self._shares, self.layers = [], []
         return kept
 

@@ -222,6 +222,7 @@ class Engine:
         """
         self.rope.check_span(max(cache.row_tokens), max_new_tokens)
         rows: list[list[int]] = [[] for _ in range(logits.shape[0])]
+        cache.reserve(max_new_tokens - 1)
         feed = self.stepper(cache)
         open_rows = set(range(len(rows)))
         for step in range(max_new_tokens):

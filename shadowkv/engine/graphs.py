@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,9 +16,18 @@ from shadowkv.anatomy.rope import Rope
 from shadowkv.engine.cache import MethodCache
 from shadowkv.tensors.streams import join_captured
 
-# capture(step) -> (replay, what `step` returned): `step` is called once without anything being computed, and each call
-# of `replay` then computes it, writing to what was returned.
-Capture = Callable[[Callable[[], Tensor]], tuple[Callable[[], None], Tensor]]
+Result = TypeVar("Result")
+
+
+class Capture(Protocol):
+    """How a sequence of operations becomes a graph."""
+
+    def __call__(self, step: Callable[[], Result]) -> tuple[Callable[[], None], Result]:
+        """Returns (replay, what `step` returned).
+
+        `step` is called once without anything being computed, and each call of `replay` then computes it, writing to
+        what was returned.
+        """
 
 
 def can_be_graphed(rope: Rope, cache: MethodCache) -> bool:
@@ -25,11 +35,11 @@ def can_be_graphed(rope: Rope, cache: MethodCache) -> bool:
     return not rope.crossings and cache.steady
 
 
-def capture_on_gpu(step: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+def capture_on_gpu(step: Callable[[], Result]) -> tuple[Callable[[], None], Result]:
     """Capture with torch's graph-private memory pool. What `step` raises is raised."""
     graph, failures = torch.cuda.CUDAGraph(), list[Exception]()
 
-    def attempt() -> Tensor:
+    def attempt() -> Result:
         try:
             return step()
         except Exception as failure:
@@ -61,22 +71,48 @@ def _nothing_collected() -> Iterator[None]:
             gc.enable()
 
 
+class _Sequence(Generic[Result]):
+    """Operations that are the same each time: run as they are, then captured, then replayed.
+
+    The first run compiles kernels and makes tables. What a table holds stays with the graph that reads it.
+    """
+
+    def __init__(self, run: Callable[[], Result], rope: Rope, capture: Capture) -> None:
+        self._run, self._rope, self._capture = run, rope, capture
+        self._warm = False
+        self._captured: tuple[Callable[[], None], Result, list[object]] | None = None
+
+    def forget(self) -> None:
+        """Begin anew: tensors moved."""
+        self._warm, self._captured = False, None
+
+    def __call__(self, capturable: bool) -> Result:
+        if not self._warm or not capturable:
+            self._warm = True
+            return self._run()
+        if self._captured is None:
+            self._captured = (*self._capture(self._run), self._rope.tables)
+        replay, result, _ = self._captured
+        replay()
+        return result
+
+
 class GraphedStep:
     """Feeds [B,1] tokens to a cache and returns the logits after them, [B,vocab] fp32, valid until the next call.
 
-    A step after which tensors lie elsewhere (the first, and those before which the cache grew) runs as it is: it
-    compiles kernels and makes tables. The one after it is captured, and all others are replays. Where a growth leaves
-    values in memory that the host has to read, all steps run as they are from then on.
+    A step after which tensors lie elsewhere (the first, and those before which the cache grew) runs as it is. The one
+    after it is captured, and all others are replays. What has to be put in order before some steps is a graph of its
+    own. Where a growth leaves values in memory that the host has to read, all steps run as they are from then on.
     """
 
     def __init__(self, model: PreTrainedModel, rope: Rope, cache: MethodCache, capture: Capture) -> None:
-        self._model, self._rope, self._cache, self._capture = model, rope, cache, capture
+        self._model, self._cache = model, cache
         self._ids = torch.zeros(len(cache.row_tokens), 1, dtype=torch.long, device=model.device)
         self._positions = torch.zeros_like(self._ids)
-        self._warm, self._capturable = False, True
-        self._replay: Callable[[], None] | None = None
-        self._read: list[object] = []  # what the graph reads and another cache may replace
-        self._logits: Tensor | None = None
+        self._next: list[int] = []  # what the device holds as positions: a step leaves them at the next one
+        self._capturable = True
+        self._step = _Sequence(self._forward, rope, capture)
+        self._rearrange = _Sequence(cache.rearrange, rope, capture)
 
     @torch.inference_mode()
     def __call__(self, tokens: Tensor) -> Tensor:
@@ -85,27 +121,23 @@ class GraphedStep:
             raise ValueError("this cache failed in a step, or its prompt was replaced by a later prefill")
         usable, cache.usable = cache.usable, lambda: False  # see `Engine.extend`
         if cache.make_room():
-            self._warm, self._replay, self._logits, self._read = False, None, None, []
+            self._step.forget()
+            self._rearrange.forget()
             self._capturable = cache.steady  # not where the host could not pin what it made room for
+        if cache.rearranges:
+            self._rearrange(self._capturable)
         self._ids.copy_(tokens)
-        self._positions.copy_(torch.tensor(cache.row_tokens)[:, None])
-        logits = self._step()
+        if self._next != cache.row_tokens:
+            self._positions.copy_(torch.tensor(cache.row_tokens)[:, None])
+        logits = self._step(self._capturable)
         cache.usable = usable
         cache.fed(1)
+        self._next = list(cache.row_tokens)
         cache.recount()
         return logits
 
-    def _step(self) -> Tensor:
-        if not self._warm or not self._capturable:
-            self._warm = True
-            return self._forward()
-        if self._replay is None:
-            self._replay, self._logits = self._capture(self._forward)
-            self._read = list(self._rope.derived.values())
-        self._replay()
-        assert self._logits is not None
-        return self._logits
-
     def _forward(self) -> Tensor:
         with self._cache.with_room():
-            return last_logits(self._model, self._ids, self._cache, position_ids=self._positions)
+            logits = last_logits(self._model, self._ids, self._cache, position_ids=self._positions)
+        self._positions += 1
+        return logits

@@ -16,9 +16,10 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from shadowkv.common.dims import Bytes, Dims
-from shadowkv.contract.method import Method
+from shadowkv.contract.method import Method, Stages
 from shadowkv.models.model_size import ModelSize
 from shadowkv.planning.gpus import GPU
+from shadowkv.planning.schedule import chained_floor_ms, work_of
 
 _LOGIT_BYTES = 4  # fp32, beside those of the model's type
 
@@ -33,6 +34,7 @@ class Demand(NamedTuple):
     bus_bytes: int
     flop: int
     overlapped_bytes: int = 0  # device memory moved while the bus is busy, on top of `read_bytes`
+    stages: Stages | None = None  # `read_bytes` by what the fetch waits for, and what waits for it
 
 
 class Times(NamedTuple):
@@ -58,9 +60,15 @@ class Plan:
     times: Times | None  # None where the batch does not fit
     step_ms: float | None
     tokens_per_s: float | None
+    chained_ms: float | None  # floor of a step in which nothing overlaps that depends on each other, where that is told
     bound_by: (
         str  # hbm, pcie, flop or overhead, whichever is busy longest; the memory that is short, if it does not fit
     )
+
+    @property
+    def floor_ms(self) -> float | None:
+        """What memory or the bus alone takes: the larger one, as if nothing waited for anything."""
+        return None if self.times is None else max(self.times.hbm, self.times.pcie)
 
     @property
     def sequence_bytes(self) -> Bytes:
@@ -87,6 +95,7 @@ def demand_of(method: Method, dims: Dims, tokens: int) -> Demand:
         method.read_bytes(dims, tokens),
         method.bus_bytes(dims, tokens),
         method.step_flop(dims, tokens),
+        stages=method.stages(dims, tokens),
     )
 
 
@@ -126,6 +135,7 @@ def plan(
         times=times,
         step_ms=step_ms,
         tokens_per_s=None if step_ms is None else 1000 * wanted / step_ms,
+        chained_ms=_chained_ms(demand, model, gpu, tokens, wanted) if fits else None,
         bound_by=limited_by if times is None else max(Times._fields, key=lambda name: getattr(times, name)),
     )
 
@@ -157,6 +167,12 @@ def _times(demand: Demand, model: ModelSize, gpu: GPU, tokens: int, batch: int) 
         flop=1000 * batch * (2 * model.step_parameters + demand.flop + dense_flop) / rates.flop,
         overhead=len(model.layers) * gpu.layer_overhead_ms,
     )
+
+
+def _chained_ms(demand: Demand, model: ModelSize, gpu: GPU, tokens: int, batch: int) -> float | None:
+    if demand.stages is None or not demand.bus_bytes:
+        return None
+    return chained_floor_ms(work_of(demand.stages, demand.bus_bytes, model, tokens, gpu.achieved), batch)
 
 
 def _step_ms(times: Times, demand: Demand, gpu: GPU, batch: int) -> float:

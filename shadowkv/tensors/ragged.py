@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from copy import copy
-from dataclasses import dataclass, replace
-from typing import Generic, Self, TypeVar
+from typing import Self
 
+import torch
 from torch import Tensor
 
 from shadowkv.tensors.pinned import empty_beside
+from shadowkv.tensors.registered import as_seen_by
 from shadowkv.tensors.stacking import Stackable, joined_tensor
 
-Length = TypeVar("Length")
 # (shape, like) -> an uninitialised tensor of that shape and of the type of `like`.
 Empty = Callable[[Sequence[int], Tensor], Tensor]
 
@@ -20,12 +20,13 @@ Empty = Callable[[Sequence[int], Tensor], Tensor]
 class RaggedBuffer(Stackable):
     """[B,...,n,...] with n as large as the longest row needs, and `room` more; what a row does not use is undefined.
 
-    Rows are written at a place that the caller keeps. Without growth the tensor stays where it is, as a CUDA graph
+    Rows are written at places that the caller keeps. Without growth the tensor stays where it is, as a CUDA graph
     needs it.
     """
 
-    def __init__(self, start: Tensor, axis: int, room: int, empty: Empty = empty_beside) -> None:
-        """empty: where it is held, such as `empty_on_host`; the place is its own, or one side by side with others."""
+    def __init__(self, start: Tensor, axis: int, room: int, empty: Empty | None = None) -> None:
+        """empty: where it is held, such as `empty_on_host`; the place is its own, or one side by side with others. By
+        default it is beside `start`."""
         self._axis, self._room = axis, room
         self.data = _with_tokens(start, axis, start.shape[axis] + room, empty)
 
@@ -34,19 +35,29 @@ class RaggedBuffer(Stackable):
         """Tokens that there is room for."""
         return self.data.shape[self._axis]
 
-    def put(self, rows: Rows, place: int, x: Tensor) -> bool:
-        """Write x at `place` of these rows; True if that took a larger tensor."""
-        x = x.to(self.data.device)  # before growth: what was held may still be read by the device until then
-        count = x.shape[self._axis]
-        grown = self.reserve(place + count)
-        self.data.narrow(self._axis, place, count)[rows] = x
-        return grown
+    def put(self, places: Tensor, x: Tensor, rows: Tensor) -> None:
+        """Write x [B,...,n,...] at places [B,n] int64 of the `rows` [B] bool that are meant; there has to be room.
 
-    def reserve(self, tokens: int) -> bool:
-        """Make room for so many tokens; True if that took a larger tensor."""
+        One sequence of operations whatever the rows are. Nobody waits for a GPU, but where its values are in memory
+        that could not be pinned, which the host has to write.
+        """
+        held = as_seen_by(x.device, self.data)
+        places, x, rows = (each.to(held.device) for each in (places, x, rows))
+        shape = [1] * x.dim()
+        shape[0], shape[self._axis] = places.shape
+        index = places.view(shape).expand(x.shape)
+        meant = rows.view(-1, *[1] * (x.dim() - 1))
+        held.scatter_(self._axis, index, torch.where(meant, x, held.gather(self._axis, index)))
+
+    def reserve(self, tokens: int, spare: int | None = None) -> bool:
+        """Make room for so many tokens, and `spare` more (default: as many as to begin with) if it has to grow.
+
+        True if that took a larger tensor.
+        """
         if tokens <= self.tokens:
             return False
-        self.data = _with_tokens(self.data, self._axis, tokens + self._room)
+        _settle(self.data)  # what is held may be read by the device until then
+        self.data = _with_tokens(self.data, self._axis, tokens + (self._room if spare is None else spare))
         return True
 
     def shape_of_a_row(self) -> Hashable:
@@ -68,6 +79,7 @@ class RaggedBuffer(Stackable):
         joined.data = empty_beside(shape, first.data)
         begin = 0
         for row in rows:
+            _settle(row.data)
             end = begin + row.data.shape[0]
             joined.data[begin:end].narrow(first._axis, 0, row.tokens).copy_(row.data)
             begin = end
@@ -75,6 +87,7 @@ class RaggedBuffer(Stackable):
 
     def pick(self, rows: list[int]) -> RaggedBuffer:
         picked = copy(self)
+        _settle(self.data)
         picked.data = joined_tensor([self.data[row : row + 1] for row in rows])
         return picked
 
@@ -85,62 +98,42 @@ class RaggedBuffer(Stackable):
         return self.data.nbytes
 
 
-@dataclass(frozen=True)
-class RowLengths:
-    """What the host knows of a row without asking the device."""
+class BatchLengths(Stackable):
+    """How many tokens every row of a batch holds, as the host knows it; counting a step walks over no rows."""
 
-    tokens: int  # fed so far
-    context_tokens: int  # in chunks that can be chosen, or outliers
-    landmarks: int
-    ring_start: int
-    ring_tokens: int
-    ring_room: int  # tokens of the tail beyond which its oldest chunk has to go
+    def __init__(self, rows: Sequence[int]) -> None:
+        self._rows, self._most, self._later = list(rows), max(rows), 0  # as they were `_later` tokens ago
 
-    def full(self, chunk: int) -> bool:
-        """Whether the tail takes another token only once its oldest chunk has gone."""
-        return self.ring_tokens + 1 >= self.ring_room + chunk
+    @property
+    def rows(self) -> list[int]:
+        return [tokens + self._later for tokens in self._rows]
 
-    def chunked(self, chunk: int, ring: int) -> RowLengths:
-        """After the oldest chunk of the tail went to the context."""
-        return replace(
-            self,
-            context_tokens=self.context_tokens + chunk,
-            landmarks=self.landmarks + 1,
-            ring_start=(self.ring_start + chunk) % ring,
-            ring_tokens=self.ring_tokens - chunk,
-        )
+    @property
+    def most(self) -> int:
+        """Of the longest row."""
+        return self._most + self._later
 
-    def appended(self) -> RowLengths:
-        """After one more token."""
-        return replace(self, tokens=self.tokens + 1, ring_tokens=self.ring_tokens + 1)
-
-
-class BatchLengths(Stackable, Generic[Length]):
-    """What the host knows of every row of a batch: a number of tokens, or `RowLengths`."""
-
-    def __init__(self, rows: Sequence[Length]) -> None:
-        self.rows = list(rows)
+    def append(self, tokens: int = 1) -> None:
+        """Count so many more in every row."""
+        self._later += tokens
 
     def shape_of_a_row(self) -> Hashable:
         return ()
 
     @classmethod
-    def stack(cls, rows: list[BatchLengths[Length]]) -> BatchLengths[Length]:
-        return cls([length for row in rows for length in row.rows])
+    def stack(cls, rows: list[BatchLengths]) -> BatchLengths:
+        return cls([tokens for row in rows for tokens in row.rows])
 
-    def pick(self, rows: list[int]) -> BatchLengths[Length]:
-        return BatchLengths([self.rows[row] for row in rows])
-
-
-# Rows of a batch: all of them, or some by number.
-Rows = slice | list[int]
+    def pick(self, rows: list[int]) -> BatchLengths:
+        held = self.rows
+        return BatchLengths([held[row] for row in rows])
 
 
-def _with_tokens(x: Tensor, axis: int, tokens: int, empty: Empty = empty_beside) -> Tensor:
+def _with_tokens(x: Tensor, axis: int, tokens: int, empty: Empty | None = None) -> Tensor:
     """A copy of x with room for `tokens`."""
     shape = list(x.shape)
     shape[axis] = tokens
-    grown = empty(shape, x)
+    grown = (empty or empty_beside)(shape, x)
     grown.narrow(axis, 0, x.shape[axis]).copy_(x)
     return grown
 
@@ -155,3 +148,9 @@ def _as_one(rows: list[Tensor]) -> Tensor | None:
             return None
         place += row.shape[0] * row.stride(0)
     return first.as_strided((sum(row.shape[0] for row in rows), *first.shape[1:]), first.stride())
+
+
+def _settle(x: Tensor) -> None:
+    """Wait until a GPU has done what it was given, where it reads or writes memory of the host by itself."""
+    if x.device.type == "cpu" and torch.cuda.is_available() and x.is_pinned():
+        torch.cuda.current_stream().synchronize()

@@ -39,19 +39,24 @@ class PreallocatedLayer(SteadyState):
         # A second turn of rows of equal length: all its tokens at once.
         first, count = held.pop(), q.shape[2]
         for buffer, new in self._parts(k, v):
-            buffer.put(slice(None), first, new)
+            buffer.reserve(first + count)
+            buffer.data[:, :, first : first + count] = new
         self._spans[:, 3] += count
-        self._lengths.rows = [tokens + count for tokens in self._lengths.rows]
+        self._lengths.append(count)
         decode = CODINGS[self._coding].decode
         keys, values = (
             decode(*(part.data[:, :, : first + count] for part in held)).to(q.dtype) for held in (self._k, self._v)
         )
         return ops.attend(q, [(keys, values)], scaling)
 
+    def reserve(self, tokens: int) -> None:
+        for buffer in (*self._k, *self._v):
+            buffer.reserve(self._lengths.most + tokens, spare=0)
+
     def make_room(self) -> bool:
-        needed = max(self._lengths.rows) + 1
+        needed = self._lengths.most + 1
         moved = [buffer.reserve(needed) for buffer in (*self._k, *self._v)]
-        self._lengths.rows = [tokens + 1 for tokens in self._lengths.rows]
+        self._lengths.append()
         return any(moved)
 
     def run(self, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:

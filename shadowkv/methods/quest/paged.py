@@ -33,11 +33,16 @@ class PagedLayer(SteadyState):
         self._tokens = torch.full((batch,), tokens, dtype=torch.int32, device=kv.k.device)
         self._lengths = BatchLengths([tokens] * batch)
 
+    def reserve(self, tokens: int) -> None:
+        for buffer in (self._k, self._v):
+            buffer.reserve(self._lengths.most + tokens, spare=0)
+        self._reserve_pages()
+
     def make_room(self) -> bool:
-        needed = max(self._lengths.rows) + 1
+        needed = self._lengths.most + 1
         moved = [buffer.reserve(needed) for buffer in (self._k, self._v)]
         self._reserve_pages()
-        self._lengths.rows = [tokens + 1 for tokens in self._lengths.rows]
+        self._lengths.append()
         return any(moved)
 
     def run(self, q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:

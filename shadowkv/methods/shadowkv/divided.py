@@ -57,5 +57,9 @@ def divide(method: ShadowKVSettings, layer: int, kv: LayerKV, rope: Rope, *, off
 
 def pre_rope(rope: Rope, layer: int, keys: Tensor, first: int, length: int) -> Tensor:
     """Keys of consecutive positions from `first` on, before RoPE. [B,H,n,D] -> [B,n,W] fp32."""
-    positions = torch.arange(first, first + keys.shape[2], device=keys.device)
+    return pre_rope_at(rope, layer, keys, torch.arange(first, first + keys.shape[2], device=keys.device), length)
+
+
+def pre_rope_at(rope: Rope, layer: int, keys: Tensor, positions: Tensor, length: int) -> Tensor:
+    """Keys before RoPE, of positions [n] or [B,1,n]. [B,H,n,D] -> [B,n,W] fp32."""
     return rope.unrotate(layer, keys, positions, length).transpose(1, 2).flatten(2)

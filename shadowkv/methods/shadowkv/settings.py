@@ -9,7 +9,7 @@ from shadowkv.common.dims import Bytes, Dims
 from shadowkv.common.names import did_you_mean
 from shadowkv.contract.engines import ENGINES, means_fast
 from shadowkv.contract.layerwise import LayerwiseMethod
-from shadowkv.contract.method import Method, largest_within, require_rotary
+from shadowkv.contract.method import Method, Stages, largest_within, require_rotary
 from shadowkv.contract.setting import require
 from shadowkv.kernels.slots import Regions
 from shadowkv.methods.shadowkv.key_factors import FACTOR_CODINGS
@@ -151,12 +151,18 @@ class ShadowKVSettings(LayerwiseMethod, SelectsChunks):
         return 2 * self.chosen_tokens(tokens) * dims.width * dims.element_bytes
 
     def read_bytes(self, dims: Dims, tokens: int) -> int:
+        return sum(self._read(dims, tokens))
+
+    def stages(self, dims: Dims, tokens: int) -> Stages | None:
+        return self._read(dims, tokens) if self.offload == "host" else None
+
+    def _read(self, dims: Dims, tokens: int) -> Stages:
         # Every head rebuilds its own tokens, from rows of the coefficients that all heads share.
         rows = round(dims.kv_heads * self._filled_tokens(dims, tokens) * self._factor_bytes(dims))
         directions = self._largest_rank(dims) * dims.width * dims.element_bytes
         landmarks = self.landmarks(tokens) * (dims.width * dims.element_bytes + dims.kv_heads * 4)
         attended = round(self.attended_tokens(dims, tokens) * dims.full_bytes_per_token)
-        return dims.layers * (rows + directions + landmarks) + attended
+        return Stages(dims.layers * landmarks, dims.layers * (rows + directions), attended)
 
     def step_flop(self, dims: Dims, tokens: int) -> int:
         scored = dims.q_heads * self.landmarks(tokens)
