@@ -97,6 +97,10 @@ class Engine:
         input_ids = input_ids.to(self.model.device)
         ends = self._grid(input_ids.shape[1])
         kept = self._kept[sparse]
+        if self._reuse_prefix and kept.prefill and kept.ids is not None and torch.equal(kept.ids, input_ids):
+            kept.prefill.valid = False
+            kept.prefill = replace(kept.prefill, reused_tokens=input_ids.shape[1], valid=True)
+            return kept.prefill
         recording, start = self._recording_for(kept, input_ids, ends, sparse)
         kept.ids = None  # an interrupted prefill leaves nothing to reuse
         logits = None
@@ -276,11 +280,9 @@ class Engine:
         if kept.recording is None or kept.ids is None or not self._reuse_prefix:
             return self._fresh(kept, input_ids, sparse), 0
         old = kept.ids
-        if old.shape[0] != input_ids.shape[0]:
-            return self._fresh(kept, input_ids, sparse), 0
         # Methods may ask for the last queries, so at least those are computed anew.
         limit = min(old.shape[1], input_ids.shape[1] - OBSERVED_QUERIES)
-        if limit <= 0:
+        if limit <= 0 or old.shape[0] != input_ids.shape[0]:
             return self._fresh(kept, input_ids, sparse), 0
         same = (old[:, :limit] == input_ids[:, :limit]).all(dim=0)
         shared = limit if bool(same.all()) else int(same.int().argmin())
