@@ -169,7 +169,7 @@ def _blank(tokenizer: Any, turn: Example, method: Method) -> Record:
         error=None,
         prediction="",
         references=list(turn.references),
-        prompt_tokens=len(turn.input_ids),
+        prompt_tokens=len(turn.prompt_ids),
         reused_tokens=0,
         new_tokens=0,
         tokens=[],
@@ -179,9 +179,10 @@ def _blank(tokenizer: Any, turn: Example, method: Method) -> Record:
         decode_s=0.0,
         device_bytes=0,
         host_bytes=0,
-        prompt_sha256=hashlib.sha256(np.asarray(turn.input_ids, dtype="<i8").tobytes()).hexdigest(),
+        prompt_sha256=hashlib.sha256(np.asarray(turn.prompt_ids, dtype="<i8").tobytes()).hexdigest(),
         meta={**turn.meta, "max_new_tokens": turn.max_new_tokens},
-        prompt_tail=str(tokenizer.decode(turn.input_ids[-_TAIL_TOKENS:])),
+        prompt_tail=str(tokenizer.decode(turn.prompt_ids[-_TAIL_TOKENS:])),
+        question=turn.place,
     )
 
 
@@ -195,7 +196,6 @@ def _conversation(run: Run, example: Example, method: Method, begin: Callable[[M
             prompt_tokens, unfed = len(example.input_ids), list[int]()
             for turn in example.turns:
                 if turn is not example:
-                    began = time.perf_counter()
                     logits = engine.extend(cache, torch.tensor([[*unfed, *turn.input_ids]]))
                 built = run.now()
                 if not turn.references:
@@ -230,6 +230,7 @@ def _conversation(run: Run, example: Example, method: Method, begin: Callable[[M
                 )
                 del blanks[turn.sample]
                 yield answered
+                began = time.perf_counter()
         except FAILURES as failure:
             told = _located(engine, example, failure)
             yield from (_failed(blank, told) for blank in blanks.values())
@@ -237,10 +238,11 @@ def _conversation(run: Run, example: Example, method: Method, begin: Callable[[M
 
 def _diagnosis(run: Run, example: Example, prefill: Prefill | None, method: Method) -> dict[str, Any]:
     """What to add to a record; where the comparison fails, why, since the answer itself stands."""
-    if not run.diagnostics or example.later or prefill is None:
+    fed = example.fed
+    if not run.diagnostics or fed is None or prefill is None:
         return {}
     try:
-        found = diagnose(run.engine, prefill, method, example.max_new_tokens, run.loaded.stop_ids)
+        found = diagnose(run.engine, prefill, method, example.max_new_tokens, run.loaded.stop_ids, fed)
     except FAILURES as failure:
         return {"diagnostics_error": one_line(failure)}
     return {"diagnostics": asdict(found)}
@@ -248,10 +250,10 @@ def _diagnosis(run: Run, example: Example, prefill: Prefill | None, method: Meth
 
 def _located(engine: Engine, example: Example, failure: BaseException) -> BaseException:
     """What an answer failed with; of numbers that overflow, with the layer where they do."""
-    if not isinstance(failure, NotFiniteError) or example.later:
+    if not isinstance(failure, NotFiniteError) or example.fed is None:
         return failure
     try:
-        return where_not_finite(engine, torch.tensor([[*example.input_ids, *failure.answer]]), failure)
+        return where_not_finite(engine, torch.tensor([[*example.input_ids, *example.fed, *failure.answer]]), failure)
     except FAILURES:
         return failure  # a place that cannot be found, such as for want of memory, makes it no less of a failure
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
+
+from evals.common.question import IN_PROMPT
 
 
 class Question(NamedTuple):
@@ -14,6 +16,7 @@ class Question(NamedTuple):
     task: str
     length_tokens: int  # the length asked for
     sample: str
+    place: str = IN_PROMPT  # where the question stands, in-prompt or after
 
 
 @dataclass(frozen=True)
@@ -32,10 +35,20 @@ class Example:
     min_new_tokens: int = 0  # no stop token is taken before this many
     # Turns that go on in the same cache, their tokens being fed after the answers so far.
     later: tuple[Example, ...] = ()
+    # -> index of the token at which the question begins, looked for only where it matters; None where nobody knows.
+    # Raises `SkvError` where it cannot be found.
+    asked_from: Callable[[], int] | None = field(default=None, repr=False, compare=False)
+    place: str = IN_PROMPT
+    before: tuple[int, ...] = field(default=(), repr=False)  # tokens of the same prompt that an earlier turn has fed
 
     @property
     def question(self) -> Question:
-        return Question(self.task, self.length_tokens, self.sample)
+        return Question(self.task, self.length_tokens, self.sample, self.place)
+
+    @property
+    def prompt_ids(self) -> tuple[int, ...]:
+        """The whole prompt, wherever its question stands."""
+        return (*self.before, *self.input_ids)
 
     @property
     def turns(self) -> tuple[Example, ...]:
@@ -47,11 +60,21 @@ class Example:
         """What is asked, in order."""
         return tuple(turn.question for turn in self.turns if turn.references)
 
+    @property
+    def fed(self) -> tuple[int, ...] | None:
+        """Tokens between the prompt and its one answer; None where there are several answers."""
+        if len(self.questions) != 1 or not self.turns[-1].references:
+            return None
+        return tuple(token for turn in self.later for token in turn.input_ids)
+
 
 class Task(ABC):
     """A benchmark with its settings."""
 
-    benchmark: ClassVar[str]
+    @property
+    @abstractmethod
+    def benchmark(self) -> str:
+        """What it is called in records and in run.json."""
 
     @abstractmethod
     def questions(self, tokenizer: Any) -> Sequence[Question]:
@@ -65,7 +88,7 @@ class Task(ABC):
         """
 
     def prompt_of(self, question: Question) -> Hashable:
-        """The same for questions that one prompt answers."""
+        """The same for questions that one prompt answers, or that share their context."""
         return question
 
     @abstractmethod
@@ -94,6 +117,13 @@ class Task(ABC):
 
     def notes(self) -> list[str]:
         """What every table of this task must say."""
+        return []
+
+    def notes_after(self) -> list[str]:
+        """What every table must say besides where questions come after the text: what counts as one.
+
+        Raises `SkvError` where it is not known where they begin.
+        """
         return []
 
     def left_out(self, tokenizer: Any) -> dict[str, str]:
