@@ -11,6 +11,7 @@ from types import MappingProxyType
 from typing import Any
 
 from evals.common.grouping import grouped
+from evals.common.question import shown
 from evals.reporting.presentations import PRESENTATIONS
 from evals.runs.manifest import Manifest, SchemaError
 from evals.runs.results import Record, salvage, sound
@@ -174,7 +175,7 @@ def _check_answers(manifest: Manifest, records: Sequence[Record]) -> tuple[Seque
 
 def _incomplete(manifest: Manifest, records: Sequence[Record]) -> list[str]:
     """What methods lack of the prompts that any of them answered."""
-    asked = {(r.task, r.length, r.sample) for r in records}
+    asked = {r.asked for r in records}
     held = {label: len(found) for label, found in grouped(records, lambda r: r.method).items()}
     without = [label for label in manifest.methods if label not in held]
     said = [f"{label}: {count} of {len(asked)} prompts answered" for label, count in held.items() if count < len(asked)]
@@ -192,8 +193,8 @@ def _check_measurements(_: Manifest, records: Sequence[Any]) -> tuple[Sequence[A
 
 
 def _examples(records: Sequence[Record]) -> str:
-    shown = [f"{r.method} {r.task} {r.length} {r.sample}" for r in records[:_NAMED]]
-    return "; ".join(shown) + ("; …" if len(records) > _NAMED else "")
+    named = [f"{shown(r.method, r.question)} {r.task} {r.length} {r.sample}" for r in records[:_NAMED]]
+    return "; ".join(named) + ("; …" if len(records) > _NAMED else "")
 
 
 _Check = Callable[[Manifest, Sequence[Any]], tuple[Sequence[Any], list[str]]]

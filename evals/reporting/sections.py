@@ -12,7 +12,7 @@ from evals.reporting.folders import Run
 from evals.reporting.presentations import accuracy_tables, write_accuracy_plots
 from evals.tables.costs import cost_table
 from evals.tables.statistics import BOOTSTRAP_95
-from evals.tables.summary import methods_of, summarise, task_scores
+from evals.tables.summary import methods_of, shown_records, summarise, task_scores
 from evals.tables.table import Table, tokens
 
 if TYPE_CHECKING:
@@ -92,15 +92,15 @@ def _frame(rows: Sequence[Mapping[str, Any]], notes: Sequence[str]) -> pd.DataFr
 
 
 def _accuracy(run: Run, plots: Path) -> Section:
-    records, manifest = run.answers, run.manifest
+    records, manifest = shown_records(run.answers), run.manifest
     rows = summarise(records)
     lengths = sorted({r.length for r in records})
     scored = sum(r.score is not None for r in records)
     facts = {
-        "methods": str(len(methods_of(records))),
+        "methods": str(len(methods_of(run.answers))),
         "tasks": str(len({r.task for r in records})),
         "lengths": ", ".join(map(tokens, lengths)),
-        "prompts": f"{len({(r.task, r.length, r.sample) for r in records}):,}",
+        "prompts": f"{len({r.asked for r in records}):,}",
         "answers scored": f"{scored:,} of {len(records):,}",
     }
     return Section(

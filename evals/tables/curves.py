@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from functools import partial
 
 from evals.common.grouping import grouped
+from evals.common.question import method_of
 
 # What is swept to trade bytes for score. A setting that could be joined along several is, along the first of them.
 _SWEPT = ("budget", "rank", "rank_k", "rank_v", "bits", "retrieval")
@@ -25,5 +26,6 @@ def curves(labels: Sequence[str]) -> dict[str, list[str]]:
 
 def _without(parameter: str, label: str) -> str:
     """`shadowkv:rank=64+minference` of `shadowkv:budget=256,rank=64+minference`."""
-    rest = re.sub(rf"(?<=[:,]){parameter}=[^,+]*,?", "", label)
-    return re.sub(r"[:,](?=\+|$)", "", rest)
+    method = method_of(label)
+    rest = re.sub(rf"(?<=[:,]){parameter}=[^,+]*,?", "", method)
+    return re.sub(r"[:,](?=\+|$)", "", rest) + label.removeprefix(method)
