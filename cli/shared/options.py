@@ -123,6 +123,12 @@ class Settings(RunOptions):
         str,
         typer.Option(help="Thoughts before an answer: on, off, or auto (off where the chat template has a switch)."),
     ] = "auto"
+    question: Annotated[
+        str | None,
+        typer.Option(
+            help="Where questions stand: in-prompt (default), after (methods take over the text alone), or both."
+        ),
+    ] = None
     workers: Annotated[
         int,
         typer.Option(help="Processes that share the prompts: each with a GPU, or a part of the CPU, of its own."),
