@@ -13,7 +13,7 @@ import torch
 from run_folders import answer, grid, manifest, write_run
 
 from cli.main import main
-from evals.common.drawing import prompt_name
+from evals.common.asking.drawing import prompt_name
 from evals.compare.baselines import unfit
 from evals.compare.gate import parse_gate
 from evals.compare.run import compare
@@ -21,7 +21,7 @@ from evals.niah.turns import MultiTurnNiah
 from evals.reporting.folders import find_runs
 from evals.reporting.leaderboard import rank
 from evals.runs.results import read_run
-from evals.runs.sampling import SampledTask, Sampling
+from evals.runs.wrapping.sampled import SampledTask, Sampling
 from evals.tables.attempts import pass_at, pass_rates
 from evals.tables.summary import scores_of, summarise
 from shadowkv.common.errors import SkvError

@@ -20,8 +20,9 @@ from evals.niah.task import Niah
 from evals.niah.turns import MultiTurnNiah
 from evals.runs.forced import distributions
 from evals.runs.forced.distributions import distances, joined, keep, kept_of
+from evals.runs.forced.forcing import Forcing
 from evals.runs.forced.loop import forced_answers
-from evals.runs.forced.record import ForcedRecord, Forcing
+from evals.runs.forced.record import ForcedRecord
 from evals.runs.results import read_records
 from evals.runs.run import Run
 from evals.runs.task import Example

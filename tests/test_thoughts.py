@@ -9,8 +9,8 @@ from run_folders import answer
 from test_chat import ALWAYS, DEEPSEEK, GRANITE, PLAIN, QWEN3, STRIPS, commands, templated, thinker  # noqa: F401
 
 from cli.main import main
+from evals.common.asking.thoughts import Markers, Thinking, find_markers, read_answer
 from evals.common.chat import Chat
-from evals.common.thoughts import Markers, Thinking, find_markers, read_answer
 from evals.runs.results import read_run
 from evals.tables.attempts import attempt_tables
 from shadowkv.engine.engine import Engine

@@ -38,6 +38,8 @@ class _Prepared(AskedModel):
         from cli.shared.checks import check_run
         from cli.shared.choosing import choose, parse_budgets, parse_kv_bytes, parse_specs, with_engine
         from cli.shared.fetching import fetch_missing
+        from evals.common.asking.question import IN_PROMPT
+        from evals.runs.wrapping.placed import asking
         from shadowkv.common.errors import SkvError
 
         sampling_of(settings)
@@ -51,7 +53,7 @@ class _Prepared(AskedModel):
         super().__init__(settings, dummy=settings.dummy)
         check_workers(settings.workers, self.device)
         self.settings = settings
-        self.task = make_task(self)
+        self.task = asking(make_task(self), settings.question or IN_PROMPT)
         fetch_missing(self.task.needs(), offline=settings.offline, silent=settings.silent)
         self.chat = self._chat()
         how = answered(self.task, settings, self.chat, self.tokenizer, self.context_tokens)
@@ -164,7 +166,8 @@ def _plan(ready: _Prepared) -> int:
     prompts = []
     with status("measuring prompts", quiet=settings.quiet or settings.as_json) as update:
         for example in ready.task.examples(ready.tokenizer, ready.questions):
-            counts = {"prompt_tokens": len(example.input_ids), "max_new_tokens": example.max_new_tokens}
+            tokens_before = len(example.input_ids) + len(example.fed or ())
+            counts = {"prompt_tokens": tokens_before, "max_new_tokens": example.max_new_tokens}
             prompts.append({**example.question._asdict(), **counts})
             update(f"{len(prompts)}/{len(ready.questions)}")
     longest = max(prompt["prompt_tokens"] for prompt in prompts)
@@ -266,5 +269,5 @@ def _manifest(ready: _Prepared, told: Circumstances) -> Manifest:
 def _unscored(records: list[Answered], questions: Sequence[Question], methods: list[Method]) -> list[Answered]:
     """Failed records of what this command asked for."""
     asked, labels = set(questions), {method.label for method in methods}
-    wanted = [r for r in records if (r.task, r.length, r.sample) in asked and r.method in labels]
+    wanted = [r for r in records if r.asked in asked and r.method in labels]
     return [r for r in wanted if not r.final]

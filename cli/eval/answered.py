@@ -17,8 +17,8 @@ def answered(task: Task, settings: Settings, chat: Chat | None, tokenizer: Any, 
 
     Raises `SkvError` on a budget of thoughts where there are none, or for which there is no room.
     """
-    from evals.runs.sampling import SampledTask
-    from evals.runs.thinking import ThinkingTask
+    from evals.runs.wrapping.sampled import SampledTask
+    from evals.runs.wrapping.thinking import ThinkingTask
     from shadowkv.common.errors import SkvError
 
     markers, thought_tokens = chat.markers if chat else None, settings.thinking_tokens

@@ -30,7 +30,7 @@ def check_forcing(settings: Settings) -> None:
 def forced(task: Task, settings: Settings) -> Task:
     """The task as it is, or with its answers forced."""
     from evals.fidelity.forced_task import ForcedTask
-    from evals.runs.forced.record import Forcing
+    from evals.runs.forced.forcing import Forcing
 
     if settings.forced is None:
         return task

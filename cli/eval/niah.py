@@ -19,6 +19,7 @@ EPILOG = (
     "--depths 10\n\n"
     "skv eval niah --model llama3.1-8b --lengths 16k,64k,128k --depths 10 --rounds 3 --device cuda\n\n"
     "skv eval niah --model smollm2-135m -m @eviction --budget 512 --turns 5 --lengths 4k\n\n"
+    "skv eval niah --model smollm2-135m -m full -m snapkv:budget=256 --lengths 2k --question both\n\n"
     "skv eval niah --model ./my-model --haystack book.txt --depths 0,50,100 --dry-run\n\n"
     "skv eval niah --model smollm2-135m --temperature 0.7 --answers 8"
 )
@@ -51,9 +52,15 @@ def niah(
     from evals.common.lengths import parse_lengths
     from evals.niah.task import Niah, parse_depths
     from evals.niah.turns import MultiTurnNiah
+    from shadowkv.common.errors import SkvError
+
+    if first_query_in_prefill and settings.question is not None:
+        raise SkvError("--first-query-in-prefill and --question both say where the first question stands; give one")
 
     def task(asked: AskedModel) -> Niah:
-        several = partial(MultiTurnNiah, turns=turns, first_query_in_prefill=first_query_in_prefill)
+        # By itself, a conversation asks after the text; what --question moves is a question in the prompt.
+        in_prefill = first_query_in_prefill or settings.question is not None
+        several = partial(MultiTurnNiah, turns=turns, first_query_in_prefill=in_prefill)
         make = Niah if turns == 1 and not first_query_in_prefill else several
         return make(
             lengths=parse_lengths(lengths, None if settings.dry_run else asked.context_tokens),

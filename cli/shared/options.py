@@ -131,6 +131,12 @@ class Settings(SamplingOptions, RunOptions):
             help="Tokens for a thought, beside the answer's. Thoughts are never scored; cut off ones are told."
         ),
     ] = None
+    question: Annotated[
+        str | None,
+        typer.Option(
+            help="Where questions stand: in-prompt (default), after (methods take over the text alone), or both."
+        ),
+    ] = None
     workers: Annotated[
         int,
         typer.Option(help="Processes that share the prompts: each with a GPU, or a part of the CPU, of its own."),

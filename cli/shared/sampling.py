@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from evals.runs.sampling import Sampling
+    from evals.runs.wrapping.sampled import Sampling
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class SamplingOptions:
 
 def sampling_of(options: SamplingOptions) -> Sampling | None:
     """What was asked for, None for greedy answers. Raises `SkvError` on what cannot be, or does nothing."""
-    from evals.runs.sampling import Sampling
+    from evals.runs.wrapping.sampled import Sampling
     from shadowkv.common.errors import SkvError
 
     given = {"top-p": options.top_p, "answers": options.answers, "sampling-seed": options.sampling_seed}

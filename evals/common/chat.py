@@ -9,7 +9,7 @@ from collections.abc import Collection, Sequence
 from datetime import datetime
 from typing import Any, NamedTuple
 
-from evals.common.thoughts import Markers, ends_inside, find_markers, knows_thoughts
+from evals.common.asking.thoughts import Markers, ends_inside, find_markers, knows_thoughts
 from shadowkv.common.errors import SkvError
 from shadowkv.common.names import did_you_mean
 from shadowkv.common.wording import one_line

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from evals.common.asking.question import IN_PROMPT, shown
 from evals.common.grouping import grouped
 from evals.compare.gate import ACCURACY, MEMORY, Gate
 from evals.compare.paired import Paired
@@ -31,6 +32,11 @@ from shadowkv.common.errors import SkvError
 class _Cell(NamedTuple):
     task: str
     length: int
+    question: str  # where it stands
+
+    @property
+    def place(self) -> str:
+        return shown(f"{self.task} @ {tokens(self.length)}", self.question)
 
 
 @dataclass(frozen=True)
@@ -99,14 +105,15 @@ def _answers(
     before, after = (_of_methods(side, methods) for side in (baseline, current))
     if not before.keys() & after.keys():
         raise SkvError(f"no sample in common: {_example(baseline)}; {_example(current)}")
-    alike = baseline.manifest.selection == current.manifest.selection
+    selected = baseline.manifest.selection == current.manifest.selection
+    alike = selected and _asked(baseline) == _asked(current)
     for side, own, other in ((baseline, before, after), (current, after, before)):
-        alone = len(own.keys() - other.keys())
-        if alone and not (alike and side is baseline):
-            notes.append(f"{alone} answers are only in {side.name} and left out")
+        alone = grouped(own.keys() - other.keys(), lambda key: key.question)
+        for question, keys in alone.items() if not (alike and side is baseline) else ():
+            notes.append(f"{len(keys)} answers{_where(question)} are only in {side.name} and left out")
     found: dict[str, dict[_Cell, _Answers]] = {method: {} for method in methods}
     asked = [key for key in before if alike or key in after]
-    for (method, cell), keys in grouped(asked, lambda key: (key.method, _Cell(key.task, key.length))).items():
+    for (method, cell), keys in grouped(asked, _method_and_cell).items():
         scored_before = [key for key in keys if before[key].score is not None]
         scored_after = {key for key in keys if key in after and after[key].score is not None}
         pairs = [(before[key], after[key]) for key in scored_before if key in scored_after]
@@ -117,23 +124,39 @@ def _answers(
     return {method: cells for method, cells in found.items() if cells}
 
 
+def _method_and_cell(key: Key) -> tuple[str, _Cell]:
+    return key.method, _Cell(key.task, key.length, key.question)
+
+
+def _asked(side: Side[Record]) -> str:
+    return str(side.manifest.config.get("question", IN_PROMPT))
+
+
+def _where(question: str) -> str:
+    return "" if question == IN_PROMPT else f" with the question {question}"
+
+
 def _of_methods(side: Side[Record], methods: Sequence[str]) -> dict[Key, Record]:
     return {record.key: record for record in side.records if record.method in methods}
 
 
 def _example(side: Side[Record]) -> str:
     first = side.records[0]
-    return f"{side.name} holds {len(side.records)} answers, such as {first.task} @ {first.length} {first.sample}"
+    return (
+        f"{side.name} holds {len(side.records)} answers{_where(first.question)}, such as "
+        f"{first.task} @ {first.length} {first.sample}"
+    )
 
 
 def _scores(cells: Mapping[str, Mapping[_Cell, _Answers]], gate: Gate) -> list[ScoreRow]:
     """Averages of every method that has several cells, then the cells; all of them share the error rate."""
-    averages = [(m, f"mean of {len(held)} cells", list(held.values())) for m, held in cells.items() if len(held) > 1]
-    single = [
-        (method, f"{cell.task} @ {tokens(cell.length)}", [answers])
+    averages = [
+        (method, shown(f"mean of {len(alike)} cells", question), [held[cell] for cell in alike])
         for method, held in cells.items()
-        for cell, answers in held.items()
+        for question, alike in grouped(held, lambda cell: cell.question).items()
+        if len(alike) > 1
     ]
+    single = [(method, cell.place, [answers]) for method, held in cells.items() for cell, answers in held.items()]
     groups = [*averages, *single]
     found = [Paired([a.differences for a in answers if a.pairs]) for _, _, answers in groups]
     alike = [
@@ -178,13 +201,14 @@ def _sizes(cells: Mapping[str, Mapping[_Cell, _Answers]], gate: Gate) -> list[Ra
     """KV bytes by method and length: counted, not measured, so the same prompts give the same ones."""
     rows = []
     for method, held in cells.items():
-        for length in sorted({cell.length for cell in held}):
-            pairs = [pair for cell, answers in held.items() if cell.length == length for pair in answers.pairs]
+        by_place = grouped(held, lambda cell: (cell.question != IN_PROMPT, cell.length, cell.question))
+        for (_, length, question), alike in sorted(by_place.items()):
+            pairs = [pair for cell in alike for pair in held[cell].pairs]
             for what, before, after in (
                 ("KV on device", [b.device_bytes for b, _ in pairs], [a.device_bytes for _, a in pairs]),
                 ("KV on host", [b.host_bytes for b, _ in pairs], [a.host_bytes for _, a in pairs]),
             ):
-                rows += size_row(method, f"@ {tokens(length)}", what, before, after, gate)
+                rows += size_row(method, shown(f"@ {tokens(length)}", question), what, before, after, gate)
     return rows
 
 

@@ -97,19 +97,20 @@ def _half_written(run: Path, manifest: Manifest, file: str, settled: Sequence[bo
 
 def _unanswered(manifest: Manifest, records: Sequence[Record | ForcedRecord]) -> list[str]:
     """Questions that a method did not answer, though another did, or the settings ask for them."""
-    questions = {(r.task, r.length, r.sample) for r in records}
+    questions = {r.asked for r in records}
     each = manifest.config.get("sampling", {}).get("answers", 1)
     answered = grouped(records, lambda r: r.method)
     missing = sum(len(questions) - len(answered.get(method, ())) for method in manifest.methods)
     reasons = [f"{missing} answers are missing that other methods gave"] if missing else []
-    cells = grouped(sorted(questions), lambda q: (q[0], q[1]))
+    cells = grouped(sorted(questions), lambda q: (q.task, q.length_tokens, q.place))
     asked, selection = manifest.selection.get("samples"), manifest.selection
     if manifest.benchmark in ("ruler", "fidelity") and asked is not None:
-        short = [f"{task} @ {length}" for (task, length), held in cells.items() if len(held) < asked * each]
+        short = [f"{task} @ {length}" for (task, length, _), held in cells.items() if len(held) < asked * each]
         reasons += [f"fewer than {asked} samples of {', '.join(short)}"] if short else []
     if manifest.benchmark == "niah" and "turns" not in manifest.config and "depths" in selection:
         grid = len(selection["lengths"]) * len(selection["depths"]) * selection["rounds"]
-        wanted = (grid if asked is None else min(grid, asked)) * each
+        places = len({question.place for question in questions})
+        wanted = places * (grid if asked is None else min(grid, asked)) * each
         what = "prompts are answered" if each == 1 else "answers are there"
         reasons += [f"{len(questions)} of {wanted} {what}"] if len(questions) < wanted else []
     return reasons

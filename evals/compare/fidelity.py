@@ -12,6 +12,7 @@ from functools import cached_property
 
 import numpy as np
 
+from evals.common.asking.question import shown
 from evals.common.grouping import grouped
 from evals.compare.accuracy import size_row
 from evals.compare.gate import FIDELITY, Gate
@@ -73,7 +74,7 @@ def compare_forced(baseline: Side[ForcedRecord], current: Side[ForcedRecord], ga
     return Comparison(baseline.described, current.described, title, gate, [], sizes, notes, rows)
 
 
-_Cell = tuple[str, str, int]  # method, task, length
+_Cell = tuple[str, str, int, str]  # method, task, length, where the question stands
 
 
 def _cells(
@@ -82,13 +83,14 @@ def _cells(
     before, after = ({r.key: r for r in side.records if r.method in methods} for side in (baseline, current))
     if not before.keys() & after.keys():
         raise SkvError("no prompt in common: the runs hold other samples, tasks or lengths")
-    alike = baseline.manifest.selection == current.manifest.selection
+    placed = [side.manifest.config.get("question") for side in (baseline, current)]
+    alike = baseline.manifest.selection == current.manifest.selection and placed[0] == placed[1]
     for side, own, other in ((baseline, before, after), (current, after, before)):
         alone = len(own.keys() - other.keys())
         if alone and not (alike and side is baseline):
             notes.append(f"{alone} records are only in {side.name} and left out")
     asked = [key for key in before if alike or key in after]
-    cells = grouped(asked, lambda key: (key.method, key.task, key.length))
+    cells = grouped(asked, lambda key: (key.method, key.task, key.length, key.question))
     return {cell: _divergences(keys, before, after) for cell, keys in cells.items()}
 
 
@@ -133,7 +135,7 @@ def _rows(cells: dict[_Cell, Divergences], gate: Gate) -> list[DivergenceRow]:
 
 
 def _row(cell: _Cell, found: Divergences, decision: Decision) -> DivergenceRow:
-    method, task, length = cell
+    method, task, length, question = cell
     if found.lost:
         decision = decision._replace(verdict=Verdict.WORSE, more_needed=None, why=f"{found.lost} prompts lost")
     some = bool(found.pairs)
@@ -142,7 +144,7 @@ def _row(cell: _Cell, found: Divergences, decision: Decision) -> DivergenceRow:
     return DivergenceRow(
         metric=FIDELITY,
         method=method,
-        place=f"{task} @ {tokens(length)}",
+        place=shown(f"{task} @ {tokens(length)}", question),
         verdict=decision.verdict,
         more_needed=decision.more_needed,
         why=decision.why,
@@ -167,11 +169,11 @@ def _row(cell: _Cell, found: Divergences, decision: Decision) -> DivergenceRow:
 def _sizes(cells: dict[_Cell, Divergences], gate: Gate) -> list[RatioRow]:
     """KV bytes by method and length."""
     rows = []
-    for (method, length), alike in grouped(cells, lambda cell: (cell[0], cell[2])).items():
+    for (method, length, question), alike in grouped(cells, lambda cell: (cell[0], cell[2], cell[3])).items():
         pairs = [pair for cell in alike for pair in cells[cell].pairs]
         for what, before, after in (
             ("KV on device", [b.device_bytes for b, _ in pairs], [a.device_bytes for _, a in pairs]),
             ("KV on host", [b.host_bytes for b, _ in pairs], [a.host_bytes for _, a in pairs]),
         ):
-            rows += size_row(method, f"@ {tokens(length)}", what, before, after, gate)
+            rows += size_row(method, shown(f"@ {tokens(length)}", question), what, before, after, gate)
     return rows

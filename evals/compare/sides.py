@@ -16,8 +16,9 @@ from shadowkv.common.errors import SkvError
 
 R = TypeVar("R", bound=Kept)
 Asked = TypeVar("Asked", Record, ForcedRecord)  # records of a prompt
-# How a prefill is cut into chunks changes rounding only, and follows the device.
-_MAY_DIFFER = frozenset({"config.prefill_chunk_tokens", "config.streamed"})
+# How a prefill is cut into chunks changes rounding only, and follows the device. Where questions stand is a part of
+# every answer's key: only answers that were asked for alike are paired.
+_MAY_DIFFER = frozenset({"config.prefill_chunk_tokens", "config.streamed", "config.question"})
 _SHOWN = 6  # names and differences that fit a line
 
 

@@ -2,6 +2,7 @@
 
 The harness has one file per model; a KV-cache method is a model of its own here. Tasks are called
 `skv_<benchmark>_<task>_<length>`, because prompts are not the harness's own: scores do not compare with its tasks.
+Where the question comes after the text, `skv_<benchmark>_after_<task>_<length>`.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from evals.common.asking.question import IN_PROMPT
 from evals.common.grouping import grouped
 from evals.reporting.folders import Run
 from evals.runs.results import Record
@@ -43,7 +45,7 @@ def results_of(run: Run, label: str, records: Sequence[Record]) -> dict[str, Any
     """One method of a run in the harness's schema. A task without a scored answer has no metric: nothing is 0."""
     manifest, model = run.manifest, run.manifest.model
     tasks = grouped(records, _task)
-    lengths = grouped(tasks, lambda name: f"skv_{manifest.benchmark}_{name.rpartition('_')[2]}")
+    lengths = grouped(tasks, lambda name: f"{_family(tasks[name][0])}_{tasks[name][0].length}")
     name = f"{model['name']}+{label}"
     seed = manifest.config.get("seed")
     session = manifest.sessions[-1] if manifest.sessions else None
@@ -96,7 +98,11 @@ def _prompts(records: Sequence[Record]) -> int:
 
 
 def _task(record: Record) -> str:
-    return f"skv_{record.benchmark}_{record.task}_{record.length}"
+    return f"{_family(record)}_{record.task}_{record.length}"
+
+
+def _family(record: Record) -> str:
+    return f"skv_{record.benchmark}" + ("" if record.question == IN_PROMPT else f"_{record.question}")
 
 
 def _drawing(run: Run) -> dict[str, Any]:
@@ -125,6 +131,11 @@ def _group(name: str, tasks: Sequence[Sequence[Record]]) -> dict[str, Any]:
     return {"name": name, **({} if mean is None else {f"{_METRIC},{_FILTER}": mean, **counted})}
 
 
+def _asked(record: Record) -> dict[str, Any]:
+    place = {} if record.question == IN_PROMPT else {"question": record.question}
+    return {"length_tokens": record.length, **place}
+
+
 def _config(run: Run, task: str, records: Sequence[Record]) -> dict[str, Any]:
     manifest = run.manifest
     return {
@@ -134,5 +145,5 @@ def _config(run: Run, task: str, records: Sequence[Record]) -> dict[str, Any]:
         "metric_list": [{"metric": _METRIC, "aggregation": "mean", "higher_is_better": True}],
         "generation_kwargs": {**_drawing(run), "max_gen_toks": records[0].meta.get("max_new_tokens")},
         "repeats": manifest.config.get("sampling", {}).get("answers", 1),
-        "metadata": {"length_tokens": records[0].length, **manifest.config, "sources": manifest.sources},
+        "metadata": {**manifest.config, **_asked(records[0]), "sources": manifest.sources},
     }

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from evals.common.chat import prompt_ids
-from evals.runs.forced.record import Forcing
+from evals.runs.forced.forcing import Forcing
 from evals.runs.task import Example, Question
-from evals.runs.wrapped import WrappedTask
+from evals.runs.wrapping.wrapped import WrappedTask
 from shadowkv.common.errors import SkvError
 from shadowkv.common.names import did_you_mean
 from shadowkv.common.reading import read_text

@@ -16,7 +16,7 @@ from evals.runs.forced.record import ForcedRecord
 from evals.tables.curves import curves
 from evals.tables.looks import looks
 from evals.tables.plots import new_figure, save
-from evals.tables.summary import REFERENCE
+from evals.tables.summary import is_reference
 from evals.tables.table import tokens
 
 _BINS = 16
@@ -108,7 +108,7 @@ def _by_bytes(path: Path, rows: Sequence[FidelityRow], title: str) -> Path:
         mean, low, high = np.maximum(y, _ROUNDING).T
         axis.errorbar(x, mean, np.stack((mean - low, high - mean)).clip(min=0), label=name, ms=5, lw=0.8,
                       elinewidth=0.5, capsize=2, **look.style)  # fmt: skip
-    for full in (row for row in rows if row.method == REFERENCE and row.device_bytes):
+    for full in (row for row in rows if is_reference(row.method) and row.device_bytes):
         axis.axvline((full.device_bytes or 0.0) / (full.prompt_tokens or 1.0) / 1024, color="0.6", lw=0.8, ls="--")
     axis.set_xscale("log", base=2)
     axis.set_yscale("log")

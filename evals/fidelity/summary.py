@@ -6,10 +6,11 @@ Tokens of one prompt are no independent samples, so every interval draws prompts
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
+from evals.common.asking.question import shown
 from evals.common.grouping import grouped
 from evals.runs.forced.record import ForcedRecord
 from evals.tables.statistics import interval_95, mean_of_means
@@ -45,6 +46,11 @@ class FidelityRow:
     prefill_s: float | None
     build_s: float | None
     force_ms_per_token: float | None
+
+
+def shown_forced(records: Sequence[ForcedRecord]) -> list[ForcedRecord]:
+    """Records under the labels that tables and plots show: those of one method asked in two ways are two rows."""
+    return [replace(record, method=shown(record.method, record.question)) for record in records]
 
 
 def summarise_forced(records: Sequence[ForcedRecord]) -> list[FidelityRow]:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Hashable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from itertools import groupby, islice
+from functools import cached_property, partial
+from itertools import chain, groupby, islice
 from typing import Any
 
+from evals.common.asking.question import first_character, first_token
 from evals.common.chat import Chat, prompt_ids
+from evals.common.grouping import grouped
 from evals.longbench.data import Row, Rows
 from evals.longbench.metrics import first_line, needs
 from evals.longbench.prompts import Templates, templates
+from evals.longbench.questions import question_notes, question_of
 from evals.longbench.tasks import TASKS, Spec, bucket
 from evals.longbench.truncation import without_middle
 from evals.runs.task import Example, Question, Task
@@ -70,6 +73,11 @@ class LongBench(Task):
             reasons |= {task: "no rows" for task in self.tasks if not self._rows.has(self._label(task))}
         return {task: reason for task, reason in reasons.items() if reason}
 
+    @cached_property
+    def _texts(self) -> dict[str, list[int]]:
+        """By task, what tells the contexts of its rows apart; filled as they are asked for."""
+        return {}
+
     @property
     def _runnable(self) -> list[str]:
         tasks = [task for task in self.tasks if task not in self._why_not]
@@ -100,13 +108,22 @@ class LongBench(Task):
         asked = self.questions(tokenizer) if wanted is None else wanted
         for label, questions in groupby(asked, key=lambda question: question.task):
             rows = self._rows.read(label)
-            for question in questions:
+            # Those about one text one after the other, so that it is computed once.
+            for question in chain.from_iterable(grouped(questions, self.prompt_of).values()):
                 yield self._example(tokenizer, chat, question, rows[int(question.sample.removeprefix("row="))])
+
+    def prompt_of(self, question: Question) -> Hashable:
+        label, row = question.task, int(question.sample.removeprefix("row="))
+        if label not in self._texts:
+            self._texts[label] = [hash(row.context) for row in self._rows.read(label)]
+        return label, self._texts[label][row]
 
     def _example(self, tokenizer: Any, chat: Chat, question: Question, row: Row) -> Example:
         spec = self._spec(question.task)
         text = without_middle(tokenizer, self._filled(spec.name, row), self.max_prompt_tokens)
-        ids = chat.ids(chat.text(text)) if spec.chat else prompt_ids(tokenizer, text, special=True)
+        whole = chat.text(text) if spec.chat else text
+        ids_of = chat.ids if spec.chat else partial(prompt_ids, tokenizer, special=True)
+        at = first_character(whole, text, question_of(self._templates.by_task[spec.name], spec, row.input))
         # Models go on with another dialogue; the authors stop them at the first line break, after at least one token.
         newline = prompt_ids(tokenizer, "\n", special=False)[-1:] if spec.name == "samsum" else []
         return Example(
@@ -114,12 +131,13 @@ class LongBench(Task):
             task=question.task,
             length_tokens=question.length_tokens,
             sample=question.sample,
-            input_ids=tuple(ids),
+            input_ids=tuple(ids_of(whole)),
             references=row.answers,
             max_new_tokens=spec.max_new_tokens,
             meta={"id": row.id, "words": row.words, "bucket": bucket(row.words), "classes": row.classes},
             stop_ids=tuple(newline),
             min_new_tokens=int(bool(newline)),
+            asked_from=partial(first_token, tokenizer, ids_of, whole, at),
         )
 
     def score(self, example: Example, prediction: str) -> float:
@@ -149,6 +167,9 @@ class LongBench(Task):
         if self.min_tokens:
             told.append(f"only rows whose prompt has more than {self.min_tokens} tokens")
         return told
+
+    def notes_after(self) -> list[str]:
+        return question_notes({TASKS[task]: self._templates.by_task[task] for task in self._runnable})
 
     def _label(self, task: str) -> str:
         return task + _E if self.e else task

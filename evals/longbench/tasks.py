@@ -40,7 +40,7 @@ class Spec:
 
 
 _SINGLE, _MULTI, _SUMMARY = "single-doc QA", "multi-doc QA", "summarization"
-_FEW_SHOT, _SYNTHETIC, _CODE = "few-shot", "synthetic", "code"
+_FEW_SHOT, _SYNTHETIC, CODE = "few-shot", "synthetic", "code"
 
 TASKS: MappingProxyType[str, Spec] = MappingProxyType(
     {
@@ -76,13 +76,13 @@ TASKS: MappingProxyType[str, Spec] = MappingProxyType(
             Spec("passage_count", _SYNTHETIC, "en", metrics.count, 32, "986550b6c61009c6", in_e=True),
             Spec("passage_retrieval_en", _SYNTHETIC, "en", metrics.retrieval, 32, "39b96b7fa52bdd2a", in_e=True),
             Spec("passage_retrieval_zh", _SYNTHETIC, "zh", metrics.retrieval_zh, 32, "c1e2346e245eb365"),
-            Spec("lcc", _CODE, "code", metrics.code_similarity, 64, "6a1f24cf0bb83cd9", in_e=True, chat=False),
-            Spec("repobench-p", _CODE, "code", metrics.code_similarity, 64, "ee9ec182ea5ffeb7", in_e=True, chat=False),
+            Spec("lcc", CODE, "code", metrics.code_similarity, 64, "6a1f24cf0bb83cd9", in_e=True, chat=False),
+            Spec("repobench-p", CODE, "code", metrics.code_similarity, 64, "ee9ec182ea5ffeb7", in_e=True, chat=False),
         )
     }
 )  # fmt: skip
 
-CATEGORIES = (_SINGLE, _MULTI, _SUMMARY, _FEW_SHOT, _SYNTHETIC, _CODE)
+CATEGORIES = (_SINGLE, _MULTI, _SUMMARY, _FEW_SHOT, _SYNTHETIC, CODE)
 SIXTEEN = tuple(spec.name for spec in TASKS.values() if spec.language != "zh")  # what KV-cache papers average over
 E_TASKS = tuple(spec.name for spec in TASKS.values() if spec.in_e)
 

@@ -11,6 +11,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+from evals.common.asking.question import first_character, first_token
 from evals.common.chat import Chat
 from evals.longbench.data import hub_file
 from evals.longbench.truncation import without_middle
@@ -25,7 +26,8 @@ _OWN = (
     "(A) $C_A$\n(B) $C_B$\n(C) $C_C$\n(D) $C_D$\n\n"
     'Reply with one sentence of this form and nothing else: "The correct answer is (X)", X being a letter.'
 )
-_FIELDS = {"$DOC$": "context", "$Q$": "question", **{f"$C_{letter}$": f"choice_{letter}" for letter in "ABCD"}}
+_TEXT = "$DOC$"
+_FIELDS = {_TEXT: "context", "$Q$": "question", **{f"$C_{letter}$": f"choice_{letter}" for letter in "ABCD"}}
 _LABELS = ("difficulty", "length", "domain", "sub_domain")
 _QUESTIONS = 503
 LONGEST_PROMPT_TOKENS = 120_000
@@ -109,19 +111,30 @@ class LongBenchV2(Task):
         chat = Chat(tokenizer, self.thinking)
         for question in self.questions(tokenizer) if wanted is None else wanted:
             row = self._rows[int(question.sample.removeprefix("row="))]
-            # One pass over the template, so that a placeholder inside a text stays as it is.
-            filled = "".join(_value(row, part) for part in re.split(r"(\$[A-Z_]+\$)", self._template))
+            filled = self._filled(row, self._template)
             text = without_middle(tokenizer, filled, self.max_prompt_tokens)
+            whole = chat.text(text)
+            at = first_character(whole, text, self._filled(row, self._template.rpartition(_TEXT)[2]))
             yield Example(
                 benchmark=self.benchmark,
                 task=question.task,
                 length_tokens=question.length_tokens,
                 sample=question.sample,
-                input_ids=tuple(chat.ids(chat.text(text))),
+                input_ids=tuple(chat.ids(whole)),
                 references=(row["answer"],),
                 max_new_tokens=self.max_new_tokens,
                 meta={"id": row.get("_id", ""), **{label: row.get(label, "") for label in _LABELS}},
+                asked_from=partial(first_token, tokenizer, chat.ids, whole, at),
             )
+
+    def _filled(self, row: dict[str, str], template: str) -> str:
+        """In one pass, so that a placeholder inside a text stays as it is."""
+        return "".join(_value(row, part) for part in re.split(r"(\$[A-Z_]+\$)", template))
+
+    def notes_after(self) -> list[str]:
+        if "$Q$" not in self._template.rpartition(_TEXT)[2]:
+            raise SkvError(f"--question after: template {self.wording} asks before its text")
+        return []
 
     def score(self, example: Example, prediction: str) -> float:
         return float(named_choice(prediction) in example.references)

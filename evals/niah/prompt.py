@@ -117,8 +117,8 @@ def assemble(
     budget: int,
     depth: float,
     round_: int,
-) -> tuple[tuple[int, ...], int]:
-    """A prompt of exactly `budget` tokens and the index of its needle's first token."""
+) -> tuple[tuple[int, ...], int, int]:
+    """A prompt of exactly `budget` tokens and the indices at which its needle and its question begin."""
     before, after = frame(chat, tokenizer, haystacks, instruction, [needle])
     fact = prompt_ids(tokenizer, f" {needle.fact}", special=False)
     room = budget - len(before) - len(fact) - len(after)
@@ -129,4 +129,5 @@ def assemble(
         )
     hay = haystacks.ids(round_, room)
     at = haystacks.cut(hay, depth)
-    return (*before, *hay[:at], *fact, *hay[at:], *after), len(before) + at
+    ids = (*before, *hay[:at], *fact, *hay[at:], *after)
+    return ids, len(before) + at, len(ids) - len(after)

@@ -75,12 +75,18 @@ class Niah(Task):
         budget = length - min(self.max_new_tokens, int(length * _SLACK))
         needle = protocol.needle(self.seed, length, depth, round_)
         chat = Chat(tokenizer, self.thinking)
-        ids, at = assemble(chat, tokenizer, haystacks, protocol.instruction, needle, budget, depth, round_)
+        ids, at, asked_from = assemble(chat, tokenizer, haystacks, protocol.instruction, needle, budget, depth, round_)
         meta = {"depth": depth, "round": round_, "needle_token": at}
-        return self._example(length, cell_name(depth, round_), ids, (needle.reference,), meta)
+        return self._example(length, cell_name(depth, round_), ids, (needle.reference,), meta, asked_from)
 
     def _example(
-        self, length: int, sample: str, ids: Sequence[int], references: tuple[str, ...], meta: dict[str, Any]
+        self,
+        length: int,
+        sample: str,
+        ids: Sequence[int],
+        references: tuple[str, ...],
+        meta: dict[str, Any],
+        asked_from: int | None = None,
     ) -> Example:
         return Example(
             benchmark=self.benchmark,
@@ -91,6 +97,7 @@ class Niah(Task):
             references=references,
             max_new_tokens=self.max_new_tokens,
             meta=meta,
+            asked_from=None if asked_from is None else lambda: asked_from,
         )
 
     def score(self, example: Example, prediction: str) -> float:

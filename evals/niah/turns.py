@@ -65,7 +65,7 @@ class MultiTurnNiah(Niah):
             meta = {"depth": own, "round": round_, "turn": turn}
             turns.append(self._example(length, f"{text},turn={turn}", ids, (needle.reference,), meta))
         if self.first_query_in_prefill:
-            return replace(turns[0], later=tuple(turns[1:]))
+            return replace(turns[0], later=tuple(turns[1:]), asked_from=lambda: len(context))
         unasked = self._example(length, text, context, (), {"depth": depth, "round": round_})
         return replace(unasked, later=tuple(turns))
 

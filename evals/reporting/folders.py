@@ -10,6 +10,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from evals.common.asking.question import shown
 from evals.common.grouping import grouped
 from evals.reporting.presentations import PRESENTATIONS
 from evals.runs.forced.record import ForcedRecord
@@ -190,7 +191,7 @@ def _whole(record: ForcedRecord) -> bool:
 
 def _incomplete(manifest: Manifest, records: Sequence[Record | ForcedRecord]) -> list[str]:
     """What methods lack of the prompts that any of them answered."""
-    asked = {(r.task, r.length, r.sample) for r in records}
+    asked = {r.asked for r in records}
     held = {label: len(found) for label, found in grouped(records, lambda r: r.method).items()}
     without = [label for label in manifest.methods if label not in held]
     what = "answers given" if any("answer" in r.meta for r in records) else "prompts answered"
@@ -209,8 +210,8 @@ def _check_measurements(_: Manifest, records: Sequence[Any]) -> tuple[Sequence[A
 
 
 def _examples(records: Sequence[Record]) -> str:
-    shown = [f"{r.method} {r.task} {r.length} {r.sample}" for r in records[:_NAMED]]
-    return "; ".join(shown) + ("; …" if len(records) > _NAMED else "")
+    named = [f"{shown(r.method, r.question)} {r.task} {r.length} {r.sample}" for r in records[:_NAMED]]
+    return "; ".join(named) + ("; …" if len(records) > _NAMED else "")
 
 
 _Check = Callable[[Manifest, Sequence[Any]], tuple[Sequence[Any], list[str]]]

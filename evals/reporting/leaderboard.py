@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from evals.common.drawing import prompt_name
+from evals.common.asking.drawing import prompt_name
+from evals.common.asking.question import IN_PROMPT
 from evals.common.grouping import grouped
 from evals.reporting.folders import Found, Run, make_folder
 from evals.reporting.page import render_leaderboard
@@ -33,6 +34,7 @@ class _Kind(NamedTuple):
     benchmark: str
     settings: str  # model, its weights, and every setting and source that changes a number
     length: int
+    question: str  # where it stands
     prompts: frozenset[tuple[str, str, str]]  # task, sample, checksum; of drawn answers, each
 
 
@@ -69,13 +71,16 @@ def rank(found: Found) -> Leaderboard:
     for run in found.runs:
         if not run.is_accuracy:
             left_out[run.name] = f"a {run.manifest.benchmark} run has no scores to rank"
-        for length, records in grouped(run.answers, lambda r: r.length).items():
+        for (length, place), records in grouped(run.answers, lambda r: (r.length, r.question)).items():
             prompts = frozenset((r.task, r.sample, r.prompt_sha256) for r in records)
-            kind = _Kind(run.manifest.benchmark, _settings(run), length, prompts)
+            kind = _Kind(run.manifest.benchmark, _settings(run), length, place, prompts)
             parts.setdefault(kind, []).append(_Part(run, records))
     if not parts:
         raise SkvError("; ".join(f"{name} is left out: {why}" for name, why in left_out.items()))
-    order = sorted(parts, key=lambda kind: (kind.benchmark, kind.settings, kind.length, -len(kind.prompts)))
+    order = sorted(
+        parts,
+        key=lambda kind: (kind.benchmark, kind.settings, kind.length, kind.question != IN_PROMPT, -len(kind.prompts)),
+    )
     return Leaderboard([_group(kind, parts[kind]) for kind in order], left_out)
 
 
@@ -98,7 +103,8 @@ def _settings(run: Run) -> str:
     manifest = run.manifest
     model = {key: value for key, value in manifest.model.items() if key not in ("device", "source")}
     alone = None if manifest.sessions else run.name
-    return json.dumps([model, manifest.config, manifest.sources, alone], sort_keys=True)
+    config = {key: value for key, value in manifest.config.items() if key != "question"}  # which answers say
+    return json.dumps([model, config, manifest.sources, alone], sort_keys=True)
 
 
 def _group(kind: _Kind, parts: Sequence[_Part]) -> Group:
@@ -123,7 +129,7 @@ def _group(kind: _Kind, parts: Sequence[_Part]) -> Group:
     prompts = f"{count} prompt{'s' * (count > 1)}"
     if sampling:
         prompts += f" x {sampling['answers']} at temperature {sampling['temperature']:g}, top-p {sampling['top_p']:g}"
-    title = f"{manifest.title} · {tokens(kind.length)} · {prompts}"
+    title = f"{manifest.title_of(kind.question)} · {tokens(kind.length)} · {prompts}"
     notes = list(dict.fromkeys(note for part in parts for note in part.run.manifest.notes))
     problems += [f"{part.run.name}: {problem}" for part in parts for problem in part.run.problems]
     names = list(dict.fromkeys(part.run.name for part in parts))

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from evals.common.asking.question import shown
 from evals.reporting.folders import Run
 from evals.reporting.visible import visible
 from evals.runs.results import Record
-from evals.tables.summary import REFERENCE
+from evals.tables.summary import full_answers
 
 PREDICTION_CHARS = 2000
 _PROMPT_CHARS = 1200
@@ -39,9 +40,9 @@ def samples_of(runs: Iterable[Run]) -> dict[str, Any]:
     names, tasks, methods, samples, prompts, references = (_Texts() for _ in range(6))
     rows = []
     for run in runs:
-        full = {(r.task, r.length, r.sample): r for r in run.answers if r.method == REFERENCE and r.status == "ok"}
+        full = full_answers(run.answers)
         for record in run.answers:
-            reference = full.get((record.task, record.length, record.sample))
+            reference = full.get(record.asked)
             place, token, theirs = first_difference(record, reference)
             gain = None if reference is None or None in (record.score, reference.score) else _gain(record, reference)
             said = record.prediction if record.status == "ok" else f"{record.status}: {record.error}"
@@ -50,7 +51,7 @@ def samples_of(runs: Iterable[Run]) -> dict[str, Any]:
                     names.place(run.name),
                     tasks.place(visible(record.task, _REFERENCE_CHARS)),
                     record.length,
-                    methods.place(visible(record.method, _REFERENCE_CHARS)),
+                    methods.place(visible(shown(record.method, record.question), _REFERENCE_CHARS)),
                     samples.place(visible(record.sample, _REFERENCE_CHARS)),
                     prompts.place(visible(record.prompt_tail or "", _PROMPT_CHARS)),
                     references.place(_listed(record.references)),

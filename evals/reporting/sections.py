@@ -9,12 +9,12 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from evals.fidelity.report import fidelity_table, fidelity_tables
-from evals.fidelity.summary import summarise_forced
+from evals.fidelity.summary import shown_forced, summarise_forced
 from evals.reporting.folders import Run
 from evals.reporting.presentations import accuracy_pass_rates, accuracy_tables, write_accuracy_plots
 from evals.tables.costs import cost_table
 from evals.tables.statistics import BOOTSTRAP_95
-from evals.tables.summary import methods_of, summarise, task_scores
+from evals.tables.summary import methods_of, shown_records, summarise, task_scores
 from evals.tables.table import Table, tokens
 
 if TYPE_CHECKING:
@@ -95,15 +95,15 @@ def _frame(rows: Sequence[Mapping[str, Any]], notes: Sequence[str]) -> pd.DataFr
 
 
 def _accuracy(run: Run, plots: Path) -> Section:
-    records, manifest = run.answers, run.manifest
+    records, manifest = shown_records(run.answers), run.manifest
     rows = summarise(records)
     lengths = sorted({r.length for r in records})
     scored = sum(r.score is not None for r in records)
     facts = {
-        "methods": str(len(methods_of(records))),
+        "methods": str(len(methods_of(run.answers))),
         "tasks": str(len({r.task for r in records})),
         "lengths": ", ".join(map(tokens, lengths)),
-        "prompts": f"{len({r.prompt for r in records}):,}",
+        "prompts": f"{len({(r.prompt, r.question) for r in records}):,}",
         "answers scored": f"{scored:,} of {len(records):,}",
     }
     data = {
@@ -126,13 +126,13 @@ def _accuracy(run: Run, plots: Path) -> Section:
 def _fidelity(run: Run, plots: Path) -> Section:
     from evals.fidelity.plots import write_fidelity_plots
 
-    records, manifest = run.records, run.manifest
+    records, manifest = shown_forced(run.records), run.manifest
     rows = summarise_forced(records)
     good = [record for record in records if record.final]
     facts = {
-        "methods": str(len(methods_of(records))),
+        "methods": str(len(methods_of(run.records))),
         "lengths": ", ".join(tokens(length) for length in sorted({r.length for r in records})),
-        "prompts": f"{len({(r.task, r.length, r.sample) for r in records}):,}",
+        "prompts": f"{len({r.asked for r in records}):,}",
         "tokens compared": f"{sum(len(r.kl) for r in good):,}",
     }
     compared = ", ".join(sorted({record.compared for record in good})) or "none"

@@ -6,10 +6,11 @@ import hashlib
 import json
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from evals.common.asking.question import first_token
 from evals.common.chat import Chat, prompt_ids
 from evals.common.jsonl import check_text, read_jsonl
 from evals.ruler.task import Ruler, RulerTask, profile_notes
@@ -27,7 +28,7 @@ def write_files(
     """Write `<folder>/<length>/<task>/validation.jsonl`; `input` holds the chat template, as NVIDIA's does."""
     questions = run.questions(tokenizer)
     cells: dict[Path, list[str]] = {}
-    for done, (example, text) in enumerate(run.prompts(tokenizer, questions), 1):
+    for done, (example, text, asked) in enumerate(run.made(tokenizer, questions), 1):
         tokens = len(example.input_ids) + example.max_new_tokens
         prefix = str(example.meta["answer_prefix"])
         row = {
@@ -37,6 +38,7 @@ def write_files(
             "length": tokens,
             "length_w_model_temp": tokens,
             "answer_prefix": prefix,
+            "question": asked,
             "templated": bool(example.meta["chat_template"]),
         }
         path = folder / str(example.length_tokens) / example.task / _FILE
@@ -115,15 +117,27 @@ class RulerFiles(RulerTask):
         for question in self._rows if wanted is None else wanted:
             row = self._rows[question]
             text = chat.text(row.input, row.answer_prefix) if chat else row.input + row.answer_prefix
+            ids_of = chat.ids if chat else partial(_as_written, tokenizer, row)
+            at = -1 if row.question is None else text.rfind(row.question.strip())
             yield Example(
                 benchmark=self.benchmark,
                 task=question.task,
                 length_tokens=question.length_tokens,
                 sample=question.sample,
-                input_ids=tuple(chat.ids(text) if chat else _as_written(tokenizer, row, text)),
+                input_ids=tuple(ids_of(text)),
                 references=row.outputs,
                 max_new_tokens=TASKS[question.task].max_new_tokens,
+                asked_from=partial(first_token, tokenizer, ids_of, text, at),
             )
+
+    def notes_after(self) -> list[str]:
+        silent = next((question for question, row in self._rows.items() if row.question is None), None)
+        if silent is not None:
+            raise SkvError(
+                f"--question after: {self.folder.name}/{silent.length_tokens}/{silent.task}/{_FILE}, {silent.sample}, "
+                "does not say where its question begins; give its words as 'question'"
+            )
+        return []
 
     def chat_answer_tokens(self) -> Collection[int]:
         return [TASKS[task].max_new_tokens for task in self.tasks] if self.wrap else ()
@@ -148,6 +162,7 @@ class _Row(NamedTuple):
     input: str
     answer_prefix: str
     outputs: tuple[str, ...]
+    question: str | None  # what the input asks behind its text; unknown for files from elsewhere
     templated: bool | None  # whether the input spells out its special tokens; unknown for files from elsewhere
 
 
@@ -160,7 +175,10 @@ def _read(path: Path) -> list[_Row]:
         if not isinstance(outputs, list) or not outputs or not all(isinstance(x, str) and x for x in outputs):
             raise SkvError(f"{path}, line {number}: 'outputs' is not a list of answers")
         check_text(f"{path}, line {number}", text, prefix, *outputs)
-        rows.append(_Row(text, prefix, tuple(outputs), raw.get("templated")))
+        asked = raw.get("question")
+        if asked is not None and (not isinstance(asked, str) or not asked.strip() or asked.strip() not in text):
+            raise SkvError(f"{path}, line {number}: 'question' is not a part of 'input'")
+        rows.append(_Row(text, prefix, tuple(outputs), asked, raw.get("templated")))
     return rows
 
 

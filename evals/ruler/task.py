@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import count
-from typing import Any
+from typing import Any, NamedTuple
 
+from evals.common.asking.question import first_character, first_token
 from evals.common.chat import Chat
 from evals.common.seeding import seeded
 from evals.ruler.families.family import Workshop
@@ -26,6 +27,14 @@ _WORDINGS: dict[str, Callable[[str | None], Materials]] = {"official": PulledMat
 # SmolLM2's; in single bytes, 7 % of them do not fit), so how many questions fit is not counted beforehand.
 _QUESTIONS_FIT_TOKENS = 8192
 _FULL = 0.9  # a prompt that cannot fill this share of its length is not that task at that length
+
+
+class Made(NamedTuple):
+    """A prompt in all its forms."""
+
+    example: Example
+    text: str  # without the answer prefix
+    question: str
 
 
 class RulerTask(Task):
@@ -84,10 +93,14 @@ class Ruler(RulerTask):
         return {cell: reason for cell, reason in reasons.items() if reason}
 
     def examples(self, tokenizer: Any, wanted: Collection[Question] | None = None) -> Iterator[Example]:
-        return (example for example, _ in self.prompts(tokenizer, wanted))
+        return (made.example for made in self.made(tokenizer, wanted))
 
     def prompts(self, tokenizer: Any, wanted: Collection[Question] | None = None) -> Iterator[tuple[Example, str]]:
         """Examples with their prompts as text: chat template and message, without the answer prefix."""
+        return (made[:2] for made in self.made(tokenizer, wanted))
+
+    def made(self, tokenizer: Any, wanted: Collection[Question] | None = None) -> Iterator[Made]:
+        """`prompts`, with the question that each ends with."""
         maker = _Maker(self, tokenizer)
         for question in self.questions(tokenizer) if wanted is None else wanted:
             yield maker.prompt(question)
@@ -122,6 +135,7 @@ class _Maker:
 
     def __init__(self, run: Ruler, tokenizer: Any) -> None:
         self._run = run
+        self._tokenizer = tokenizer
         self._chat = Chat(tokenizer, run.thinking)
         self._templated = self._chat.templated
         self._shop = Workshop(run.materials, lambda text: len(self._chat.ids(text)), run.seed)
@@ -146,7 +160,7 @@ class _Maker:
             return None
         return f"its {draft.largest} words do not fill that length"
 
-    def prompt(self, question: Question) -> tuple[Example, str]:
+    def prompt(self, question: Question) -> Made:
         task, length = question.task, question.length_tokens
         budget = length - TASKS[task].max_new_tokens
         draft = self._draft(task, length, self._number(task, length, int(question.sample.removeprefix("sample="))))
@@ -154,6 +168,9 @@ class _Maker:
         if fitted is None:
             needed = len(self._ids(draft, draft.message(draft.smallest)))
             raise too_short(task, length, needed + TASKS[task].max_new_tokens)
+        text = self._chat.text(fitted.message)
+        at = first_character(text, fitted.message, draft.question)
+        whole = text + draft.answer_prefix
         example = Example(
             benchmark=self._run.benchmark,
             task=task,
@@ -167,8 +184,9 @@ class _Maker:
                 "chat_template": self._templated,
                 "answer_prefix": self._chat.begun(draft.answer_prefix),
             },
+            asked_from=partial(first_token, self._tokenizer, self._chat.ids, whole, at),
         )
-        return example, self._chat.text(fitted.message)
+        return Made(example, text, draft.question.strip())
 
     def _draft(self, task: str, length: int, number: int) -> Draft:
         rng = seeded("ruler", self._run.seed, task, length, number)

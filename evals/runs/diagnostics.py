@@ -6,8 +6,11 @@ it does itself, not by what earlier layers have spoilt.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections import defaultdict
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate, pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,19 +39,31 @@ class Diagnosis:
 
 
 def diagnose(
-    engine: Engine, prefill: Prefill, method: Method, max_new_tokens: int, stop_ids: Collection[int]
+    engine: Engine,
+    prefill: Prefill,
+    method: Method,
+    max_new_tokens: int,
+    stop_ids: Collection[int],
+    question: Sequence[int] = (),
 ) -> Diagnosis:
-    """Compare a method with full attention over the answer that full attention gives to this prompt."""
+    """Compare a method with full attention over the answer that full attention gives to this prompt.
+
+    question: tokens that come after the prompt, which the method's cache is fed before the answer.
+    """
     exact = Full() if prefill.sparse is None else WithPrefill(Full(), prefill.sparse)
-    answer = engine.decode(engine.replay(prefill, exact), prefill.logits, max_new_tokens, stop_ids)[0]
-    fed = answer[:-1] or [int(prefill.logits[0].argmax())]
     observed = _Observed(method)
+    cache, logits = engine.replay(prefill, exact), prefill.logits
+    if question:
+        logits = engine.extend(cache, torch.tensor([list(question)]))
+    answer = engine.decode(cache, logits, max_new_tokens, stop_ids)[0]
+    fed = answer[:-1] or [int(logits[0].argmax())]
     cache = engine.replay(prefill, observed)
+    if question:
+        engine.extend(cache, torch.tensor([list(question)]))
     engine.extend(cache, torch.tensor([fed]))
-    layers = sorted(observed.made[0].errors)
-    diagnosis = Diagnosis(
-        [observed.made[0].errors[layer] for layer in layers], [observed.made[0].recalls[layer] for layer in layers]
-    )
+    beside = observed.made[0]
+    layers = sorted(beside.errors)
+    diagnosis = Diagnosis([beside.errors[layer] for layer in layers], [beside.recall(layer) for layer in layers])
     cache.close()
     return diagnosis
 
@@ -64,12 +79,23 @@ class _Observed(Wrapper):
         return self.made[-1]
 
 
+class _Fed(NamedTuple):
+    """What one layer attended with: q and k of some tokens."""
+
+    q: Tensor
+    k: Tensor
+    scaling: float
+
+
 class _Beside(DecodeCache):
-    """A method and full attention on the same queries; what comes out is full attention's."""
+    """A method and full attention on the same queries; what comes out is full attention's.
+
+    `errors` are of the tokens fed last.
+    """
 
     def __init__(self, method: Method, rope: Rope) -> None:
         self.errors: dict[int, float] = {}
-        self.recalls: dict[int, float | None] = {}
+        self._fed: dict[int, list[_Fed]] = defaultdict(list)
         self._method, self._rope = method, rope
         self._inner, self._exact = method.new_state(rope), Full().new_state(rope)
         self._prompt: dict[int, LayerKV] = {}
@@ -90,21 +116,26 @@ class _Beside(DecodeCache):
         expected = self._exact.attend(layer, q, k, v, scaling)
         error = (got.float() - expected.float()).norm(dim=-1) / expected.float().norm(dim=-1).clamp_min(1e-12)
         self.errors[layer] = float(error.mean())
-        self.recalls[layer] = self._recall(layer, q[:, :, :1], k[:, :, :1], scaling)
+        self._fed[layer].append(_Fed(q, k, scaling))
         return expected
 
-    def _recall(self, layer: int, q: Tensor, k: Tensor, scaling: float) -> float | None:
-        """By values that spell their positions: the output of attention is then its weights."""
+    def recall(self, layer: int) -> float | None:
+        """Of the first token fed last. By values that spell their positions: what attention gives is its weights."""
         kv = self._prompt[layer]
+        *question, last = self._fed[layer]
         method = self._method.core.reference()
         tokens = kv.k.shape[2]
         if not isinstance(method, LayerwiseMethod) or "budget" not in method.params() or tokens > _LONGEST_TOKENS:
             return None
-        spelled = torch.eye(tokens + 1, dtype=kv.v.dtype, device=kv.v.device)
+        fed = [*question, _Fed(last.q[:, :, :1], last.k[:, :, :1], last.scaling)]
+        ends = list(accumulate((step.k.shape[2] for step in fed), initial=tokens))
+        spelled = torch.eye(ends[-1], dtype=kv.v.dtype, device=kv.v.device)[None, None]
         shape = (*kv.k.shape[:2], -1, -1)
-        state = method.new_layer(layer, kv._replace(v=spelled[None, None, :tokens].expand(shape)), self._rope)
-        weights = state.attend(q, k, spelled[None, None, tokens:].expand(shape), scaling)
-        full = ops.attention_weights(q, torch.cat((kv.k, k), dim=2), scaling).flatten(1, 2)
+        state = method.new_layer(layer, kv._replace(v=spelled[:, :, :tokens].expand(shape)), self._rope)
+        for step, (begin, end) in zip(fed, pairwise(ends), strict=True):
+            weights = state.attend(step.q, step.k, spelled[:, :, begin:end].expand(shape), step.scaling)
+        keys = torch.cat((kv.k, *(step.k for step in fed)), dim=2)
+        full = ops.attention_weights(fed[-1].q, keys, last.scaling).flatten(1, 2)
         return float((full * (weights[:, :, 0] > 0)).sum(dim=-1).mean())
 
     def nbytes(self) -> Bytes:
@@ -114,3 +145,4 @@ class _Beside(DecodeCache):
         self._inner.close()
         self._exact.close()
         self._prompt.clear()
+        self._fed.clear()

@@ -15,6 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from evals.common.asking.question import AFTER, BOTH
 from shadowkv.common.errors import SkvError
 from shadowkv.common.reading import read_text
 from shadowkv.models.weights import first_names
@@ -112,16 +113,25 @@ class Manifest:
 
     @property
     def marks(self) -> list[str]:
-        """How far this run is from the real thing."""
-        marks = {"dummy weights": self.model.get("dummy"), "synthetic KV": self.config.get("synthetic_kv")}
-        marks["hits made"] = self.config.get("hits") is not None
-        return [f"[{mark}]" for mark, on in marks.items() if on]
+        """How far this run is from the real thing, and where its questions stand if not in the prompt."""
+        return self._marks(self.config.get("question"))
 
     @property
     def title(self) -> str:
         """One line that says what was run on what, and its marks."""
-        model = self.model
-        return " ".join([f"{self.benchmark} · {model['name']} · {model['dtype']} on {model['device']}", *self.marks])
+        return self.title_of(self.config.get("question"))
+
+    def title_of(self, place: str | None) -> str:
+        """The title of those answers whose questions stand at a place."""
+        model, marks = self.model, self._marks(place)
+        return " ".join([f"{self.benchmark} · {model['name']} · {model['dtype']} on {model['device']}", *marks])
+
+    def _marks(self, place: str | None) -> list[str]:
+        marks = {"dummy weights": self.model.get("dummy"), "synthetic KV": self.config.get("synthetic_kv")}
+        marks["hits made"] = self.config.get("hits") is not None
+        marks["question after"] = place == AFTER
+        marks["question in the prompt, and after"] = place == BOTH
+        return [f"[{mark}]" for mark, on in marks.items() if on]
 
     @property
     def commands(self) -> list[str]:

@@ -15,8 +15,10 @@ from typing import Any, ClassVar, Generic, NamedTuple, Protocol, TypeVar, get_ar
 
 from filelock import FileLock, Timeout
 
-from evals.common.drawing import prompt_name
+from evals.common.asking.drawing import prompt_name
+from evals.common.asking.question import IN_PROMPT
 from evals.runs.manifest import Manifest
+from evals.runs.task import Question
 from shadowkv.common.errors import SkvError
 from shadowkv.common.reading import decoded
 
@@ -45,6 +47,7 @@ class Key(NamedTuple):
     task: str
     length: int
     sample: str
+    question: str
     method: str
 
 
@@ -70,7 +73,7 @@ class Record:
     tokens: list[int]
     stopped: bool
     prefill_s: float
-    build_s: float  # making the cache; of a later turn, feeding its question
+    build_s: float  # making the cache, and feeding a question that comes after; of a later turn, feeding alone
     decode_s: float
     device_bytes: int
     host_bytes: int
@@ -79,10 +82,16 @@ class Record:
     attended_tokens: float | None = None  # per decode step, mean over layers and heads; None in older records
     bus_bytes: int | None = None  # between host and device, per decoded token; None in older records
     prompt_tail: str | None = None  # its last tokens as text; None in older records
+    question: str = IN_PROMPT  # where it stands: in-prompt, or after what the method took over
 
     @property
     def key(self) -> Key:
-        return Key(self.benchmark, self.task, self.length, self.sample, self.method)
+        return Key(self.benchmark, self.task, self.length, self.sample, self.question, self.method)
+
+    @property
+    def asked(self) -> Question:
+        """What was asked, whatever the method."""
+        return Question(self.task, self.length, self.sample, self.question)
 
     @property
     def prompt(self) -> tuple[str, int, str]:

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from evals.common.asking.thoughts import read_answer
 from evals.common.grouping import grouped
-from evals.common.thoughts import read_answer
 from evals.runs.diagnostics import diagnose
 from evals.runs.failures import FAILURES, located, status_of
 from evals.runs.forced.loop import forced_answers
@@ -168,7 +168,7 @@ def _blank(tokenizer: Any, turn: Example, method: Method) -> Record:
         error=None,
         prediction="",
         references=list(turn.references),
-        prompt_tokens=len(turn.input_ids),
+        prompt_tokens=len(turn.prompt_ids),
         reused_tokens=0,
         new_tokens=0,
         tokens=[],
@@ -178,9 +178,10 @@ def _blank(tokenizer: Any, turn: Example, method: Method) -> Record:
         decode_s=0.0,
         device_bytes=0,
         host_bytes=0,
-        prompt_sha256=hashlib.sha256(np.asarray(turn.input_ids, dtype="<i8").tobytes()).hexdigest(),
+        prompt_sha256=hashlib.sha256(np.asarray(turn.prompt_ids, dtype="<i8").tobytes()).hexdigest(),
         meta={**turn.meta, "max_new_tokens": turn.max_new_tokens},
-        prompt_tail=str(tokenizer.decode(turn.input_ids[-_TAIL_TOKENS:])),
+        prompt_tail=str(tokenizer.decode(turn.prompt_ids[-_TAIL_TOKENS:])),
+        question=turn.place,
     )
 
 
@@ -194,7 +195,6 @@ def _conversation(run: Run, example: Example, method: Method, begin: Callable[[M
             prompt_tokens, unfed = len(example.input_ids), list[int]()
             for turn in example.turns:
                 if turn is not example:
-                    began = time.perf_counter()
                     logits = engine.extend(cache, torch.tensor([[*unfed, *turn.input_ids]]))
                 built = run.now()
                 if not turn.references:
@@ -230,17 +230,20 @@ def _conversation(run: Run, example: Example, method: Method, begin: Callable[[M
                 )
                 del blanks[turn.sample]
                 yield answered
+                began = time.perf_counter()
         except FAILURES as failure:
-            told = failure if example.later else located(engine, example.input_ids, failure)
+            fed = example.fed
+            told = failure if fed is None else located(engine, [*example.input_ids, *fed], failure)
             yield from (_failed(blank, told) for blank in blanks.values())
 
 
 def _diagnosis(run: Run, example: Example, prefill: Prefill | None, method: Method) -> dict[str, Any]:
     """What to add to a record; where the comparison fails, why, since the answer itself stands."""
-    if not run.diagnostics or example.later or prefill is None or example.meta.get("answer", 1) > 1:
+    fed = example.fed
+    if not run.diagnostics or fed is None or prefill is None or example.meta.get("answer", 1) > 1:
         return {}  # of several answers to a prompt, what is compared would be the same
     try:
-        found = diagnose(run.engine, prefill, method, example.max_new_tokens, run.loaded.stop_ids)
+        found = diagnose(run.engine, prefill, method, example.max_new_tokens, run.loaded.stop_ids, fed)
     except FAILURES as failure:
         return {"diagnostics_error": one_line(failure)}
     return {"diagnostics": asdict(found)}

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from evals.common.drawing import Draw
-from evals.common.thoughts import Thinking
-from evals.runs.forced.record import Forcing
+from evals.common.asking.drawing import Draw
+from evals.common.asking.question import IN_PROMPT
+from evals.common.asking.thoughts import Thinking
+from evals.runs.forced.forcing import Forcing
 
 if TYPE_CHECKING:
     from shadowkv.engine.sampling import Choose
@@ -21,6 +22,7 @@ class Question(NamedTuple):
     task: str
     length_tokens: int  # the length asked for
     sample: str
+    place: str = IN_PROMPT  # where the question stands, in-prompt or after
 
 
 @dataclass(frozen=True)
@@ -43,10 +45,20 @@ class Example:
     draw: Draw | None = None  # how tokens are drawn; None for the most likely ones
     thinking: Thinking | None = None  # how a thought before the answer is told from it
     again: tuple[Example, ...] = ()  # what is answered instead, each in a cache of its own, from this one prompt
+    # -> index of the token at which the question begins, looked for only where it matters; None where nobody knows.
+    # Raises `SkvError` where it cannot be found.
+    asked_from: Callable[[], int] | None = field(default=None, repr=False, compare=False)
+    place: str = IN_PROMPT
+    before: tuple[int, ...] = field(default=(), repr=False)  # tokens of the same prompt that an earlier turn has fed
 
     @property
     def question(self) -> Question:
-        return Question(self.task, self.length_tokens, self.sample)
+        return Question(self.task, self.length_tokens, self.sample, self.place)
+
+    @property
+    def prompt_ids(self) -> tuple[int, ...]:
+        """The whole prompt, wherever its question stands."""
+        return (*self.before, *self.input_ids)
 
     @property
     def turns(self) -> tuple[Example, ...]:
@@ -69,6 +81,13 @@ class Example:
         """What is asked, in order."""
         return tuple(turn.question for turn in self.turns if turn.references or turn.continuation)
 
+    @property
+    def fed(self) -> tuple[int, ...] | None:
+        """Tokens between the prompt and its one answer; None where there are several answers."""
+        if len(self.questions) != 1 or not self.turns[-1].references:
+            return None
+        return tuple(token for turn in self.later for token in turn.input_ids)
+
 
 class Task(ABC):
     """A benchmark with its settings."""
@@ -90,7 +109,7 @@ class Task(ABC):
         """
 
     def prompt_of(self, question: Question) -> Hashable:
-        """The same for questions that one prompt answers."""
+        """The same for questions that one prompt answers, or that share their context."""
         return question
 
     @abstractmethod
@@ -124,6 +143,13 @@ class Task(ABC):
 
     def notes(self) -> list[str]:
         """What every table of this task must say."""
+        return []
+
+    def notes_after(self) -> list[str]:
+        """What every table must say besides where questions come after the text: what counts as one.
+
+        Raises `SkvError` where it is not known where they begin.
+        """
         return []
 
     def left_out(self, tokenizer: Any) -> dict[str, str]:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from functools import partial
 
+from evals.common.asking.question import method_of
 from evals.common.grouping import grouped
 
 # What is swept to trade bytes for score. A setting that could be joined along several is, along the first of them.
@@ -25,5 +26,6 @@ def curves(labels: Sequence[str]) -> dict[str, list[str]]:
 
 def _without(parameter: str, label: str) -> str:
     """`shadowkv:rank=64+minference` of `shadowkv:budget=256,rank=64+minference`."""
-    rest = re.sub(rf"(?<=[:,]){parameter}=[^,+]*,?", "", label)
-    return re.sub(r"[:,](?=\+|$)", "", rest)
+    method = method_of(label)
+    rest = re.sub(rf"(?<=[:,]){parameter}=[^,+]*,?", "", method)
+    return re.sub(r"[:,](?=\+|$)", "", rest) + label.removeprefix(method)

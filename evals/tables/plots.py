@@ -18,7 +18,7 @@ from evals.runs.results import Record
 from evals.tables.curves import curves
 from evals.tables.looks import looks
 from evals.tables.statistics import interval_95, mean_of_means
-from evals.tables.summary import REFERENCE, Row, methods_of, scores_of
+from evals.tables.summary import Row, is_reference, methods_of, scores_of
 from evals.tables.table import tokens
 
 _DPI = 200
@@ -119,7 +119,7 @@ def write_score_dots(path: Path, rows: Sequence[Row], title: str) -> Path:
     axis = figure.subplots()
     scores = 100 * np.array([[row.score, row.score_low, row.score_high] for row in known], dtype=float)
     mean, low, high = scores.T
-    full = [place for place, row in enumerate(known) if row.method == REFERENCE]
+    full = [place for place, row in enumerate(known) if is_reference(row.method)]
     spread, drawn = _whiskers(mean, low, high), looks([row.method for row in rows])
     for place, row in enumerate(known):
         axis.errorbar(mean[place], place, xerr=spread[:, place, None], ms=4, lw=1, **drawn[row.method].style)

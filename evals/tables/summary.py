@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Hashable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Protocol, TypeVar
 
 import numpy as np
 
+from evals.common.asking.question import IN_PROMPT, method_of, shown
 from evals.common.grouping import grouped
 from evals.runs.results import Record
+from evals.runs.task import Question
 from evals.tables.statistics import interval_95, mean_of_means
 
 T = TypeVar("T")
@@ -65,7 +67,7 @@ class TaskScore:
 
 def summarise(records: Sequence[Record]) -> list[Row]:
     """Rows by method, in order of first appearance, then by length."""
-    references = {(r.task, r.length, r.sample): r for r in records if r.method == REFERENCE and r.status == "ok"}
+    references = full_answers(records)
     cells = grouped(records, lambda r: (r.method, r.length))
     order = {label: place for place, label in enumerate(methods_of(records))}
     return [
@@ -90,6 +92,21 @@ def methods_of(records: Sequence[OfMethod]) -> list[str]:
     return list(dict.fromkeys(record.method for record in records))
 
 
+def shown_records(records: Sequence[Record]) -> list[Record]:
+    """Records under the labels that tables and plots show: those of one method asked in two ways are two rows."""
+    return [replace(record, method=shown(record.method, record.question)) for record in records]
+
+
+def is_reference(label: str) -> bool:
+    """Whether a label, as it is or as it is shown, is that of what everything is compared with."""
+    return method_of(label) == REFERENCE
+
+
+def full_answers(records: Sequence[Record]) -> dict[Question, Record]:
+    """Full attention's answers, by what was asked."""
+    return {r.asked: r for r in records if is_reference(r.method) and r.status == "ok"}
+
+
 def scores_of(records: Sequence[Record]) -> list[float]:
     """Scores of the prompts that have one, of one method: the mean over the scored answers to each.
 
@@ -104,12 +121,16 @@ def mean_score(scored: Sequence[Record]) -> float:
     return sum(record.score or 0.0 for record in scored) / len(scored)
 
 
-def agreement(tokens: Sequence[int], reference: Sequence[int]) -> float | None:
-    """Share of the reference's tokens 2..n that stand at the same place; the first is dense under every method."""
-    if len(reference) < 2:
+def agreement(tokens: Sequence[int], reference: Sequence[int], first: int = 1) -> float | None:
+    """Share of the reference's tokens from place `first` on that stand at the same place.
+
+    The token at place 0 is dense under every method, but where the question came after what the method took over.
+    """
+    counted = reference[first:]
+    if not counted:
         return None
-    pairs = zip(reference[1:], [*tokens[1:], *[None] * len(reference)], strict=False)
-    return sum(a == b for a, b in pairs) / (len(reference) - 1)
+    pairs = zip(counted, [*tokens[first:], *[None] * len(reference)], strict=False)
+    return sum(a == b for a, b in pairs) / len(counted)
 
 
 def _task_score(method: str, length: int, task: str, records: list[Record]) -> TaskScore:
@@ -119,12 +140,12 @@ def _task_score(method: str, length: int, task: str, records: list[Record]) -> T
     return TaskScore(method, length, task, mean_of_means([scores]), low, high, scored, len(records))
 
 
-def _row(label: str, length: int, records: list[Record], references: dict[tuple[str, int, str], Record]) -> Row:
+def _row(label: str, length: int, records: list[Record], references: Mapping[Question, Record]) -> Row:
     good = [r for r in records if r.status == "ok"]
     agreements = [
-        agreement(r.tokens, references[(r.task, r.length, r.sample)].tokens)
+        agreement(r.tokens, references[r.asked].tokens, int(r.question == IN_PROMPT))
         for r in good
-        if (r.task, r.length, r.sample) in references
+        if r.asked in references
     ]
     tasks = [scores_of(found) for found in grouped(good, lambda r: r.task).values()]
     low, high = interval_95(tasks) or (None, None)

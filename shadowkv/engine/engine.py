@@ -79,6 +79,10 @@ class Engine:
         input_ids = input_ids.to(self.model.device)
         ends = self._grid(input_ids.shape[1])
         kept = self._kept[sparse]
+        if self._reuse_prefix and kept.prefill and kept.ids is not None and torch.equal(kept.ids, input_ids):
+            kept.prefill.valid = False
+            kept.prefill = replace(kept.prefill, reused_tokens=input_ids.shape[1], valid=True)
+            return kept.prefill
         recording, start = self._begun(kept, input_ids, ends, sparse)
         kept.ids = None  # an interrupted prefill leaves nothing to reuse
         logits = None

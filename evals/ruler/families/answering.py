@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from random import Random
 from typing import ClassVar
 
+from evals.common.asking.question import what_follows
 from evals.ruler.families.family import Family, Workshop, replayed
 from evals.ruler.families.fitting import Draft
 
@@ -62,6 +63,7 @@ class QuestionAnswering(Family):
 
         return Draft(
             message=lambda size: prompt.format(context=context(size), query=question.query),
+            question=what_follows(prompt, "context", query=question.query),
             answer_prefix=prefix,
             references=question.answers,
             smallest=sum(map(len, own)),

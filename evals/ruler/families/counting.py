@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from random import Random
 from typing import ClassVar
 
+from evals.common.asking.question import what_follows
 from evals.ruler.families.family import Family, Workshop, replayed
 from evals.ruler.families.fitting import Draft
 
@@ -36,6 +37,7 @@ class CommonWords(Family):
         places = replayed(rng)
         return Draft(
             message=lambda size: shot + prompt.format(context=self._list(order[:size], repeats, places()), query=""),
+            question=what_follows(prompt, "context", query=""),
             answer_prefix=prefix,
             references=tuple(order[: self.common]),
             smallest=self.common + 1,
@@ -75,6 +77,7 @@ class FrequentWords(Family):
 
         return Draft(
             message=lambda size: prompt.format(context=text(size), query=""),
+            question=what_follows(prompt, "context", query=""),
             answer_prefix=prefix,
             references=tuple(words[1 : 1 + self.asked]),
             smallest=100,  # below, the third and fourth rank could be equally frequent

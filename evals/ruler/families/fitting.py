@@ -23,6 +23,7 @@ class Draft:
     unit_tokens: float  # roughly; only decides which sizes are tried
     largest: int | None = None  # units there are, None for any number
     meta: Mapping[str, Any] = field(default_factory=dict)
+    question: str = ""  # what the message ends with, behind the text it is about
 
 
 class Fitted(NamedTuple):

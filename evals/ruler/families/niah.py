@@ -8,6 +8,7 @@ from itertools import pairwise
 from random import Random
 from typing import ClassVar
 
+from evals.common.asking.question import what_follows
 from evals.ruler.families.family import Family, Workshop, replayed
 from evals.ruler.families.fitting import Draft
 
@@ -61,6 +62,7 @@ class Niah(Family):
 
         return Draft(
             message=lambda size: template.format(context=context(size), **fields),
+            question=what_follows(template, "context", **fields),
             answer_prefix=prefix.format(**fields),
             references=tuple(value for key in asked for value in owned[key]),
             smallest=len(needles),

@@ -8,6 +8,7 @@ from itertools import pairwise
 from random import Random
 from typing import ClassVar
 
+from evals.common.asking.question import what_follows
 from evals.common.seeding import seeded
 from evals.ruler.families.family import Family, Workshop, replayed
 from evals.ruler.families.fitting import Draft
@@ -33,6 +34,7 @@ class VariableTracking(Family):
         shot, places = self._shot(shop, rng), replayed(rng)
         return Draft(
             message=lambda size: shot + prompt.format(context=_chained(shop, names, value, size, places()), **fields),
+            question=what_follows(prompt, "context", **fields),
             answer_prefix=prefix.format(**fields),
             references=tuple(names),
             smallest=len(names),

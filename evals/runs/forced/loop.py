@@ -18,7 +18,8 @@ from torch import Tensor
 from evals.common.grouping import grouped
 from evals.runs.failures import FAILURES, located, status_of
 from evals.runs.forced.distributions import Distances, Distributions, distances, joined, keep, kept_of, tokens_at_once
-from evals.runs.forced.record import ForcedRecord, Forcing
+from evals.runs.forced.forcing import Forcing
+from evals.runs.forced.record import ForcedRecord
 from evals.runs.run import Run
 from evals.runs.task import Example
 from shadowkv.common.errors import NotFiniteError, SkvError
@@ -186,6 +187,7 @@ def _blank(benchmark: str, asked: Example) -> ForcedRecord:
         host_bytes=0,
         prompt_sha256=_sha256(asked.input_ids),
         meta=dict(asked.meta),
+        question=asked.place,
     )
 
 

@@ -7,15 +7,9 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from evals.common.asking.question import IN_PROMPT
 from evals.runs.results import Key
-
-
-@dataclass(frozen=True)
-class Forcing:
-    """How many tokens every method is fed, and whether one by one as in decoding instead of all at once."""
-
-    tokens: int
-    one_by_one: bool = False
+from evals.runs.task import Question
 
 
 @dataclass(frozen=True)
@@ -52,10 +46,16 @@ class ForcedRecord:
     meta: dict[str, Any] = field(default_factory=dict)
     attended_tokens: float | None = None
     bus_bytes: int | None = None
+    question: str = IN_PROMPT  # where it stands
 
     @property
     def key(self) -> Key:
-        return Key(self.benchmark, self.task, self.length, self.sample, self.method)
+        return Key(self.benchmark, self.task, self.length, self.sample, self.question, self.method)
+
+    @property
+    def asked(self) -> Question:
+        """What was asked, whatever the method."""
+        return Question(self.task, self.length, self.sample, self.question)
 
     @property
     def final(self) -> bool:

@@ -6,9 +6,9 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from evals.common.thoughts import Markers, Thinking, ends_inside
+from evals.common.asking.thoughts import Markers, Thinking, ends_inside
 from evals.runs.task import Example, Question
-from evals.runs.wrapped import WrappedTask
+from evals.runs.wrapping.wrapped import WrappedTask
 
 _PREFIX_TOKENS = 64  # an answer that is begun is not longer
 

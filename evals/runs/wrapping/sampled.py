@@ -7,9 +7,9 @@ from collections.abc import Collection, Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from evals.common.drawing import Draw, answer_name, prompt_name
+from evals.common.asking.drawing import Draw, answer_name, prompt_name
 from evals.runs.task import Example, Question
-from evals.runs.wrapped import WrappedTask
+from evals.runs.wrapping.wrapped import WrappedTask
 from shadowkv.common.errors import SkvError
 
 
