@@ -321,6 +321,7 @@ def test_workers_give_what_one_process_gives(tiny_folder, tmp_path):
         (["--forced", "8", "--temperature", "0.7"], "with --forced every method is fed the same tokens"),
         (["--forced", "4000"], "512 tokens and 4000 forced ones are beyond this model's context of 4096 tokens"),
         (["--samples", "0"], "--samples must be at least 1"),
+        (["--question", "after"], "nothing is asked about a running text"),
         (["--data", "nowhere.txt"], "nowhere.txt cannot be read"),
     ],
 )

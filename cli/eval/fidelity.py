@@ -45,6 +45,8 @@ def fidelity(
     from evals.fidelity.task import RunningText
     from shadowkv.common.errors import SkvError
 
+    if settings.question is not None:
+        raise SkvError("--question: nothing is asked about a running text; 'skv eval niah --forced 64' has questions")
     forced_tokens = _FORCED_TOKENS if settings.forced is None else settings.forced
 
     def task(asked: AskedModel) -> RunningText:
