@@ -118,7 +118,8 @@ _STAGES: Mapping[str, Stage] = MappingProxyType(
                     "--max-new-tokens 32 -m full:engine=reference -m full:engine=fast "
                     "-m shadowkv:rank={rank},budget={budget},engine=reference "
                     "-m shadowkv:rank={rank},budget={budget},engine=fast "
-                    "-m quest:budget={budget},engine=reference -m quest:budget={budget},engine=fast --out {out}/run",
+                    "-m quest:budget={budget},engine=reference -m quest:budget={budget},engine=fast "
+                    "-m full:kv=fp8,engine=reference -m full:kv=fp8,engine=fast --out {out}/run",
                 ),
                 (
                     "skv eval niah --device cpu --model {tiny} --haystack synthetic --lengths 512 --depths 2 "
@@ -139,9 +140,9 @@ _STAGES: Mapping[str, Stage] = MappingProxyType(
                 "tokens per second at 122K and 32K in Llama-3.1-8B's geometry, random weights and keys",
                 (
                     f"skv bench throughput {_LLAMA} --context 122k --batch 4 --repeats 2 --steps 48 "
-                    "-m full -m shadowkv --out {out}/122k",
+                    "-m full -m full:kv=fp8 -m shadowkv --out {out}/122k",
                     f"skv bench throughput {_LLAMA} --context 32k --batch 4,16 --repeats 2 --steps 48 "
-                    "-m full -m shadowkv --out {out}/32k",
+                    "-m full -m full:kv=fp8 -m shadowkv --out {out}/32k",
                     f"skv bench throughput {_LLAMA} --context 122k --batch 14 --repeats 1 --steps 160 "
                     "-m shadowkv -m shadowkv:values=int8 --out {out}/122k-large",
                     f"skv bench throughput {_LLAMA} --context 122k --batch 8,16 --repeats 1 --steps 48 "
