@@ -120,7 +120,7 @@ def set_power(runs: int) -> list[str]:
             for drop in (0.1, 0.2, 0.3, 0.4)
         )
         + " |"
-        for name, tasks, samples in (("NIAH, 50 prompts", 1, 50), ("RULER, 4 x 12 prompts", 4, 12))
+        for name, tasks, samples in (("NIAH, 30 prompts", 1, 30), ("RULER, 4 x 12 prompts", 4, 12))
     ]
 
 
