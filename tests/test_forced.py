@@ -295,6 +295,15 @@ def test_a_run_is_shown_continued_and_reported(tiny_folder, tmp_path, capsys):
     assert main(["compare", str(out), str(out)]) == 0
 
 
+def test_full_attentions_answer_to_a_text_can_be_fed_too(tiny_folder, tmp_path):
+    out = tmp_path / "run"
+    more = ("--forced", "8", "--samples", "2", "--continuation", "greedy", "-q")
+    assert main(command(tiny_folder, out, *more)) == 0
+    records = read_records(out, ForcedRecord)[1]
+    assert [record.status for record in records] == ["ok"] * 4
+    assert all(record.nll == record.full_nll for record in records if record.method == "full")
+
+
 def test_needles_tell_how_far_back_they_are(tiny_folder, tmp_path, capsys):
     assert main(command(tiny_folder, tmp_path / "run", "--forced", "4", name="niah")) == 0
     said = capsys.readouterr()

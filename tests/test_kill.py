@@ -20,7 +20,7 @@ GRID = [
 ]
 # Fewer prompts, answered four times each.
 DRAWN = [
-    *("-m", "full", "-m", "quest:budget=64", "--lengths", "512,1k", "--depths", "3", "--rounds", "2"),
+    *("-m", "full", "-m", "quest:budget=64", "--lengths", "512,1k", "--depths", "3", "--rounds", "8"),
     *("--haystack", "synthetic", "--max-new-tokens", "12", "--temperature", "1.2", "--top-p", "0.95", "--answers", "4"),
 ]
 

@@ -13,7 +13,7 @@ import numpy as np
 from evals.common.asking.question import shown
 from evals.common.grouping import grouped
 from evals.runs.forced.record import ForcedRecord
-from evals.tables.statistics import interval_95, mean_of_means
+from evals.tables.statistics import interval_95, mean_of_known, mean_of_means, percentile
 
 _FARTHEST = "needle_token"  # of a record's meta: where in the prompt the token is that the question is about
 
@@ -73,10 +73,10 @@ def _row(method: str, length: int, records: Sequence[ForcedRecord]) -> FidelityR
         kl=mean_of_means([kls]),
         kl_low=kl_interval and kl_interval[0],
         kl_high=kl_interval and kl_interval[1],
-        kl_p99=_percentile([x for r in good for x in r.kl], 99),
+        kl_p99=percentile([x for r in good for x in r.kl], 99),
         top1=mean_of_means([[float(np.mean(r.top1)) for r in good]]),
         top5=mean_of_means([[float(np.mean(r.top5)) / 5 for r in good]]),
-        rank_p99=_percentile([x for r in good for x in r.rank], 99),
+        rank_p99=percentile([x for r in good for x in r.rank], 99),
         perplexity=None if nll is None else float(np.exp(nll)),
         perplexity_ratio=None if loss is None else float(np.exp(loss)),
         ratio_low=more_interval and float(np.exp(more_interval[0])),
@@ -84,14 +84,14 @@ def _row(method: str, length: int, records: Sequence[ForcedRecord]) -> FidelityR
         done=len(good),
         total=len(records),
         tokens=sum(len(r.kl) for r in good),
-        prompt_tokens=_mean([r.prompt_tokens for r in good]),
-        attended_tokens=_mean([r.attended_tokens for r in good]),
-        device_bytes=_mean([r.device_bytes for r in good]),
-        host_bytes=_mean([r.host_bytes for r in good]),
-        bus_bytes=_mean([r.bus_bytes for r in good]),
-        prefill_s=_percentile(cold, 50),
-        build_s=_percentile([r.build_s for r in good], 50),
-        force_ms_per_token=_percentile([1000 * r.force_s / len(r.kl) for r in good], 50),
+        prompt_tokens=mean_of_known([r.prompt_tokens for r in good]),
+        attended_tokens=mean_of_known([r.attended_tokens for r in good]),
+        device_bytes=mean_of_known([r.device_bytes for r in good]),
+        host_bytes=mean_of_known([r.host_bytes for r in good]),
+        bus_bytes=mean_of_known([r.bus_bytes for r in good]),
+        prefill_s=percentile(cold, 50),
+        build_s=percentile([r.build_s for r in good], 50),
+        force_ms_per_token=percentile([1000 * r.force_s / len(r.kl) for r in good], 50),
     )
 
 
@@ -116,12 +116,3 @@ def by_distance(records: Sequence[ForcedRecord]) -> dict[int, list[ForcedRecord]
 def _quarter(record: ForcedRecord) -> int:
     distance = 1 - record.meta[_FARTHEST] / max(record.prompt_tokens, 1)
     return min(int(4 * distance), 3)
-
-
-def _mean(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return float(np.mean(known)) if known else None
-
-
-def _percentile(values: Sequence[float], q: float) -> float | None:
-    return float(np.percentile(values, q)) if values else None

@@ -47,9 +47,10 @@ class RunningText(Task):
     def examples(self, tokenizer: Any, wanted: Collection[Question] | None = None) -> Iterator[Example]:
         shelf = Shelf(self._books, tokenizer, self.seed)
         asked = self.questions(tokenizer) if wanted is None else wanted
-        return iter(sorted((self._made(shelf, question) for question in asked), key=lambda e: e.input_ids))
+        made = [self._made(tokenizer, shelf, question) for question in asked]
+        return iter(sorted(made, key=lambda example: example.input_ids))
 
-    def _made(self, shelf: Shelf, question: Question) -> Example:
+    def _made(self, tokenizer: Any, shelf: Shelf, question: Question) -> Example:
         window = shelf.window(int(question.sample), question.length_tokens, self.forced_tokens + 1)
         return Example(
             benchmark=self.benchmark,
@@ -57,7 +58,7 @@ class RunningText(Task):
             length_tokens=question.length_tokens,
             sample=question.sample,
             input_ids=window.prompt,
-            references=(),
+            references=(str(tokenizer.decode(window.continuation)),),
             max_new_tokens=self.forced_tokens,
             meta={"book": window.book, "start": window.start},
             continuation=window.continuation,

@@ -51,8 +51,28 @@ class Key(NamedTuple):
     method: str
 
 
+class OfPrompt:
+    """What every record of a prompt and a method is found by."""
+
+    benchmark: str
+    task: str
+    length: int
+    sample: str
+    question: str
+    method: str
+
+    @property
+    def key(self) -> Key:
+        return Key(self.benchmark, self.task, self.length, self.sample, self.question, self.method)
+
+    @property
+    def asked(self) -> Question:
+        """What was asked, whatever the method."""
+        return Question(self.task, self.length, self.sample, self.question)
+
+
 @dataclass(frozen=True)
-class Record:
+class Record(OfPrompt):
     """One answer. `score` is null unless `status` is ok: a failure is never a zero."""
 
     FILE: ClassVar[str] = "samples.jsonl"
@@ -83,15 +103,6 @@ class Record:
     bus_bytes: int | None = None  # between host and device, per decoded token; None in older records
     prompt_tail: str | None = None  # its last tokens as text; None in older records
     question: str = IN_PROMPT  # where it stands: in-prompt, or after what the method took over
-
-    @property
-    def key(self) -> Key:
-        return Key(self.benchmark, self.task, self.length, self.sample, self.question, self.method)
-
-    @property
-    def asked(self) -> Question:
-        """What was asked, whatever the method."""
-        return Question(self.task, self.length, self.sample, self.question)
 
     @property
     def prompt(self) -> tuple[str, int, str]:

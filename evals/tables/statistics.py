@@ -16,6 +16,17 @@ def mean_of_means(groups: Sequence[Sequence[float]]) -> float | None:
     return float(np.mean(means)) if means else None
 
 
+def mean_of_known(values: Sequence[float | None]) -> float | None:
+    """The mean of the values that there are, None without any."""
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if known else None
+
+
+def percentile(values: Sequence[float], q: float) -> float | None:
+    """The q-th percentile, None of nothing."""
+    return float(np.percentile(values, q)) if values else None
+
+
 def interval_95(groups: Sequence[Sequence[float]]) -> tuple[float, float] | None:
     """Percentile bootstrap interval of `mean_of_means`: samples are drawn anew within each group.
 

@@ -6,13 +6,11 @@ from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol, TypeVar
 
-import numpy as np
-
 from evals.common.asking.question import IN_PROMPT, method_of, shown
 from evals.common.grouping import grouped
 from evals.runs.results import Record
 from evals.runs.task import Question
-from evals.tables.statistics import interval_95, mean_of_means
+from evals.tables.statistics import interval_95, mean_of_known, mean_of_means, percentile
 
 T = TypeVar("T")
 K = TypeVar("K", bound=Hashable)
@@ -151,7 +149,7 @@ def _row(label: str, length: int, records: list[Record], references: Mapping[Que
     low, high = interval_95(tasks) or (None, None)
     cold = [r.prefill_s for r in good if r.reused_tokens == 0] or [r.prefill_s for r in good]
     steps = [ms for r in good if (ms := r.decode_ms_per_token) is not None]
-    p10, p50, p90 = (_percentile(steps, q) for q in (10, 50, 90))
+    p10, p50, p90 = (percentile(steps, q) for q in (10, 50, 90))
     return Row(
         method=label,
         length=length,
@@ -160,24 +158,15 @@ def _row(label: str, length: int, records: list[Record], references: Mapping[Que
         score_high=high,
         scored=len(good),
         total=len(records),
-        agreement=_mean(agreements),
-        prompt_tokens=_mean([r.prompt_tokens for r in good]),
-        attended_tokens=_mean([r.attended_tokens for r in good]),
-        device_bytes=_mean([r.device_bytes for r in good]),
-        host_bytes=_mean([r.host_bytes for r in good]),
-        bus_bytes=_mean([r.bus_bytes for r in good]),
-        prefill_s=_percentile(cold, 50),
-        build_s=_percentile([r.build_s for r in good], 50),
+        agreement=mean_of_known(agreements),
+        prompt_tokens=mean_of_known([r.prompt_tokens for r in good]),
+        attended_tokens=mean_of_known([r.attended_tokens for r in good]),
+        device_bytes=mean_of_known([r.device_bytes for r in good]),
+        host_bytes=mean_of_known([r.host_bytes for r in good]),
+        bus_bytes=mean_of_known([r.bus_bytes for r in good]),
+        prefill_s=percentile(cold, 50),
+        build_s=percentile([r.build_s for r in good], 50),
         decode_ms_p10=p10,
         decode_ms_p50=p50,
         decode_ms_p90=p90,
     )
-
-
-def _mean(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return float(np.mean(known)) if known else None
-
-
-def _percentile(values: Sequence[float], q: float) -> float | None:
-    return float(np.percentile(values, q)) if values else None

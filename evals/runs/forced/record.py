@@ -8,12 +8,11 @@ from typing import Any, ClassVar
 import numpy as np
 
 from evals.common.asking.question import IN_PROMPT
-from evals.runs.results import Key
-from evals.runs.task import Question
+from evals.runs.results import OfPrompt
 
 
 @dataclass(frozen=True)
-class ForcedRecord:
+class ForcedRecord(OfPrompt):
     """Distances after each token fed, in order; none unless `status` is ok.
 
     They are those of `evals.runs.forced.distributions.Distances`.
@@ -47,15 +46,6 @@ class ForcedRecord:
     attended_tokens: float | None = None
     bus_bytes: int | None = None
     question: str = IN_PROMPT  # where it stands
-
-    @property
-    def key(self) -> Key:
-        return Key(self.benchmark, self.task, self.length, self.sample, self.question, self.method)
-
-    @property
-    def asked(self) -> Question:
-        """What was asked, whatever the method."""
-        return Question(self.task, self.length, self.sample, self.question)
 
     @property
     def final(self) -> bool:
